@@ -1,0 +1,1 @@
+//! Kernels for the CPU: packed matrices and attention, in f32 arithmetic.

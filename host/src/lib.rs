@@ -1,0 +1,7 @@
+//! dylm (dynamic-library language models): loads a Hugging Face or MLX checkpoint and generates text; the architecture is a plugin.
+
+pub mod error;
+pub mod kernels;
+pub mod weights;
+
+pub use error::{Error, Result};
