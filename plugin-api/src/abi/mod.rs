@@ -1,0 +1,146 @@
+//! What crosses between host and plugin, and nothing else: plain values, borrowed slices, and handles that only the host can read.
+//! The only place, with the host's `plugin` folder, where abi_stable is seen; leaving it would change these files alone.
+
+pub mod note;
+pub mod ops;
+pub mod root;
+
+use abi_stable::{StableAbi, std_types::RStr};
+
+/// The ABI's major number: another one means that neither side can talk to the other.
+pub const MAJOR: u32 = 1;
+/// The ABI's minor number: grows when an op or a named extension is added; an older plugin never notices.
+pub const MINOR: u32 = 0;
+
+/// The exported symbol of a plugin; it carries the major number.
+pub const SYMBOL: &[u8] = b"dylm_plugin_1\0";
+
+/// The host's own state for one call; the plugin hands it back unread.
+#[repr(transparent)]
+#[derive(StableAbi, Clone, Copy)]
+pub struct Ctx(pub *const ());
+
+/// A tensor of the running step: an index with a generation, checked by the host at every use. 0 is no tensor.
+#[repr(transparent)]
+#[derive(StableAbi, Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Handle(pub u64);
+
+impl Handle {
+    /// No tensor.
+    pub const NONE: Handle = Handle(0);
+}
+
+/// Something with weights that the host built for this model: a linear layer, a norm, a rope table. Valid as long as the model.
+#[repr(transparent)]
+#[derive(StableAbi, Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Slot(pub u32);
+
+/// A stored tensor, by name, with the transforms still to be applied. Valid while the model is being built. 0 is none.
+#[repr(transparent)]
+#[derive(StableAbi, Clone, Copy, PartialEq, Eq, Debug)]
+pub struct SourceId(pub u32);
+
+impl SourceId {
+    /// No tensor: a linear layer without bias, a norm without weight.
+    pub const NONE: SourceId = SourceId(0);
+}
+
+/// Two tensors, from an op that makes two.
+#[repr(C)]
+#[derive(StableAbi, Clone, Copy)]
+pub struct Pair {
+    /// For `topk`: the values.
+    pub first: Handle,
+    /// For `topk`: their indices.
+    pub second: Handle,
+}
+
+/// Where in the plugin's source an op was called, for error texts.
+#[repr(C)]
+#[derive(StableAbi, Clone, Copy)]
+pub struct At {
+    /// The file, as the plugin's compiler saw it.
+    pub file: RStr<'static>,
+    /// The line, from 1.
+    pub line: u32,
+}
+
+impl At {
+    /// The caller of a `#[track_caller]` function.
+    #[track_caller]
+    #[inline]
+    pub fn caller() -> Self {
+        let here = std::panic::Location::caller();
+        At { file: RStr::from_str(here.file()), line: here.line() }
+    }
+}
+
+/// How `attend` scores and which keys it sees. Grows at its end only; `size` says how much the caller knew.
+#[repr(C)]
+#[derive(StableAbi, Clone, Copy)]
+pub struct AttendSpec {
+    /// `size_of` this struct as the caller was compiled.
+    pub size: u32,
+    /// 1 sees later tokens of the same step too (a bidirectional block); 0 is causal.
+    pub flags: u32,
+    /// Multiplies q·k.
+    pub scale: f32,
+    /// `softcap * tanh(score / softcap)`; 0 for none.
+    pub softcap: f32,
+    /// Keys seen, counting the query's own; 0 for all.
+    pub window: u64,
+    /// One logit per query head that joins the softmax and is dropped; none if `Handle::NONE`.
+    pub sinks: Handle,
+}
+
+/// The shape of a block of routed experts. Grows at its end only.
+#[repr(C)]
+#[derive(StableAbi, Clone, Copy)]
+pub struct ExpertsSpec {
+    /// `size_of` this struct as the caller was compiled.
+    pub size: u32,
+    /// How gate and up are joined, one of the `EXPERTS_*` constants.
+    pub activation: u32,
+    /// How many experts there are.
+    pub experts: u64,
+    /// Width of the model.
+    pub dim: u64,
+    /// Width inside an expert.
+    pub hidden: u64,
+}
+
+/// `down(silu(gate x) * up x)`
+pub const EXPERTS_SWIGLU: u32 = 0;
+/// `down(gelu_tanh(gate x) * up x)`
+pub const EXPERTS_GEGLU: u32 = 1;
+
+/// Normalize by the root mean square.
+pub const NORM_RMS: u32 = 0;
+/// Normalize by mean and variance.
+pub const NORM_LAYER: u32 = 1;
+
+/// Rows `ints[0]..ints[1]` of the first axis.
+pub const TRANSFORM_ROWS: u32 = 0;
+/// Adds `factor` to every element.
+pub const TRANSFORM_PLUS: u32 = 1;
+/// Multiplies every element by `factor`.
+pub const TRANSFORM_SCALE: u32 = 2;
+/// Exchanges the last two axes.
+pub const TRANSFORM_TRANSPOSE: u32 = 3;
+/// The same elements in the shape `ints`.
+pub const TRANSFORM_RESHAPE: u32 = 4;
+
+/// What one layer must remember between steps. Grows at its end only.
+#[repr(C)]
+#[derive(StableAbi, Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CacheSpec {
+    /// `size_of` this struct as the caller was compiled.
+    pub size: u32,
+    /// One of the `CACHE_*` constants.
+    pub kind: u32,
+    /// Keys that ever matter, counting the query's own; 0 for all.
+    pub window: u64,
+}
+
+/// Keys and values.
+pub const CACHE_KEY_VALUE: u32 = 0;

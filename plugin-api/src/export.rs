@@ -1,0 +1,194 @@
+//! `export_plugin!`: everything between an `Architecture` and the ABI. Compiled into the plugin, since only there can its panics be caught.
+
+use crate::{
+    Architecture, Step, Tensor, Weights,
+    abi::{
+        self, CacheSpec, Ctx, Handle,
+        ops::OpsRef,
+        root::{ERROR_ABI, ERROR_CONFIG, ERROR_PANIC, FactoryRef, Host, ModelFactory, ModelObject, PluginError},
+    },
+    config::FromConfig,
+    tensor::Call,
+};
+use abi_stable::{
+    StableAbi,
+    abi_stability::abi_checking::exported_check_layout_compatibility,
+    library::{CheckTypeLayout, LibHeader, RootModuleResult},
+    prefix_type::PrefixTypeTrait,
+    std_types::{RErr, ROk, RResult, RStr, RString, RVec},
+};
+use std::{
+    cell::RefCell,
+    panic::{self, AssertUnwindSafe},
+    sync::Once,
+};
+
+fn error(code: u32, message: impl Into<RString>) -> PluginError {
+    PluginError { code, message: message.into(), detail: RString::new() }
+}
+
+thread_local! {
+    static LAST_PANIC: RefCell<Option<String>> = const { RefCell::new(None) };
+}
+
+/// Runs `f`; a panic becomes an error that keeps its text and place. The plugin's own copy of the panic hook is silenced, once: it would
+/// print to a terminal that belongs to the host.
+fn catch<T>(name: &str, f: impl FnOnce() -> Result<T, PluginError>) -> RResult<T, PluginError> {
+    static QUIET: Once = Once::new();
+    QUIET.call_once(|| {
+        panic::set_hook(Box::new(|info| {
+            let text = info.payload_as_str().unwrap_or("a panic without text").to_owned();
+            let place = info.location().map(|l| format!(" (at {}:{})", l.file(), l.line())).unwrap_or_default();
+            LAST_PANIC.with(|p| *p.borrow_mut() = Some(text + &place));
+        }));
+    });
+    match panic::catch_unwind(AssertUnwindSafe(f)) {
+        Ok(Ok(value)) => ROk(value),
+        Ok(Err(e)) => RErr(e),
+        Err(_) => {
+            let text = LAST_PANIC.with(|p| p.borrow_mut().take()).unwrap_or_default();
+            RErr(error(ERROR_PANIC, format!("the plugin {name} panicked: {text}")))
+        }
+    }
+}
+
+/// The host must have at least the ops that this plugin was compiled with, of the same types and in the same order.
+fn check_ops(name: &str, host: &Host) -> Result<(), PluginError> {
+    exported_check_layout_compatibility(<OpsRef as StableAbi>::LAYOUT, host.layout).into_result().map_err(|long| PluginError {
+        code: ERROR_ABI,
+        message: format!(
+            "the plugin {name} was built for a newer dylm than this one (ABI {}.{}): update dylm, or rebuild the plugin",
+            abi::MAJOR,
+            abi::MINOR
+        )
+        .into(),
+        detail: long.to_string().into(),
+    })
+}
+
+/// What `ModelObject::data` points to.
+struct Built<A> {
+    model: A,
+    caches: RVec<CacheSpec>,
+}
+
+/// The ABI face of one architecture; `export_plugin!` names it once.
+#[doc(hidden)]
+pub struct Exported<A>(std::marker::PhantomData<A>);
+
+impl<A: Architecture> Exported<A> {
+    fn name() -> &'static str {
+        A::MODEL_TYPES.first().copied().unwrap_or("without a model_type")
+    }
+
+    /// The root module.
+    pub fn factory(note: &'static str) -> FactoryRef {
+        ModelFactory { major: abi::MAJOR, note: note.into(), create: Self::create, extension: no_factory_extension }
+            .leak_into_prefix()
+    }
+
+    extern "C" fn create(host: &Host, ctx: Ctx, config: RStr<'_>) -> RResult<ModelObject, PluginError> {
+        catch(Self::name(), || {
+            check_ops(Self::name(), host)?;
+            let config = A::Config::from_text(config.as_str()).map_err(|e| error(ERROR_CONFIG, e.0))?;
+            let call = Call { ops: host.ops, ctx };
+            let model = call.enter(|| A::new(config, &Weights::default())).map_err(|e| error(ERROR_CONFIG, e.0))?;
+            let caches = model.caches().into_iter().map(|c| c.spec()).collect();
+            Ok(ModelObject {
+                data: Box::into_raw(Box::new(Built { model, caches })).cast(),
+                caches: Self::caches,
+                forward: Self::forward,
+                head: Self::head,
+                drop: Self::drop,
+                extension: no_model_extension,
+            })
+        })
+    }
+
+    /// # Safety
+    /// `data` is the pointer that `create` made, not yet given to `drop`.
+    unsafe fn built<'a>(data: *const ()) -> &'a Built<A> {
+        // SAFETY: the caller's promise; `create` boxed exactly a `Built<A>`.
+        unsafe { &*data.cast::<Built<A>>() }
+    }
+
+    extern "C" fn caches(data: *const ()) -> RVec<CacheSpec> {
+        // SAFETY: the host passes `ModelObject::data` and drops it last.
+        unsafe { Self::built(data) }.caches.clone()
+    }
+
+    extern "C" fn forward(data: *const (), host: &Host, ctx: Ctx, tokens: Handle) -> RResult<Handle, PluginError> {
+        // SAFETY: as in `caches`.
+        let built = unsafe { Self::built(data) };
+        catch(Self::name(), || {
+            Ok(Call { ops: host.ops, ctx }.enter(|| {
+                let mut step = Step { caches: built.caches.len() as u32 };
+                built.model.forward(&Tensor::own(tokens), &mut step).into_handle()
+            }))
+        })
+    }
+
+    extern "C" fn head(data: *const (), host: &Host, ctx: Ctx, hidden: Handle) -> RResult<Handle, PluginError> {
+        // SAFETY: as in `caches`.
+        let built = unsafe { Self::built(data) };
+        catch(Self::name(), || {
+            Ok(Call { ops: host.ops, ctx }.enter(|| built.model.head(&Tensor::own(hidden)).into_handle()))
+        })
+    }
+
+    extern "C" fn drop(data: *mut ()) {
+        // SAFETY: the host calls this once, last; `create` boxed exactly a `Built<A>`.
+        let _ = catch(Self::name(), || Ok(drop(unsafe { Box::from_raw(data.cast::<Built<A>>()) })));
+    }
+}
+
+/// The header that a host looks for, over the constructor of the root module.
+#[doc(hidden)]
+pub const fn header(root_module: extern "C" fn() -> RootModuleResult) -> LibHeader {
+    // SAFETY: `export_plugin!` is the only caller, and its constructor returns a `FactoryRef`.
+    unsafe { LibHeader::from_constructor::<FactoryRef>(root_module, CheckTypeLayout::Yes) }
+}
+
+extern "C" fn no_factory_extension(_: RStr<'_>) -> *const () {
+    std::ptr::null()
+}
+
+extern "C" fn no_model_extension(_: *const (), _: RStr<'_>) -> *const () {
+    std::ptr::null()
+}
+
+/// Makes a library into a plugin: `export_plugin!(Llama);`, once per crate.
+#[macro_export]
+macro_rules! export_plugin {
+    ($architecture:ty) => {
+        const _: () = {
+            const FACTS: $crate::abi::note::Facts<'static> = $crate::abi::note::Facts {
+                name: env!("CARGO_PKG_NAME"),
+                version: env!("CARGO_PKG_VERSION"),
+                license: env!("CARGO_PKG_LICENSE"),
+                url: env!("CARGO_PKG_REPOSITORY"),
+                model_types: <$architecture as $crate::Architecture>::MODEL_TYPES,
+                panic: if cfg!(panic = "unwind") { "unwind" } else { "abort" },
+            };
+            const LENGTH: usize = $crate::abi::note::measure(&FACTS);
+
+            #[used]
+            #[cfg_attr(target_vendor = "apple", unsafe(link_section = "__DATA,__dylm"))]
+            #[cfg_attr(windows, unsafe(link_section = ".dylm"))]
+            #[cfg_attr(not(any(windows, target_vendor = "apple")), unsafe(link_section = ".note.dylm"))]
+            static NOTE: [u8; LENGTH] = $crate::abi::note::write(&FACTS);
+
+            extern "C" fn root_module() -> $crate::abi_stable::library::RootModuleResult {
+                fn factory() -> $crate::abi::root::FactoryRef {
+                    $crate::export::Exported::<$architecture>::factory(std::str::from_utf8(&NOTE).unwrap_or_default())
+                }
+                $crate::abi_stable::library::__call_root_module_loader(factory)
+            }
+
+            // The name carries the ABI's major number, so that hosts of another major find no plugin at all.
+            #[unsafe(no_mangle)]
+            #[allow(non_upper_case_globals)]
+            static dylm_plugin_1: $crate::abi_stable::library::LibHeader = $crate::export::header(root_module);
+        };
+    };
+}

@@ -1,0 +1,87 @@
+//! The layers that an architecture is made of. Each is a slot in the host; whether its weights are dense, packed in 4 bits, carry a
+//! LoRA or lie on a GPU is the host's business, and no layer here can tell.
+
+use crate::{
+    abi::{At, Slot},
+    tensor::{Call, Tensor},
+};
+
+macro_rules! layers {
+    ($($(#[$doc:meta])* $name:ident { $($(#[$mdoc:meta])* fn $method:ident = $op:ident;)* })*) => {$(
+        $(#[$doc])*
+        #[derive(Debug)]
+        pub struct $name(pub(crate) Slot);
+        impl $name {
+            $($(#[$mdoc])* #[track_caller] pub fn $method(&self, x: &Tensor) -> Tensor {
+                let call = Call::current();
+                Tensor::own(call.ops.$op()(call.ctx, self.0, x.handle(), At::caller()))
+            })*
+        }
+    )*};
+}
+
+layers! {
+    /// `y = x · Wᵀ + b`, W `[outputs, inputs]`.
+    Linear {
+        /// `[.., inputs]` -> `[.., outputs]`
+        fn forward = linear;
+    }
+    /// A table of vectors, one per token id.
+    Embedding {
+        /// ids `[tokens]` -> `[tokens, dim]`
+        fn forward = embed;
+        /// `[tokens, dim]` -> logits `[tokens, vocab]`: the table as output head, for tied embeddings.
+        fn as_linear = unembed;
+    }
+    /// `x / rms(x) * w` over the last axis, in f32. <https://arxiv.org/abs/1910.07467>
+    RmsNorm {
+        /// The same shape.
+        fn forward = norm;
+    }
+    /// `(x - mean) / std * w + b` over the last axis, in f32. <https://arxiv.org/abs/1607.06450>
+    LayerNorm {
+        /// The same shape.
+        fn forward = norm;
+    }
+}
+
+/// A tensor of the checkpoint that the architecture uses as it is.
+#[derive(Debug)]
+pub struct Parameter(pub(crate) Slot);
+
+impl Parameter {
+    /// The tensor, for this step.
+    #[track_caller]
+    pub fn tensor(&self) -> Tensor {
+        let call = Call::current();
+        Tensor::own(call.ops.parameter()(call.ctx, self.0, At::caller()))
+    }
+}
+
+/// Rotary position angles. <https://arxiv.org/abs/2104.09864>
+#[derive(Debug)]
+pub struct Rope {
+    pub(crate) slot: Slot,
+    pub(crate) flags: u32,
+}
+
+impl Rope {
+    /// Neighbouring lanes (2i, 2i + 1) turn together, as in the paper; without it lane i turns with lane i + dims / 2.
+    pub fn interleaved(mut self) -> Self {
+        self.flags |= 1;
+        self
+    }
+}
+
+/// Feed-forward experts, of which each token uses a few.
+#[derive(Debug)]
+pub struct Experts(pub(crate) Slot);
+
+impl Experts {
+    /// Runs the chosen experts and adds up their results by weight: x `[tokens, dim]`, chosen and weights `[tokens, k]` -> `[tokens, dim]`.
+    #[track_caller]
+    pub fn forward(&self, x: &Tensor, chosen: &Tensor, weights: &Tensor) -> Tensor {
+        let call = Call::current();
+        Tensor::own(call.ops.experts()(call.ctx, self.0, x.handle(), chosen.handle(), weights.handle(), At::caller()))
+    }
+}

@@ -1,0 +1,215 @@
+//! The checkpoint, seen from one name prefix. An author names tensors and states their shapes; the host finds, checks and loads them.
+//! Nothing here fails for a missing or misshapen tensor: the host collects every such difference and reports them together.
+
+use crate::{
+    Embedding, Experts, LayerNorm, Linear, Parameter, Result, RmsNorm, Rope,
+    abi::{self, At, ExpertsSpec, Slot, SourceId},
+    config::RopeScaling,
+    tensor::Call,
+};
+use abi_stable::std_types::{RSlice, RStr};
+
+/// More layers than any model has: a config that asks for more is broken, and would keep the host busy for hours.
+const MOST_LAYERS: usize = 10_000;
+
+/// The checkpoint below one prefix; `at` goes down, the rest name what lies there.
+#[derive(Clone, Debug, Default)]
+pub struct Weights {
+    prefix: String,
+}
+
+impl Weights {
+    fn full(&self, name: &str) -> String {
+        format!("{}{name}", self.prefix)
+    }
+
+    /// The part of the checkpoint whose names begin with `name` and a dot.
+    pub fn at(&self, name: &str) -> Weights {
+        Weights { prefix: format!("{}{name}.", self.prefix) }
+    }
+
+    /// `n` blocks of one kind, named 0, 1, 2 ..
+    pub fn each<T>(&self, n: usize, mut block: impl FnMut(&Weights, usize) -> Result<T>) -> Result<Vec<T>> {
+        if n > MOST_LAYERS {
+            return Err(
+                format!("{}*: config.json asks for {n} blocks; at most {MOST_LAYERS} make sense", self.prefix).into()
+            );
+        }
+        (0..n).map(|i| block(&self.at(&i.to_string()), i)).collect()
+    }
+
+    /// Whether the checkpoint has this tensor, for checkpoints that come in several layouts.
+    #[track_caller]
+    pub fn has(&self, name: &str) -> bool {
+        let call = Call::current();
+        call.ops.has()(call.ctx, RStr::from_str(&self.full(name)), At::caller()) != 0
+    }
+
+    /// The stored tensor of this name, to be transformed before use: `w.source("qkv_proj.weight").rows(0..64)`.
+    #[track_caller]
+    pub fn source(&self, name: &str) -> Source {
+        let call = Call::current();
+        Source(call.ops.source()(call.ctx, RStr::from_str(&self.full(name)), At::caller()))
+    }
+
+    /// `name.weight` `[outputs, inputs]` and, with `bias`, `name.bias` `[outputs]`.
+    #[track_caller]
+    pub fn linear(&self, name: &str, inputs: usize, outputs: usize, bias: bool) -> Linear {
+        let weight = self.source(&format!("{name}.weight"));
+        let bias = bias.then(|| self.source(&format!("{name}.bias")));
+        Linear::of(weight, bias, inputs, outputs)
+    }
+
+    /// Several projections of one input, each with its outputs; the host may run them as one.
+    #[track_caller]
+    pub fn linears<const N: usize>(&self, inputs: usize, bias: bool, named: [(&str, usize); N]) -> [Linear; N] {
+        let layers = named.map(|(name, outputs)| self.linear(name, inputs, outputs, bias));
+        let (call, slots) = (Call::current(), layers.each_ref().map(|l| l.0));
+        call.ops.fuse()(call.ctx, RSlice::from_slice(&slots), At::caller());
+        layers
+    }
+
+    /// `name.weight` `[vocab, dim]`
+    #[track_caller]
+    pub fn embedding(&self, name: &str, vocab: usize, dim: usize) -> Embedding {
+        let (call, weight) = (Call::current(), self.source(&format!("{name}.weight")));
+        Embedding(call.ops.embedding_layer()(call.ctx, weight.0, vocab as u64, dim as u64, At::caller()))
+    }
+
+    /// `name.weight` `[dim]`
+    #[track_caller]
+    pub fn rms_norm(&self, name: &str, dim: usize, eps: f32) -> RmsNorm {
+        RmsNorm::of(self.source(&format!("{name}.weight")), dim, eps)
+    }
+
+    /// `name.weight` and, with `bias`, `name.bias`, both `[dim]`
+    #[track_caller]
+    pub fn layer_norm(&self, name: &str, dim: usize, eps: f32, bias: bool) -> LayerNorm {
+        let weight = self.source(&format!("{name}.weight"));
+        let bias = if bias { self.source(&format!("{name}.bias")).0 } else { SourceId::NONE };
+        LayerNorm(norm(abi::NORM_LAYER, weight.0, bias, dim, eps))
+    }
+
+    /// Routed feed-forward experts below `name`: stacked (`switch_mlp.gate_proj.weight`) or one by one (`0.gate_proj.weight`).
+    #[track_caller]
+    pub fn experts(&self, name: &str, experts: usize, dim: usize, hidden: usize) -> Experts {
+        let call = Call::current();
+        let spec = ExpertsSpec {
+            size: size_of::<ExpertsSpec>() as u32,
+            activation: abi::EXPERTS_SWIGLU,
+            experts: experts as u64,
+            dim: dim as u64,
+            hidden: hidden as u64,
+        };
+        Experts(call.ops.experts_layer()(call.ctx, RStr::from_str(&self.full(name)), &spec, At::caller()))
+    }
+
+    /// A tensor used as it is.
+    #[track_caller]
+    pub fn tensor(&self, name: &str, dims: &[usize]) -> Parameter {
+        Parameter::of(self.source(name), dims)
+    }
+
+    /// Rotary angles for the first `dims` lanes of a head. `scaling` is config.json's `rope_scaling`, of any type the host knows.
+    #[track_caller]
+    pub fn rope(&self, dims: usize, theta: f32, scaling: &Option<RopeScaling>) -> Rope {
+        let (call, scaling) = (Call::current(), scaling.as_ref().map_or("", |s| &s.0));
+        let slot = call.ops.rope_layer()(call.ctx, dims as u64, theta as f64, RStr::from_str(scaling), At::caller());
+        Rope { slot, flags: 0 }
+    }
+
+    /// Tensors below this prefix that the architecture does not use: a vision tower, a training head.
+    #[track_caller]
+    pub fn ignore(&self, prefix: &str) {
+        let call = Call::current();
+        call.ops.ignore()(call.ctx, RStr::from_str(&self.full(prefix)), At::caller());
+    }
+}
+
+/// A stored tensor with transforms, which the host applies when it reads the bytes, so that no copy is made for nothing.
+#[derive(Debug, Clone, Copy)]
+pub struct Source(SourceId);
+
+impl Source {
+    #[track_caller]
+    fn transform(self, kind: u32, ints: &[u64], factor: f64) -> Source {
+        let call = Call::current();
+        Source(call.ops.transform()(call.ctx, self.0, kind, RSlice::from_slice(ints), factor, At::caller()))
+    }
+
+    /// Some rows (entries of the first axis).
+    #[track_caller]
+    pub fn rows(self, range: std::ops::Range<usize>) -> Source {
+        self.transform(abi::TRANSFORM_ROWS, &[range.start as u64, range.end as u64], 0.0)
+    }
+
+    /// Every element plus `number`: norms whose checkpoint stores `w - 1`.
+    #[track_caller]
+    pub fn plus(self, number: f32) -> Source {
+        self.transform(abi::TRANSFORM_PLUS, &[], number.into())
+    }
+
+    /// Every element times `number`.
+    #[track_caller]
+    pub fn times(self, number: f32) -> Source {
+        self.transform(abi::TRANSFORM_SCALE, &[], number.into())
+    }
+
+    /// The last two axes exchanged.
+    #[track_caller]
+    pub fn transpose(self) -> Source {
+        self.transform(abi::TRANSFORM_TRANSPOSE, &[], 0.0)
+    }
+
+    /// The same elements in another shape.
+    #[track_caller]
+    pub fn reshape(self, dims: &[usize]) -> Source {
+        self.transform(abi::TRANSFORM_RESHAPE, &dims.iter().map(|&d| d as u64).collect::<Vec<_>>(), 0.0)
+    }
+
+    /// Sources of one shape along a new first axis.
+    #[track_caller]
+    pub fn stack(parts: &[Source]) -> Source {
+        let (call, ids) = (Call::current(), parts.iter().map(|s| s.0).collect::<Vec<_>>());
+        Source(call.ops.stack()(call.ctx, RSlice::from_slice(&ids), At::caller()))
+    }
+}
+
+#[track_caller]
+fn norm(kind: u32, weight: SourceId, bias: SourceId, dim: usize, eps: f32) -> Slot {
+    let call = Call::current();
+    // An eps printed as 1e-6 is meant as the decimal, which f32 cannot hold; the host computes with the nearest f32 either way.
+    call.ops.norm_layer()(call.ctx, kind, weight, bias, dim as u64, eps as f64, At::caller())
+}
+
+impl Linear {
+    /// A linear layer over transformed sources: weight `[outputs, inputs]`, bias `[outputs]`.
+    #[track_caller]
+    pub fn of(weight: Source, bias: Option<Source>, inputs: usize, outputs: usize) -> Linear {
+        let (call, bias) = (Call::current(), bias.map_or(SourceId::NONE, |b| b.0));
+        Linear(call.ops.linear_layer()(call.ctx, weight.0, bias, inputs as u64, outputs as u64, At::caller()))
+    }
+}
+
+impl RmsNorm {
+    /// A norm over a transformed weight `[dim]`.
+    #[track_caller]
+    pub fn of(weight: Source, dim: usize, eps: f32) -> RmsNorm {
+        RmsNorm(norm(abi::NORM_RMS, weight.0, SourceId::NONE, dim, eps))
+    }
+
+    /// A norm without weight.
+    #[track_caller]
+    pub fn plain(dim: usize, eps: f32) -> RmsNorm {
+        RmsNorm(norm(abi::NORM_RMS, SourceId::NONE, SourceId::NONE, dim, eps))
+    }
+}
+
+impl Parameter {
+    /// A transformed source as a tensor of this shape.
+    #[track_caller]
+    pub fn of(source: Source, dims: &[usize]) -> Parameter {
+        let (call, dims) = (Call::current(), dims.iter().map(|&d| d as u64).collect::<Vec<_>>());
+        Parameter(call.ops.parameter_layer()(call.ctx, source.0, RSlice::from_slice(&dims), At::caller()))
+    }
+}
