@@ -1,0 +1,188 @@
+//! Turns an entry of `tests/fixtures/tiny` (config.json, tensors.json, expected.json) into a checkpoint folder that can be loaded.
+//!
+//! No weights are stored: each value is a pure function of (seed, tensor name, flat index). `tests/fixtures/make_tiny.py` states
+//! the rule and computes the same bits, so that the logits transformers gave for them hold here.
+
+use std::path::{Path, PathBuf};
+
+use safetensors::tensor::{Dtype, TensorView};
+use serde_json::Value;
+
+const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
+
+/// What goes wrong here is a damaged fixture or a full disk: the text is for the author of a test.
+pub type Result<T, E = Box<dyn std::error::Error + Send + Sync>> = std::result::Result<T, E>;
+
+/// The dtype that the weights are stored in. `expected.json` holds for `F32` only.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WeightDtype {
+    /// As generated.
+    F32,
+    /// The generated values, rounded to the nearest bfloat16, ties to even.
+    Bf16,
+}
+
+/// The initialization of one tensor, as `tensors.json` lists it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TensorSpec {
+    /// Name in the checkpoint; it seeds the values.
+    pub name: String,
+    /// Row-major shape.
+    pub shape: Vec<usize>,
+    /// Middle of the uniform distribution.
+    pub center: f64,
+    /// Half of its width, a multiple of 1/256.
+    pub scale: f64,
+}
+
+/// `tensors.json`: every tensor of a checkpoint, in the order of the file.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Checkpoint {
+    /// One per entry, chosen so that no greedy step and no expert choice is a close call.
+    pub seed: u64,
+    /// Sorted by name.
+    pub tensors: Vec<TensorSpec>,
+}
+
+/// `expected.json`: what transformers computed for the checkpoint, in f32 on the CPU.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Expected {
+    /// Token ids.
+    pub prompt: Vec<u32>,
+    /// The six greedy tokens after the prompt, fed one by one through the cache.
+    pub steps: Vec<u32>,
+    /// `[7][vocab]`: row 0 follows the prompt, row `i` follows `steps[i - 1]`.
+    pub logits: Vec<Vec<f32>>,
+    /// The same rows without a cache, where that is known to give something else: rotary frequencies that depend on the
+    /// length so far leave cached keys rotated by the frequencies of their own time.
+    pub uncached_logits: Option<Vec<Vec<f32>>>,
+    /// (tensor, flat index, f32 bits) of some generated values.
+    pub samples: Vec<(String, usize, u32)>,
+}
+
+/// `tests/fixtures/tiny`.
+pub fn fixtures() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/tiny")
+}
+
+/// The folder of every entry, sorted by name.
+pub fn entries() -> Result<Vec<PathBuf>> {
+    let mut entries: Vec<_> =
+        std::fs::read_dir(fixtures())?.map(|e| e.map(|e| e.path())).collect::<Result<_, std::io::Error>>()?;
+    entries.retain(|entry| entry.join("tensors.json").is_file());
+    entries.sort();
+    Ok(entries)
+}
+
+/// Writes `config.json`, `model.safetensors` and a tokenizer with a chat template into `out`, which must exist.
+pub fn write(entry: &Path, out: &Path) -> Result<()> {
+    write_as(entry, out, WeightDtype::F32)
+}
+
+/// [`write`], with the weights in `dtype`.
+pub fn write_as(entry: &Path, out: &Path, dtype: WeightDtype) -> Result<()> {
+    let checkpoint = Checkpoint::read(entry)?;
+    let mut stored = Vec::with_capacity(checkpoint.tensors.len());
+    for tensor in &checkpoint.tensors {
+        let values = tensor.values(checkpoint.seed);
+        let bytes: Vec<u8> = match dtype {
+            WeightDtype::F32 => values.flat_map(f32::to_le_bytes).collect(),
+            WeightDtype::Bf16 => values.flat_map(|value| bf16_bits(value).to_le_bytes()).collect(),
+        };
+        stored.push((tensor, bytes));
+    }
+    let kind = if dtype == WeightDtype::F32 { Dtype::F32 } else { Dtype::BF16 };
+    let views =
+        stored.iter().map(|(tensor, bytes)| Ok((&tensor.name, TensorView::new(kind, tensor.shape.clone(), bytes)?)));
+    let views = views.collect::<Result<Vec<_>>>()?;
+    let metadata = [("format".to_owned(), "pt".to_owned())].into();
+    safetensors::serialize_to_file(views, Some(metadata), &out.join("model.safetensors"))?;
+
+    let mut config = read_json(&entry.join("config.json"))?;
+    crate::tiny_tokenizer::write(&config, out)?;
+    if dtype == WeightDtype::Bf16 {
+        for key in ["torch_dtype", "dtype"] {
+            if config.get(key).is_some() {
+                config[key] = "bfloat16".into();
+            }
+        }
+    }
+    std::fs::write(out.join("config.json"), serde_json::to_string_pretty(&config)?)?;
+    Ok(())
+}
+
+impl Checkpoint {
+    /// Reads `tensors.json` of an entry.
+    pub fn read(entry: &Path) -> Result<Self> {
+        let json = read_json(&entry.join("tensors.json"))?;
+        let tensors = list(&json, "tensors", |tensor| {
+            Some(TensorSpec {
+                name: tensor["name"].as_str()?.to_owned(),
+                shape: tensor["shape"].as_array()?.iter().map(|n| Some(n.as_u64()? as usize)).collect::<Option<_>>()?,
+                center: tensor["center"].as_f64()?,
+                scale: tensor["scale"].as_f64()?,
+            })
+        })?;
+        Ok(Self { seed: json["seed"].as_u64().ok_or("tensors.json: no seed")?, tensors })
+    }
+}
+
+impl Expected {
+    /// Reads `expected.json` of an entry.
+    pub fn read(entry: &Path) -> Result<Self> {
+        let json = read_json(&entry.join("expected.json"))?;
+        let id = |id: &Value| Some(id.as_u64()? as u32);
+        // Decimals with the digits of an f32 read back to it through f64 too: double rounding needs far more digits.
+        let row = |row: &Value| row.as_array()?.iter().map(|x| Some(x.as_f64()? as f32)).collect::<Option<Vec<_>>>();
+        let sample = |s: &Value| Some((s[0].as_str()?.to_owned(), s[1].as_u64()? as usize, s[2].as_u64()? as u32));
+        Ok(Self {
+            prompt: list(&json, "prompt", id)?,
+            steps: list(&json, "steps", id)?,
+            logits: list(&json, "logits", row)?,
+            uncached_logits: json.get("uncached_logits").map(|_| list(&json, "uncached_logits", row)).transpose()?,
+            samples: list(&json, "samples", sample)?,
+        })
+    }
+}
+
+impl TensorSpec {
+    /// The values in row-major order.
+    pub fn values(&self, seed: u64) -> impl Iterator<Item = f32> + use<> {
+        let start = fnv1a(&self.name) ^ seed;
+        let (center, scale) = (self.center, self.scale);
+        (0..self.shape.iter().product::<usize>() as u64).map(move |index| {
+            let bits = splitmix64(start.wrapping_add(index.wrapping_mul(GOLDEN))) >> 40;
+            // 24 bits times n/256, plus a small integer: exact in f64, so the cast rounds once.
+            (center + scale * (bits as f64 / 8_388_608.0 - 1.0)) as f32
+        })
+    }
+}
+
+/// Fowler-Noll-Vo 1a, 64 bits.
+fn fnv1a(name: &str) -> u64 {
+    name.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
+}
+
+/// One step of Steele, Lea and Flood's generator (2014).
+fn splitmix64(x: u64) -> u64 {
+    let x = x.wrapping_add(GOLDEN);
+    let x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    x ^ (x >> 31)
+}
+
+/// Nearest bfloat16, ties to even; the generated values are all finite.
+fn bf16_bits(value: f32) -> u16 {
+    let bits = value.to_bits();
+    (bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16) as u16
+}
+
+fn read_json(path: &Path) -> Result<Value> {
+    let text = std::fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?;
+    serde_json::from_str(&text).map_err(|error| format!("{}: {error}", path.display()).into())
+}
+
+fn list<T>(json: &Value, key: &str, read: impl Fn(&Value) -> Option<T>) -> Result<Vec<T>> {
+    let items = json[key].as_array().ok_or_else(|| format!("no list {key:?}"))?;
+    items.iter().map(|item| read(item).ok_or_else(|| format!("{key}: cannot read {item}").into())).collect()
+}

@@ -1,0 +1,84 @@
+//! Holds the generated checkpoints to what make_tiny.py wrote down: the same bits, the same files, a tokenizer that fits.
+
+use safetensors::SafeTensors;
+use tests::tiny::{self, Checkpoint, Expected, WeightDtype};
+
+#[test]
+fn rust_and_python_generate_the_same_bits() {
+    let entries = tiny::entries().unwrap();
+    assert!(entries.len() >= 20, "only {} entries in {}", entries.len(), tiny::fixtures().display());
+    for entry in entries {
+        let checkpoint = Checkpoint::read(&entry).unwrap();
+        let samples = Expected::read(&entry).unwrap().samples;
+        assert!(samples.len() >= 12, "{}", entry.display());
+        for (name, index, bits) in samples {
+            let tensor = checkpoint.tensors.iter().find(|tensor| tensor.name == name).unwrap();
+            let value = tensor.values(checkpoint.seed).nth(index).unwrap();
+            assert_eq!(value.to_bits(), bits, "{}: {name}[{index}] is {value}", entry.display());
+        }
+    }
+}
+
+#[test]
+fn a_written_checkpoint_holds_every_tensor_in_the_order_of_the_list() {
+    for entry in tiny::entries().unwrap() {
+        let out = tempfile::tempdir().unwrap();
+        tiny::write(&entry, out.path()).unwrap();
+        let bytes = std::fs::read(out.path().join("model.safetensors")).unwrap();
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        let checkpoint = Checkpoint::read(&entry).unwrap();
+        let mut offset = None;
+        for tensor in &checkpoint.tensors {
+            let view = file.tensor(&tensor.name).unwrap();
+            assert_eq!(view.shape(), tensor.shape);
+            let stored = view.data().chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap()));
+            assert!(stored.eq(tensor.values(checkpoint.seed)), "{}: {}", entry.display(), tensor.name);
+            let at = view.data().as_ptr() as usize;
+            assert!(offset.is_none_or(|last| last < at), "{}: {} is out of order", entry.display(), tensor.name);
+            offset = Some(at);
+        }
+        assert_eq!(file.len(), checkpoint.tensors.len());
+    }
+}
+
+#[test]
+fn bf16_weights_are_the_f32_ones_rounded_to_nearest() {
+    let entry = tiny::fixtures().join("llama");
+    let out = tempfile::tempdir().unwrap();
+    tiny::write_as(&entry, out.path(), WeightDtype::Bf16).unwrap();
+    let bytes = std::fs::read(out.path().join("model.safetensors")).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let checkpoint = Checkpoint::read(&entry).unwrap();
+    for tensor in &checkpoint.tensors {
+        let view = file.tensor(&tensor.name).unwrap();
+        for (pair, exact) in view.data().chunks_exact(2).zip(tensor.values(checkpoint.seed)) {
+            let rounded = f32::from_bits(u32::from(u16::from_le_bytes(pair.try_into().unwrap())) << 16);
+            assert!((rounded - exact).abs() <= exact.abs() / 256.0, "{}: {exact} became {rounded}", tensor.name);
+        }
+    }
+    let config = std::fs::read_to_string(out.path().join("config.json")).unwrap();
+    assert!(config.contains(r#""torch_dtype": "bfloat16""#), "{config}");
+}
+
+#[test]
+fn every_tokenizer_has_exactly_one_token_per_row_of_the_embedding() {
+    for entry in tiny::entries().unwrap() {
+        let out = tempfile::tempdir().unwrap();
+        tiny::write(&entry, out.path()).unwrap();
+        let tokenizer = std::fs::read_to_string(out.path().join("tokenizer.json")).unwrap();
+        let tokenizer: serde_json::Value = serde_json::from_str(&tokenizer).unwrap();
+        let vocab = tokenizer["model"]["vocab"].as_object().unwrap();
+        let mut ids: Vec<_> = vocab.values().map(|id| id.as_u64().unwrap() as usize).collect();
+        ids.sort();
+        let checkpoint = Checkpoint::read(&entry).unwrap();
+        let embedding = checkpoint.tensors.iter().find(|t| t.name.ends_with("embed_tokens.weight")).unwrap();
+        assert!(ids.into_iter().eq(0..embedding.shape[0]), "{}", entry.display());
+        for merge in tokenizer["model"]["merges"].as_array().unwrap() {
+            let merge = merge.as_str().unwrap();
+            let (left, right) = merge.split_once(' ').unwrap();
+            for token in [left, right, &format!("{left}{right}")] {
+                assert!(vocab.contains_key(token), "{}: merge {merge:?} needs {token:?}", entry.display());
+            }
+        }
+    }
+}
