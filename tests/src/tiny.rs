@@ -51,7 +51,7 @@ pub struct Expected {
     pub prompt: Vec<u32>,
     /// The six greedy tokens after the prompt, fed one by one through the cache.
     pub steps: Vec<u32>,
-    /// `[7][vocab]`: row 0 follows the prompt, row `i` follows `steps[i - 1]`.
+    /// `[7][vocab]`, to six decimals: row 0 follows the prompt, row `i` follows `steps[i - 1]`.
     pub logits: Vec<Vec<f32>>,
     /// The same rows without a cache, where that is known to give something else: rotary frequencies that depend on the
     /// length so far leave cached keys rotated by the frequencies of their own time.
@@ -132,7 +132,6 @@ impl Expected {
     pub fn read(entry: &Path) -> Result<Self> {
         let json = read_json(&entry.join("expected.json"))?;
         let id = |id: &Value| Some(id.as_u64()? as u32);
-        // Decimals with the digits of an f32 read back to it through f64 too: double rounding needs far more digits.
         let row = |row: &Value| row.as_array()?.iter().map(|x| Some(x.as_f64()? as f32)).collect::<Option<Vec<_>>>();
         let sample = |s: &Value| Some((s[0].as_str()?.to_owned(), s[1].as_u64()? as usize, s[2].as_u64()? as u32));
         Ok(Self {
