@@ -90,9 +90,9 @@ impl Weights {
         LayerNorm(norm(abi::NORM_LAYER, weight.0, bias, dim, eps))
     }
 
-    /// Routed feed-forward experts below `name`: stacked (`switch_mlp.gate_proj.weight`) or one by one (`0.gate_proj.weight`).
+    /// Routed feed-forward experts: stacked (`switch_mlp.gate_proj.weight`) or one by one (`experts.0.gate_proj.weight`).
     #[track_caller]
-    pub fn experts(&self, name: &str, experts: usize, dim: usize, hidden: usize) -> Experts {
+    pub fn experts(&self, experts: usize, dim: usize, hidden: usize) -> Experts {
         let call = Call::current();
         let spec = ExpertsSpec {
             size: size_of::<ExpertsSpec>() as u32,
@@ -101,7 +101,7 @@ impl Weights {
             dim: dim as u64,
             hidden: hidden as u64,
         };
-        Experts(call.ops.experts_layer()(call.ctx, RStr::from_str(&self.full(name)), &spec, At::caller()))
+        Experts(call.ops.experts_layer()(call.ctx, RStr::from_str(&self.prefix), &spec, At::caller()))
     }
 
     /// A tensor used as it is.

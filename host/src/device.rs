@@ -1,0 +1,84 @@
+//! Where a model computes and in which precision.
+//!
+//! On the CPU activations are always f32, whatever the dtype: no CPU here adds bf16 numbers, and rounding after each op would only lose
+//! time and digits. There `dtype` says how wide the KV cache is, and how wide weights may be. On GPUs it is the type of everything.
+
+use crate::error::{Error, Result};
+use candle_core::{DType, Device};
+
+/// `--device`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DeviceChoice {
+    /// The GPU that this build supports and this machine has, else the CPU.
+    #[default]
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// The first NVIDIA GPU; needs a build with `--features cuda`.
+    Cuda,
+    /// Apple's GPU; builds on macOS have it.
+    Metal,
+}
+
+/// `--dtype`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DtypeChoice {
+    /// The checkpoint's.
+    #[default]
+    Auto,
+    /// IEEE single.
+    Float32,
+    /// The upper half of a single.
+    Bfloat16,
+    /// IEEE half.
+    Float16,
+}
+
+/// A device with the precision that a model has there.
+#[derive(Clone, Debug)]
+pub struct Placement {
+    /// Where tensors lie.
+    pub device: Device,
+    /// The type of KV caches, and on GPUs of activations and dense weights.
+    pub dtype: DType,
+    /// Whether dylm's own CPU kernels do the heavy ops; candle does them otherwise.
+    pub native: bool,
+}
+
+impl Placement {
+    /// Opens the device. `checkpoint` is the type that `auto` means.
+    pub fn new(device: DeviceChoice, dtype: DtypeChoice, checkpoint: DType) -> Result<Self> {
+        let device = open(device)?;
+        let dtype = match dtype {
+            DtypeChoice::Auto => checkpoint,
+            DtypeChoice::Float32 => DType::F32,
+            DtypeChoice::Bfloat16 => DType::BF16,
+            DtypeChoice::Float16 => DType::F16,
+        };
+        Ok(Placement { native: device.is_cpu(), device, dtype })
+    }
+
+    /// The CPU without dylm's own kernels: how a GPU's path is tested where there is no GPU.
+    pub fn candle_on_cpu() -> Self {
+        Placement { device: Device::Cpu, dtype: DType::F32, native: false }
+    }
+
+    /// The type of activations.
+    pub fn activations(&self) -> DType {
+        if self.device.is_cpu() { DType::F32 } else { self.dtype }
+    }
+}
+
+fn open(choice: DeviceChoice) -> Result<Device> {
+    let missing = |name: &str, e: candle_core::Error| {
+        Error::Device(format!("--device {name}: {}; use --device cpu", e.to_string().lines().next().unwrap_or_default()))
+    };
+    match choice {
+        DeviceChoice::Cpu => Ok(Device::Cpu),
+        DeviceChoice::Cuda => Device::new_cuda(0).map_err(|e| missing("cuda", e)),
+        DeviceChoice::Metal => Device::new_metal(0).map_err(|e| missing("metal", e)),
+        DeviceChoice::Auto if cfg!(feature = "cuda") => Ok(Device::new_cuda(0).unwrap_or(Device::Cpu)),
+        DeviceChoice::Auto if cfg!(target_os = "macos") => Ok(Device::new_metal(0).unwrap_or(Device::Cpu)),
+        DeviceChoice::Auto => Ok(Device::Cpu),
+    }
+}

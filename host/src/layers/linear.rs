@@ -1,0 +1,29 @@
+//! `x · Wᵀ + b`, whatever W is packed in, with the adapter that somebody laid over it.
+
+use super::{adapted::Adapter, weight::Weight};
+use candle_core::Tensor;
+
+/// A linear layer.
+pub struct Linear {
+    /// `[outputs, inputs]`
+    pub weight: Weight,
+    /// `[outputs]`
+    pub bias: Option<Tensor>,
+    /// LoRA or DoRA.
+    pub adapter: Option<Adapter>,
+}
+
+impl Linear {
+    /// `[.., inputs]` -> `[.., outputs]`
+    pub fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        let y = self.weight.matmul(x)?;
+        let y = match &self.adapter {
+            Some(adapter) => adapter.apply(x, y)?,
+            None => y,
+        };
+        match &self.bias {
+            Some(bias) => y.broadcast_add(bias),
+            None => Ok(y),
+        }
+    }
+}

@@ -1,0 +1,28 @@
+//! The layers with weights, as they run: what a plugin's slots stand for once the checkpoint is read.
+
+pub mod adapted;
+pub mod embedding;
+pub mod experts;
+pub mod linear;
+pub mod norm;
+pub mod rope;
+pub mod slices;
+pub mod weight;
+
+use candle_core::Tensor;
+
+/// One slot of a model.
+pub enum Layer {
+    /// `x · Wᵀ + b`
+    Linear(linear::Linear),
+    /// A table of vectors.
+    Embedding(embedding::Embedding),
+    /// RMSNorm or LayerNorm.
+    Norm(norm::Norm),
+    /// Routed experts.
+    Experts(experts::Experts),
+    /// A tensor as it is.
+    Parameter(Tensor),
+    /// Rotary angles.
+    Rope(rope::Rope),
+}

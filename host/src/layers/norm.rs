@@ -1,0 +1,54 @@
+//! RMSNorm and LayerNorm over the last axis, always computed in f32.
+
+use super::slices::{filled, with_f32};
+use crate::kernels::cpu;
+use candle_core::{D, DType, Tensor};
+
+/// A norm; the weight is kept in f32.
+pub struct Norm {
+    /// Subtract the mean first (LayerNorm).
+    pub centred: bool,
+    /// `[dim]`, on the model's device.
+    pub weight: Option<Tensor>,
+    /// `[dim]`
+    pub bias: Option<Tensor>,
+    /// Added under the root.
+    pub eps: f32,
+    /// Whether dylm's own kernel does it.
+    pub native: bool,
+}
+
+impl Norm {
+    /// The same shape and type.
+    pub fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        if self.native && !self.centred && self.bias.is_none() { self.rms_on_cpu(x) } else { self.by_candle(x) }
+    }
+
+    fn rms_on_cpu(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        let dim = x.dim(D::Minus1)?;
+        let run = |weight: Option<&[f32]>| {
+            with_f32(x, |x| filled(x.len(), |out| cpu::rms_norm(x, weight, self.eps, dim, out)))?
+        };
+        let y = match &self.weight {
+            Some(weight) => with_f32(weight, |w| run(Some(w)))?,
+            None => run(None),
+        };
+        y?.reshape(x.dims())
+    }
+
+    fn by_candle(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        let mut y = x.to_dtype(DType::F32)?;
+        if self.centred {
+            y = y.broadcast_sub(&y.mean_keepdim(D::Minus1)?)?;
+        }
+        let scale = (y.sqr()?.mean_keepdim(D::Minus1)? + self.eps as f64)?.sqrt()?;
+        y = y.broadcast_div(&scale)?;
+        if let Some(weight) = &self.weight {
+            y = y.broadcast_mul(weight)?;
+        }
+        if let Some(bias) = &self.bias {
+            y = y.broadcast_add(bias)?;
+        }
+        y.to_dtype(x.dtype())
+    }
+}

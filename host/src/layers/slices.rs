@@ -1,0 +1,31 @@
+//! candle tensors on the CPU <-> plain slices, for dylm's own kernels. Nothing is copied for a tensor that lies in one piece.
+
+use candle_core::{CpuStorage, Device, Result, Storage, Tensor, bail};
+
+/// Lends the numbers of an f32 tensor on the CPU.
+pub fn with_f32<R>(t: &Tensor, f: impl FnOnce(&[f32]) -> R) -> Result<R> {
+    let t = t.contiguous()?;
+    let (storage, layout) = t.storage_and_layout();
+    match (&*storage, layout.contiguous_offsets()) {
+        (Storage::Cpu(CpuStorage::F32(numbers)), Some((start, end))) => Ok(f(&numbers[start..end])),
+        _ => bail!("expected f32 on the cpu, got {:?}", t.dtype()),
+    }
+}
+
+/// Lends the ids of a u32 tensor on the CPU.
+pub fn with_u32<R>(t: &Tensor, f: impl FnOnce(&[u32]) -> R) -> Result<R> {
+    let t = t.contiguous()?;
+    let (storage, layout) = t.storage_and_layout();
+    match (&*storage, layout.contiguous_offsets()) {
+        (Storage::Cpu(CpuStorage::U32(numbers)), Some((start, end))) => Ok(f(&numbers[start..end])),
+        _ => bail!("expected u32 on the cpu, got {:?}", t.dtype()),
+    }
+}
+
+/// A tensor of `dims` whose numbers `fill` writes.
+pub fn filled(dims: impl Into<candle_core::Shape>, fill: impl FnOnce(&mut [f32])) -> Result<Tensor> {
+    let shape = dims.into();
+    let mut numbers = vec![0.0; shape.elem_count()];
+    fill(&mut numbers);
+    Tensor::from_vec(numbers, shape, &Device::Cpu)
+}

@@ -1,0 +1,87 @@
+//! A matrix of weights where it will be used: packed for dylm's own CPU kernels, or a tensor for candle on a GPU.
+//!
+//! On the CPU nothing is converted or copied: the kernels read the checkpoint's mapped bytes. On a GPU packed weights are dequantized
+//! when they are loaded, until dylm has its own kernels there.
+
+use super::slices::{filled, with_f32};
+use crate::{
+    device::Placement,
+    error::Result,
+    kernels::cpu::{Float, Format, Matrix},
+};
+use candle_core::{DType, Tensor};
+
+/// A matrix `[rows, cols]` = `[outputs, inputs]`.
+#[derive(Clone)]
+pub enum Weight {
+    /// For the CPU kernels.
+    Packed(Matrix),
+    /// For candle, in the placement's type.
+    Dense(Tensor),
+}
+
+impl Weight {
+    /// Brings a matrix to where it is used. A dense one that is wider than `dtype` is narrowed; a narrower one stays, exactly.
+    pub fn place(matrix: Matrix, place: &Placement) -> Result<Self> {
+        if !place.native {
+            return Ok(Weight::Dense(dense(&matrix, place)?));
+        }
+        let wanted = match place.dtype {
+            DType::BF16 => Float::BF16,
+            DType::F16 => Float::F16,
+            _ => Float::F32,
+        };
+        Ok(Weight::Packed(match matrix.format() {
+            Format::Dense(is) if is != wanted && wanted != Float::F32 => {
+                let mut numbers = vec![0.0; matrix.rows() * matrix.cols()];
+                matrix.dequantize_rows(0..matrix.rows(), &mut numbers);
+                Matrix::quantize(&numbers, matrix.rows(), matrix.cols(), Format::Dense(wanted))?
+            }
+            _ => matrix,
+        }))
+    }
+
+    /// Outputs.
+    pub fn rows(&self) -> usize {
+        match self {
+            Weight::Packed(m) => m.rows(),
+            Weight::Dense(t) => t.dims()[0],
+        }
+    }
+
+    /// x `[.., inputs]` -> `x · Wᵀ` `[.., outputs]`
+    pub fn matmul(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        let mut dims = x.dims().to_vec();
+        if let Some(last) = dims.last_mut() {
+            *last = self.rows();
+        }
+        match self {
+            Weight::Packed(m) => with_f32(x, |x| filled(dims, |out| m.matmul(x, out)))?,
+            Weight::Dense(w) => {
+                let rows = x.elem_count() / w.dims()[1].max(1);
+                x.reshape((rows, w.dims()[1]))?.matmul(&w.t()?)?.reshape(dims)
+            }
+        }
+    }
+
+    /// Rows by id: `[ids]` -> `[ids, inputs]`.
+    pub fn gather(&self, ids: &Tensor) -> candle_core::Result<Tensor> {
+        match self {
+            Weight::Packed(m) => super::slices::with_u32(ids, |ids| filled((ids.len(), m.cols()), |out| m.gather_rows(ids, out)))?,
+            Weight::Dense(w) => w.index_select(ids, 0),
+        }
+    }
+
+    /// All numbers, in f32.
+    pub fn numbers(&self) -> candle_core::Result<Tensor> {
+        match self {
+            Weight::Packed(m) => filled((m.rows(), m.cols()), |out| m.dequantize_rows(0..m.rows(), out)),
+            Weight::Dense(w) => w.to_dtype(DType::F32),
+        }
+    }
+}
+
+fn dense(matrix: &Matrix, place: &Placement) -> Result<Tensor> {
+    let numbers = filled((matrix.rows(), matrix.cols()), |out| matrix.dequantize_rows(0..matrix.rows(), out))?;
+    Ok(numbers.to_dtype(place.activations())?.to_device(&place.device)?)
+}

@@ -1,0 +1,245 @@
+//! A value of the running step: numbers, or only their shape (the dry run), or the first failure on the way to them.
+//! Here are the ops that need neither weights nor sequence: shapes are checked first, by one rule for both kinds of run.
+
+use candle_core::{D, DType, Tensor};
+use std::rc::Rc;
+
+/// Why an op gave nothing.
+#[derive(Clone, Debug)]
+pub enum Fault {
+    /// This op failed; its name and place are still to be added.
+    New(String),
+    /// An input had failed before; the text is whole.
+    Passed(Rc<String>),
+}
+
+/// What an op gives.
+pub type Outcome<T = Value> = Result<T, Fault>;
+
+/// A tensor as the ops see it.
+#[derive(Clone, Debug)]
+pub enum Value {
+    /// Numbers on the model's device.
+    Real(Tensor),
+    /// A shape alone.
+    Planned(Vec<usize>),
+    /// What went wrong, and where.
+    Failed(Rc<String>),
+}
+
+/// A fault of the op at hand, formatted.
+macro_rules! fault {
+    ($($t:tt)*) => { $crate::ops::value::Fault::New(format!($($t)*)) };
+}
+pub(crate) use fault;
+
+impl From<candle_core::Error> for Fault {
+    fn from(e: candle_core::Error) -> Self {
+        Fault::New(e.to_string())
+    }
+}
+
+impl Value {
+    /// A shape without numbers.
+    pub fn planned(dims: &[usize]) -> Value {
+        Value::Planned(dims.to_vec())
+    }
+
+    /// The shape, or why there is none.
+    pub fn dims(&self) -> Outcome<&[usize]> {
+        match self {
+            Value::Real(t) => Ok(t.dims()),
+            Value::Planned(dims) => Ok(dims),
+            Value::Failed(f) => Err(Fault::Passed(f.clone())),
+        }
+    }
+
+    /// The last axis' length.
+    pub fn last(&self) -> Outcome<usize> {
+        self.dims()?.last().copied().ok_or_else(|| fault!("a tensor without axes"))
+    }
+
+    /// Either the shape that `dims` states or the numbers that `compute` makes.
+    pub fn make(&self, dims: Vec<usize>, compute: impl FnOnce(&Tensor) -> candle_core::Result<Tensor>) -> Outcome {
+        match self {
+            Value::Real(t) => compute(t).map(Value::Real).map_err(Fault::from),
+            _ => Ok(Value::Planned(dims)),
+        }
+    }
+
+    fn reshaped(&self, dims: Vec<usize>) -> Outcome {
+        self.make(dims.clone(), |t| t.reshape(dims))
+    }
+
+    /// The same shape, other numbers.
+    pub fn map(&self, compute: impl FnOnce(&Tensor) -> candle_core::Result<Tensor>) -> Outcome {
+        self.make(self.dims()?.to_vec(), compute)
+    }
+
+    /// Two tensors, broadcast against each other.
+    pub fn zip(&self, other: &Value, compute: impl FnOnce(&Tensor, &Tensor) -> candle_core::Result<Tensor>) -> Outcome {
+        let dims = broadcast(self.dims()?, other.dims()?)?;
+        match (self, other) {
+            (Value::Real(a), Value::Real(b)) => compute(a, b).map(Value::Real).map_err(Fault::from),
+            _ => Ok(Value::Planned(dims)),
+        }
+    }
+
+    /// Reduces the last axis to length 1.
+    pub fn fold(&self, compute: impl FnOnce(&Tensor) -> candle_core::Result<Tensor>) -> Outcome {
+        self.last()?;
+        let mut dims = self.dims()?.to_vec();
+        *dims.last_mut().ok_or_else(|| fault!("a tensor without axes"))? = 1;
+        self.make(dims, compute)
+    }
+
+    /// `[tokens, heads * head_dim]` -> `[tokens, heads, head_dim]`
+    pub fn split_heads(&self, head_dim: usize) -> Outcome {
+        match *self.dims()? {
+            [tokens, width] if head_dim > 0 && width.is_multiple_of(head_dim) => {
+                self.reshaped(vec![tokens, width / head_dim, head_dim])
+            }
+            ref dims => Err(fault!("{dims:?} is not [tokens, heads * {head_dim}]")),
+        }
+    }
+
+    /// `[tokens, heads, head_dim]` -> `[tokens, heads * head_dim]`
+    pub fn merge_heads(&self) -> Outcome {
+        match *self.dims()? {
+            [tokens, heads, head_dim] => self.reshaped(vec![tokens, heads * head_dim]),
+            ref dims => Err(fault!("{dims:?} is not [tokens, heads, head_dim]")),
+        }
+    }
+
+    /// Entries of the last axis.
+    pub fn narrow(&self, start: usize, len: usize) -> Outcome {
+        let (mut dims, last) = (self.dims()?.to_vec(), self.last()?);
+        if start.checked_add(len).is_none_or(|end| end > last) {
+            return Err(fault!("entries {start}..{start}+{len} of an axis of {last}"));
+        }
+        *dims.last_mut().ok_or_else(|| fault!("a tensor without axes"))? = len;
+        self.make(dims, |t| t.narrow(D::Minus1, start, len)?.contiguous())
+    }
+
+    /// Joins along the last axis.
+    pub fn concat(parts: &[Value]) -> Outcome {
+        let Some(first) = parts.first() else { return Err(fault!("nothing to join")) };
+        let (mut dims, mut width) = (first.dims()?.to_vec(), 0);
+        for part in parts {
+            let (d, lead) = (part.dims()?, dims.len().saturating_sub(1));
+            if d.len() != dims.len() || d[..lead] != dims[..lead] {
+                return Err(fault!("{dims:?} and {d:?} differ before the last axis"));
+            }
+            width += part.last()?;
+        }
+        *dims.last_mut().ok_or_else(|| fault!("a tensor without axes"))? = width;
+        let real: Vec<&Tensor> = parts.iter().filter_map(|p| if let Value::Real(t) = p { Some(t) } else { None }).collect();
+        if real.len() == parts.len() { Tensor::cat(&real, D::Minus1).map(Value::Real).map_err(Fault::from) } else { Ok(Value::Planned(dims)) }
+    }
+
+    /// `[.., n * m]` -> `[.., n, m]`
+    pub fn unflatten(&self, n: usize) -> Outcome {
+        let (mut dims, last) = (self.dims()?.to_vec(), self.last()?);
+        if n == 0 || !last.is_multiple_of(n) {
+            return Err(fault!("an axis of {last} does not split in {n}"));
+        }
+        dims.pop();
+        dims.extend([n, last / n]);
+        self.reshaped(dims)
+    }
+
+    /// `[.., n, m]` -> `[.., n * m]`
+    pub fn flatten(&self) -> Outcome {
+        let mut dims = self.dims()?.to_vec();
+        let (Some(m), Some(n)) = (dims.pop(), dims.pop()) else { return Err(fault!("fewer than two axes to join")) };
+        dims.push(n * m);
+        self.reshaped(dims)
+    }
+
+    /// The last two axes exchanged.
+    pub fn transpose(&self) -> Outcome {
+        let mut dims = self.dims()?.to_vec();
+        let n = dims.len();
+        if n < 2 {
+            return Err(fault!("fewer than two axes to exchange"));
+        }
+        dims.swap(n - 1, n - 2);
+        self.make(dims, |t| t.transpose(D::Minus1, D::Minus2)?.contiguous())
+    }
+
+    /// `[.., n, k] · [.., k, m]`
+    pub fn matmul(&self, other: &Value) -> Outcome {
+        let (a, b) = (self.dims()?, other.dims()?);
+        if a.len() < 2 || b.len() < 2 || a[a.len() - 1] != b[b.len() - 2] {
+            return Err(fault!("{a:?} times {b:?}"));
+        }
+        let mut dims = broadcast(&a[..a.len() - 2], &b[..b.len() - 2])?;
+        dims.extend([a[a.len() - 2], b[b.len() - 1]]);
+        match (self, other) {
+            (Value::Real(a), Value::Real(b)) => a.broadcast_matmul(b).map(Value::Real).map_err(Fault::from),
+            _ => Ok(Value::Planned(dims)),
+        }
+    }
+
+    /// The k largest of the last axis and their indices (u32). By a full sort on devices, which candle limits: see `sort` there.
+    pub fn topk(&self, k: usize) -> Outcome<(Value, Value)> {
+        let (mut dims, last) = (self.dims()?.to_vec(), self.last()?);
+        if k == 0 || k > last {
+            return Err(fault!("the {k} largest of {last}"));
+        }
+        *dims.last_mut().ok_or_else(|| fault!("a tensor without axes"))? = k;
+        let Value::Real(t) = self else { return Ok((Value::Planned(dims.clone()), Value::Planned(dims))) };
+        let rows = t.to_dtype(DType::F32).and_then(|t| t.flatten_all()?.to_vec1::<f32>()).map_err(Fault::from)?;
+        let mut chosen = Vec::with_capacity(rows.len() / last * k);
+        for row in rows.chunks(last) {
+            let mut order: Vec<u32> = (0..last as u32).collect();
+            order.sort_by(|&a, &b| row[b as usize].total_cmp(&row[a as usize]));
+            chosen.extend_from_slice(&order[..k]);
+        }
+        let indices = Tensor::from_vec(chosen, dims, t.device()).map_err(Fault::from)?;
+        let values = t.gather(&indices, D::Minus1).map_err(Fault::from)?;
+        Ok((Value::Real(values), Value::Real(indices)))
+    }
+
+    /// Entries of the last axis by index.
+    pub fn gather(&self, indices: &Value) -> Outcome {
+        let (a, b) = (self.dims()?, indices.dims()?);
+        if a.len() != b.len() || a.is_empty() || a[..a.len() - 1] != b[..b.len() - 1] {
+            return Err(fault!("indices {b:?} into {a:?}"));
+        }
+        let dims = b.to_vec();
+        match (self, indices) {
+            (Value::Real(t), Value::Real(i)) => t.gather(i, D::Minus1).map(Value::Real).map_err(Fault::from),
+            _ => Ok(Value::Planned(dims)),
+        }
+    }
+
+    /// Softmax over the last axis, in f32.
+    pub fn softmax(&self) -> Outcome {
+        self.last()?;
+        self.map(|t| candle_nn::ops::softmax_last_dim(&t.to_dtype(DType::F32)?.contiguous()?)?.to_dtype(t.dtype()))
+    }
+
+    /// log(1 + eˣ), without overflow for large x.
+    pub fn softplus(&self) -> Outcome {
+        self.map(|t| t.relu()? + (t.abs()?.neg()?.exp()? + 1.0)?.log()?)
+    }
+
+    /// 1 where a > b, else 0, in the numbers' own type.
+    pub fn greater(&self, other: &Value) -> Outcome {
+        self.zip(other, |a, b| a.broadcast_gt(b)?.to_dtype(a.dtype()))
+    }
+}
+
+/// The shape of two tensors computed with each other: axes from the right, 1 stretches.
+fn broadcast(a: &[usize], b: &[usize]) -> Outcome<Vec<usize>> {
+    let n = a.len().max(b.len());
+    let axis = |d: &[usize], i: usize| (i + d.len()).checked_sub(n).map_or(1, |i| d[i]);
+    (0..n)
+        .map(|i| match (axis(a, i), axis(b, i)) {
+            (x, y) if x == y || y == 1 => Ok(x),
+            (1, y) => Ok(y),
+            _ => Err(fault!("{a:?} against {b:?}")),
+        })
+        .collect()
+}

@@ -1,0 +1,84 @@
+//! The plan, carried out: each wanted slot becomes a layer with weights, on the device, with its adapter. Slots load in parallel; on the
+//! CPU that means little more than slicing maps.
+
+use super::{
+    plan::Wanted,
+    recipe::{Pantry, Recipe},
+};
+use crate::{
+    adapter::Adapters,
+    device::Placement,
+    error::Result,
+    layers::{Layer, embedding::Embedding, experts::{Expert, Experts}, linear::Linear, norm::Norm, weight::Weight},
+};
+use candle_core::{DType, Tensor};
+
+/// Turns slots into layers.
+pub struct Loader<'a> {
+    /// Where the numbers come from.
+    pub pantry: &'a Pantry,
+    /// Where they go.
+    pub place: &'a Placement,
+    /// What is laid over them.
+    pub adapters: &'a Adapters,
+}
+
+impl Loader<'_> {
+    /// One slot.
+    pub fn load(&self, wanted: &Wanted) -> Result<Layer> {
+        Ok(match wanted {
+            Wanted::Linear { weight, bias, .. } => {
+                let placed = Weight::place(self.pantry.matrix(weight)?, self.place)?;
+                let bias = bias.as_ref().map(|b| self.tensor(b, self.place.activations())).transpose()?;
+                let adapter = match weight.path() {
+                    Some(path) => self.adapters.linear(path, &placed, self.place)?,
+                    None => None,
+                };
+                Layer::Linear(Linear { weight: placed, bias, adapter })
+            }
+            Wanted::Embedding { weight, .. } => {
+                let placed = Weight::place(self.pantry.matrix(weight)?, self.place)?;
+                let adapter = match weight.path() {
+                    Some(path) => self.adapters.embedding(path, self.place)?,
+                    None => None,
+                };
+                Layer::Embedding(Embedding { weight: placed, adapter })
+            }
+            Wanted::Norm { centred, weight, bias, eps, .. } => {
+                let load = |r: &Option<Recipe>| r.as_ref().map(|r| self.tensor(r, DType::F32)).transpose();
+                Layer::Norm(Norm { centred: *centred, weight: load(weight)?, bias: load(bias)?, eps: *eps, native: self.place.native })
+            }
+            Wanted::Experts { gate, up, down, experts, activation, .. } => {
+                let (gate, up, down) = (self.split(gate, *experts)?, self.split(up, *experts)?, self.split(down, *experts)?);
+                let join = |((gate, up), down)| Expert { gate, up, down };
+                let experts = gate.into_iter().zip(up).zip(down).map(join).collect();
+                Layer::Experts(Experts { experts, activation: *activation })
+            }
+            Wanted::Parameter { source, dims } => Layer::Parameter(self.tensor(source, self.place.activations())?.reshape(dims.as_slice())?),
+            Wanted::Rope(rope) => Layer::Rope(rope.clone()),
+        })
+    }
+
+    fn tensor(&self, recipe: &Recipe, dtype: DType) -> Result<Tensor> {
+        let numbers = self.pantry.floats(recipe)?;
+        let count = numbers.len();
+        Ok(Tensor::from_vec(numbers, count, &candle_core::Device::Cpu)?.to_dtype(dtype)?.to_device(&self.place.device)?)
+    }
+
+    /// A stack of matrices, one linear layer each. Per-expert checkpoints are not stacked first: their parts are taken as they lie.
+    fn split(&self, recipe: &Recipe, experts: usize) -> Result<Vec<Linear>> {
+        let matrices = match recipe {
+            Recipe::Stack(parts) => parts.iter().map(|p| self.pantry.matrix(p)).collect::<Result<Vec<_>>>()?,
+            stacked => {
+                let all = self.pantry.matrix(stacked)?;
+                let rows = all.rows() / experts.max(1);
+                (0..experts).filter_map(|e| all.slice_rows(e * rows..(e + 1) * rows)).collect()
+            }
+        };
+        let linear = |(expert, matrix)| {
+            let adapter = self.adapters.expert(recipe.path().unwrap_or_default(), expert, self.place)?;
+            Ok(Linear { weight: Weight::place(matrix, self.place)?, bias: None, adapter })
+        };
+        matrices.into_iter().enumerate().map(linear).collect()
+    }
+}

@@ -1,0 +1,169 @@
+//! What a plugin asked for, against what the checkpoint has: every missing, unused and misshapen tensor in one report, before a byte of
+//! weights is read.
+
+use super::recipe::{Pantry, Recipe};
+use crate::error::{Error, Result};
+use std::collections::BTreeSet;
+
+/// A slot, as the plugin described it.
+#[derive(Debug, Clone)]
+pub enum Wanted {
+    /// weight `[outputs, inputs]`, bias `[outputs]`
+    Linear {
+        /// The matrix.
+        weight: Recipe,
+        /// Added to each row.
+        bias: Option<Recipe>,
+        /// Columns.
+        inputs: usize,
+        /// Rows.
+        outputs: usize,
+    },
+    /// `[vocab, dim]`
+    Embedding {
+        /// The table.
+        weight: Recipe,
+        /// Rows.
+        vocab: usize,
+        /// Columns.
+        dim: usize,
+    },
+    /// weight and bias `[dim]`
+    Norm {
+        /// LayerNorm.
+        centred: bool,
+        /// The factor.
+        weight: Option<Recipe>,
+        /// The summand.
+        bias: Option<Recipe>,
+        /// Length of the last axis.
+        dim: usize,
+        /// Under the root.
+        eps: f32,
+    },
+    /// gate, up `[experts, hidden, dim]` and down `[experts, dim, hidden]`
+    Experts {
+        /// Stacked, or a stack of single ones.
+        gate: Recipe,
+        /// Like `gate`.
+        up: Recipe,
+        /// The way back.
+        down: Recipe,
+        /// How many.
+        experts: usize,
+        /// Outer width.
+        dim: usize,
+        /// Inner width.
+        hidden: usize,
+        /// How gate and up are joined.
+        activation: crate::layers::experts::Activation,
+    },
+    /// A tensor as it is.
+    Parameter {
+        /// What.
+        source: Recipe,
+        /// Its shape.
+        dims: Vec<usize>,
+    },
+    /// Rotary angles; nothing of the checkpoint.
+    Rope(crate::layers::rope::Rope),
+}
+
+impl Wanted {
+    /// The recipes of the slot with the shapes that the plugin stated.
+    pub fn recipes(&self) -> Vec<(&Recipe, Vec<usize>)> {
+        match self {
+            Wanted::Linear { weight, bias, inputs, outputs } => {
+                [(weight, vec![*outputs, *inputs])].into_iter().chain(bias.iter().map(|b| (b, vec![*outputs]))).collect()
+            }
+            Wanted::Embedding { weight, vocab, dim } => vec![(weight, vec![*vocab, *dim])],
+            Wanted::Norm { weight, bias, dim, .. } => weight.iter().chain(bias).map(|r| (r, vec![*dim])).collect(),
+            Wanted::Experts { gate, up, down, experts, dim, hidden, .. } => {
+                let (inner, outer) = (vec![*experts, *hidden, *dim], vec![*experts, *dim, *hidden]);
+                vec![(gate, inner.clone()), (up, inner), (down, outer)]
+            }
+            Wanted::Parameter { source, dims } => vec![(source, dims.clone())],
+            Wanted::Rope(_) => Vec::new(),
+        }
+    }
+
+    /// What to call the slot in messages.
+    pub fn name(&self) -> &str {
+        self.recipes().first().map_or("rope", |(recipe, _)| recipe.path().unwrap_or(recipe.name()))
+    }
+}
+
+/// What was found, sorted by kind.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub struct Report {
+    /// Asked for, not there.
+    pub missing: Vec<String>,
+    /// There, with another shape or in a form that cannot be read.
+    pub misshapen: Vec<String>,
+    /// There, asked for by nobody.
+    pub unused: Vec<String>,
+    /// What the plugin itself complained of.
+    pub complaints: Vec<String>,
+}
+
+/// Differences listed per kind before the rest is only counted.
+const LISTED: usize = 8;
+
+impl Report {
+    /// Compares every slot with the checkpoint. `ignored` are prefixes that the architecture leaves alone.
+    pub fn new(wanted: &[Wanted], pantry: &Pantry, ignored: &[String], complaints: Vec<String>) -> Self {
+        let mut report = Report { complaints, ..Report::default() };
+        let mut used = BTreeSet::new();
+        let mut missing = BTreeSet::new();
+        for (recipe, dims) in wanted.iter().flat_map(Wanted::recipes) {
+            used.extend(pantry.uses(recipe));
+            let mut names = Vec::new();
+            recipe.names(&mut names);
+            let absent: Vec<_> = names.into_iter().filter(|n| pantry.checkpoint.get(n).is_none()).collect();
+            if !absent.is_empty() {
+                missing.extend(absent.into_iter().map(str::to_owned));
+                continue;
+            }
+            match pantry.shape(recipe) {
+                Ok(shape) if shape == dims => {}
+                Ok(shape) => report.misshapen.push(format!("{}: config says {dims:?}, file has {shape:?}", recipe.name())),
+                Err(e) => report.misshapen.push(e.to_string()),
+            }
+        }
+        report.missing = missing.into_iter().collect();
+        let unused = pantry.checkpoint.names().filter(|n| !used.contains(*n) && !ignored.iter().any(|p| n.starts_with(p)));
+        report.unused = unused.map(str::to_owned).collect();
+        report
+    }
+
+    /// Whether files and architecture agree exactly.
+    pub fn agrees(&self) -> bool {
+        *self == Report::default()
+    }
+
+    /// An error that lists every difference, or nothing.
+    pub fn into_result(self, model: &str) -> Result<()> {
+        if self.agrees() { Ok(()) } else { Err(Error::Weights(format!("{model}: {self}"))) }
+    }
+}
+
+impl std::fmt::Display for Report {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if self.agrees() {
+            return write!(f, "all tensors agree with the architecture");
+        }
+        write!(f, "the checkpoint does not fit the architecture")?;
+        let kinds = [("not in the checkpoint", &self.missing), ("", &self.misshapen), ("not used by the architecture", &self.unused), ("", &self.complaints)];
+        for (what, names) in kinds {
+            for name in names.iter().take(LISTED) {
+                let colon = if what.is_empty() { "" } else { ": " };
+                write!(f, "\n  {name}{colon}{what}")?;
+            }
+            if names.len() > LISTED {
+                let what = if what.is_empty() { "of another shape" } else { what };
+                write!(f, "\n  and {} more {what}", names.len() - LISTED)?;
+            }
+        }
+        Ok(())
+    }
+}
