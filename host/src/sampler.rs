@@ -142,7 +142,7 @@ impl Sampler {
         if settings.top_k > 0 {
             filters::top_k(&mut self.candidates, settings.top_k, &mut self.selection);
         }
-        filters::temper(&mut self.candidates, f64::from(settings.temp));
+        filters::temper(&mut self.candidates, f64::from(settings.temp), &mut self.weights);
         total
     }
 }
@@ -165,13 +165,19 @@ pub fn most_likely(logits: &[f32], n: usize) -> Result<Vec<(u32, f32)>> {
 
 /// Finds the most likely token, refusing rows from which nothing can be chosen.
 fn find_top(logits: &[f32]) -> Result<Top> {
-    // One pass without branches; which token is broken is looked up only if one is.
-    let (mut largest, mut sound) = (f32::NEG_INFINITY, true);
-    for &x in logits {
-        sound &= x < f32::INFINITY;
-        largest = if x > largest { x } else { largest };
+    // One pass in lanes, without branches; which token is broken is looked up only if one is.
+    let (mut largest, mut sound) = ([f32::NEG_INFINITY; 16], [true; 16]);
+    let (blocks, rest) = logits.as_chunks::<16>();
+    let mut look = |lane: usize, x: f32| {
+        sound[lane] &= x < f32::INFINITY;
+        largest[lane] = if x > largest[lane] { x } else { largest[lane] };
+    };
+    for block in blocks {
+        (0..16).for_each(|lane| look(lane, block[lane]));
     }
-    if !sound {
+    rest.iter().enumerate().for_each(|(lane, &x)| look(lane, x));
+    let largest = largest.into_iter().fold(f32::NEG_INFINITY, f32::max);
+    if sound.contains(&false) {
         let at = logits.iter().position(|x| x.is_nan() || *x == f32::INFINITY).unwrap_or(0);
         let what = if logits.get(at).is_some_and(|x| x.is_nan()) { "NaN" } else { "infinite" };
         return Err(Error::Generate(format!(
@@ -190,15 +196,17 @@ fn find_top(logits: &[f32]) -> Result<Top> {
     }
 }
 
-/// The token in whose share of the summed weights `uniform` falls; the last one of positive weight if rounding leaves a gap.
-fn pick(uniform: f64, tokens: impl Iterator<Item = (u32, f64)> + Clone) -> Option<u32> {
-    let total: f64 = tokens.clone().map(|(_, weight)| weight).sum();
+/// The token in whose share of the probabilities, added up in order, `uniform` falls; the last one that can be drawn if rounding
+/// leaves the sum short.
+fn pick(uniform: f64, tokens: impl Iterator<Item = (u32, f64)>) -> Option<u32> {
     let (mut below, mut last) = (0.0, None);
-    for (id, weight) in tokens.filter(|(_, weight)| *weight > 0.0) {
-        below += weight;
-        last = Some(id);
-        if uniform * total < below {
-            break;
+    for (id, probability) in tokens {
+        if probability > 0.0 {
+            below += probability;
+            last = Some(id);
+            if uniform < below {
+                break;
+            }
         }
     }
     last

@@ -61,7 +61,7 @@ impl Distribution {
     }
 
     /// The tokens that can be drawn with their probabilities, in ascending order of ids.
-    pub fn iter(&self) -> impl Iterator<Item = (u32, f64)> + Clone {
+    pub fn iter(&self) -> impl Iterator<Item = (u32, f64)> {
         let (ids, probabilities): (&[u32], &[f64]) = match self {
             Distribution::Greedy(id) => (std::slice::from_ref(id), &[1.0]),
             Distribution::Weighted(w) => (&w.ids, &w.probabilities),

@@ -3,6 +3,17 @@
 
 use std::f64::consts::{LN_2, LOG2_E};
 
+/// 1/13!, 1/12!, .. 1/0!.
+const SERIES: [f64; 14] = {
+    let (mut series, mut factorial, mut n) = ([1.0; 14], 1.0, 1);
+    while n < 14 {
+        factorial *= n as f64;
+        series[13 - n] = 1.0 / factorial;
+        n += 1;
+    }
+    series
+};
+
 /// e^x for x <= 0 (negative infinity included) to about 1 part in 10^15; 0 where e^x would be subnormal.
 #[inline]
 pub(crate) fn exp(x: f64) -> f64 {
@@ -16,13 +27,8 @@ pub(crate) fn exp(x: f64) -> f64 {
     let exponent = shifted - ROUND;
     let r = (bounded - exponent * HIGH) - exponent * LOW;
     // Taylor to r^13: |r| <= ln 2 / 2 makes the rest smaller than half a unit in the last place.
-    let mut series = 1.0 / 6_227_020_800.0;
-    for factorial in
-        [479_001_600.0, 39_916_800.0, 3_628_800.0, 362_880.0, 40_320.0, 5_040.0, 720.0, 120.0, 24.0, 6.0, 2.0]
-    {
-        series = series * r + 1.0 / factorial;
-    }
-    let series = (series * r + 1.0) * r + 1.0;
+    let [highest, lower @ ..] = SERIES;
+    let series = lower.iter().fold(highest, |sum, coefficient| sum * r + coefficient);
     let power = f64::from_bits((shifted.to_bits().wrapping_add(1023)) << 52);
     if x < -708.0 { 0.0 } else { series * power }
 }
@@ -40,16 +46,14 @@ pub(crate) fn sum_of_exponentials(logits: &[f32], top: f32) -> f64 {
 }
 
 /// Adds term i to lane i mod 8, then the lanes in order: vectorizable, and the order of the additions is part of the contract.
-fn sum_in_lanes<T: Copy>(values: &[T], term: impl Fn(T) -> f64) -> f64 {
-    let mut lanes = [0.0; 8];
-    let (blocks, rest) = values.as_chunks::<8>();
-    for block in blocks {
-        for (lane, &value) in lanes.iter_mut().zip(block) {
-            *lane += term(value);
+pub(crate) fn sum_in_lanes<T: Copy>(values: &[T], term: impl Fn(T) -> f64) -> f64 {
+    let (mut lanes, mut terms) = ([0.0; 8], [0.0; 64]);
+    for block in values.chunks(terms.len()) {
+        // Terms first, additions after: in one loop neither is vectorized.
+        terms.iter_mut().zip(block).for_each(|(slot, &value)| *slot = term(value));
+        for eight in terms[..block.len()].chunks(8) {
+            lanes.iter_mut().zip(eight).for_each(|(lane, term)| *lane += term);
         }
-    }
-    for (lane, &value) in lanes.iter_mut().zip(rest) {
-        *lane += term(value);
     }
     lanes.iter().sum()
 }

@@ -2,7 +2,7 @@
 //! Each finds the logit at which it cuts by selection on a copy, never by sorting the vocabulary, then drops candidates in place:
 //! the list stays in the order of ids, so that every later sum runs in the same order whatever the selection did.
 
-use crate::sampler::exponential::exp;
+use crate::sampler::exponential::{exp, sum_in_lanes};
 
 /// A token that may still be drawn.
 #[derive(Clone, Copy, Debug)]
@@ -80,16 +80,12 @@ pub(crate) fn top_k(candidates: &mut Vec<Candidate>, k: usize, scratch: &mut Vec
 
 /// Turns weights into the probabilities at a temperature. Measured from the largest logit that is left: XTC may have removed the
 /// row's largest, and at a low temperature everything else would vanish.
-pub(crate) fn temper(candidates: &mut [Candidate], temp: f64) {
+pub(crate) fn temper(candidates: &mut [Candidate], temp: f64, scratch: &mut Vec<f64>) {
     let top = candidates.iter().fold(f32::NEG_INFINITY, |most, c| most.max(c.logit));
-    let mut total = 0.0;
-    for c in candidates.iter_mut() {
-        c.weight = exp((f64::from(c.logit) - f64::from(top)) / temp);
-        total += c.weight;
-    }
-    for c in candidates.iter_mut() {
-        c.weight /= total;
-    }
+    scratch.clear();
+    scratch.extend(candidates.iter().map(|c| exp((f64::from(c.logit) - f64::from(top)) / temp)));
+    let total = sum_in_lanes(scratch, |weight| weight);
+    candidates.iter_mut().zip(scratch).for_each(|(c, weight)| c.weight = *weight / total);
 }
 
 /// Membership in the n largest logits, asked in the order of ids.
