@@ -2,6 +2,11 @@
 
 pub mod error;
 pub mod kernels;
+pub mod processors;
+pub mod sampler;
+pub mod speculate;
+pub mod statistics;
+pub mod stop;
 pub mod weights;
 
 pub use error::{Error, Result};
