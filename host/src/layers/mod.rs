@@ -1,6 +1,7 @@
 //! The layers with weights, as they run: what a plugin's slots stand for once the checkpoint is read.
 
 pub mod adapted;
+pub mod attention;
 pub mod embedding;
 pub mod experts;
 pub mod linear;

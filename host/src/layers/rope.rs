@@ -1,6 +1,9 @@
 //! Rotary position angles: one frequency for each pair of lanes, after whichever scaling config.json's `rope_scaling` asks for.
 //! <https://arxiv.org/abs/2104.09864>; YaRN: <https://arxiv.org/abs/2309.00071>; LongRoPE: <https://arxiv.org/abs/2402.13753>
 
+use super::slices::with_f32;
+use crate::{device::Placement, kernels::cpu};
+use candle_core::{D, DType, Tensor};
 use serde_json::Value;
 use std::{borrow::Cow, f64::consts::TAU};
 
@@ -109,6 +112,11 @@ impl Rope {
         Ok(Rope { dims, inv_freq: frequencies.into_iter().map(|f| f as f32).collect(), amplitude: amplitude as f32, by_length })
     }
 
+    /// Angles of 0, in place of a rope that could not be made.
+    pub fn none() -> Self {
+        Rope { dims: 0, inv_freq: Vec::new(), amplitude: 1.0, by_length: ByLength::Never }
+    }
+
     /// The frequencies for a text of `len` tokens. Keys that were cached while it was shorter keep theirs, as in transformers.
     pub fn frequencies(&self, len: usize) -> Cow<'_, [f32]> {
         match &self.by_length {
@@ -120,6 +128,64 @@ impl Rope {
             ByLength::Long { long, original } if len as f64 > *original => Cow::Borrowed(long),
             _ => Cow::Borrowed(&self.inv_freq),
         }
+    }
+}
+
+/// The tokens of one sequence in a step.
+pub struct Span {
+    /// Position of the first.
+    pub offset: usize,
+    /// How many.
+    pub len: usize,
+    /// How long the text is known to become.
+    pub horizon: usize,
+}
+
+impl Rope {
+    /// Turns x `[tokens, heads, head_dim]`; the tokens are those of `spans`, one after the other.
+    pub fn rotate(&self, x: &Tensor, spans: &[Span], interleaved: bool, place: &Placement) -> candle_core::Result<Tensor> {
+        if self.dims == 0 {
+            return Ok(x.clone());
+        }
+        let (_, heads, head_dim) = x.dims3()?;
+        let mut turned = Vec::with_capacity(spans.len());
+        let mut start = 0;
+        for span in spans {
+            let rows = x.narrow(0, start, span.len)?;
+            start += span.len;
+            let inv_freq = self.frequencies((span.offset + span.len).max(span.horizon));
+            let positions: Vec<u32> = (span.offset..span.offset + span.len).map(|p| p as u32).collect();
+            turned.push(if place.native {
+                let mut numbers = with_f32(&rows, <[f32]>::to_vec)?;
+                cpu::rope(&mut numbers, &positions, heads, head_dim, &inv_freq, interleaved, self.amplitude);
+                Tensor::from_vec(numbers, rows.shape(), x.device())?
+            } else {
+                self.rotate_by_candle(&rows, &positions, &inv_freq, interleaved)?
+            });
+        }
+        match turned.len() {
+            1 => Ok(turned.remove(0)),
+            _ => Tensor::cat(&turned, 0),
+        }
+    }
+
+    fn rotate_by_candle(&self, x: &Tensor, positions: &[u32], inv_freq: &[f32], interleaved: bool) -> candle_core::Result<Tensor> {
+        let (tokens, heads, head_dim) = x.dims3()?;
+        let half = self.dims / 2;
+        let angle = |&p: &u32| inv_freq.iter().map(move |&f| (p as f64 * f as f64) as f32);
+        let angles: Vec<f32> = positions.iter().flat_map(angle).collect();
+        let angles = Tensor::from_vec(angles, (tokens, 1, half), x.device())?;
+        let amplitude = self.amplitude as f64;
+        let (cos, sin) = (angles.cos()?.affine(amplitude, 0.0)?, angles.sin()?.affine(amplitude, 0.0)?);
+        let (lanes, rest) = (x.narrow(D::Minus1, 0, self.dims)?.to_dtype(DType::F32)?, head_dim - self.dims);
+        // Pairs as [.., half, 2] (neighbours) or [.., 2, half] (halves).
+        let pairs = if interleaved { lanes.reshape((tokens, heads, half, 2))? } else { lanes.reshape((tokens, heads, 2, half))? };
+        let axis = if interleaved { 3 } else { 2 };
+        let (a, b) = (pairs.narrow(axis, 0, 1)?.squeeze(axis)?, pairs.narrow(axis, 1, 1)?.squeeze(axis)?);
+        let first = (a.broadcast_mul(&cos)? - b.broadcast_mul(&sin)?)?;
+        let second = (b.broadcast_mul(&cos)? + a.broadcast_mul(&sin)?)?;
+        let turned = Tensor::stack(&[&first, &second], axis)?.reshape((tokens, heads, self.dims))?.to_dtype(x.dtype())?;
+        if rest == 0 { Ok(turned) } else { Tensor::cat(&[&turned, &x.narrow(D::Minus1, self.dims, rest)?], D::Minus1) }
     }
 }
 

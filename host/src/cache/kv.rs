@@ -1,0 +1,128 @@
+//! Keys and values of one layer, in the order of time, with the position that each entry had.
+//!
+//! Two rules drop entries: a layer's own sliding window, and `max_kv_size`, which keeps the first few tokens and the last ones. Both are
+//! rules about positions ("which keys does the query at p see"), so the result does not depend on how a prompt was cut into chunks.
+//! Entries leave in blocks of `SLACK`, which costs little memory, moves little, and leaves room to go back a few tokens.
+
+use super::{CacheOptions, KEEP, rows::Table};
+use crate::device::Placement;
+use candle_core::{Result, Tensor};
+use plugin_api::abi::CacheSpec;
+
+/// Entries kept beyond what is needed, so that dropping is rare and speculative decoding can take tokens back.
+const SLACK: usize = 256;
+
+/// The cache of one layer.
+#[derive(Clone)]
+pub struct KvCache {
+    /// Keys.
+    pub keys: Table,
+    /// Values.
+    pub values: Table,
+    /// Where each entry stood in its sequence.
+    pub positions: Vec<u32>,
+    /// `[heads, dim]` of a key, `[heads, dim]` of a value; known from the first tokens on.
+    pub shape: Option<[usize; 4]>,
+    window: Option<usize>,
+    options: CacheOptions,
+}
+
+/// Which keys a query sees, beside "none of the future".
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sight {
+    /// The last so many, the query's own included.
+    pub window: Option<usize>,
+    /// And the first so many of the sequence, whatever the window.
+    pub keep: usize,
+}
+
+impl KvCache {
+    /// An empty cache.
+    pub fn new(spec: &CacheSpec, place: &Placement, options: CacheOptions) -> Self {
+        let window = (spec.window > 0).then_some(spec.window as usize);
+        KvCache { keys: Table::new(place), values: Table::new(place), positions: Vec::new(), shape: None, window, options }
+    }
+
+    /// What a query sees, given the window of its own attention.
+    pub fn sight(&self, window: Option<usize>) -> Sight {
+        match (window, self.options.max_kv_size) {
+            (Some(window), Some(max)) if window > max => Sight { window: Some(max - KEEP), keep: KEEP },
+            (Some(window), _) => Sight { window: Some(window), keep: 0 },
+            (None, Some(max)) => Sight { window: Some(max - KEEP), keep: KEEP },
+            (None, None) => Sight { window: None, keep: 0 },
+        }
+    }
+
+    /// Appends keys `[tokens, heads, dim]` and values given as f32 slices (CPU kernels), for tokens from `offset` on.
+    pub fn append(&mut self, keys: &[f32], values: &[f32], offset: usize, tokens: usize) {
+        self.keys.extend(keys);
+        self.values.extend(values);
+        self.positions.extend((offset..offset + tokens).map(|p| p as u32));
+    }
+
+    /// The same for candle tensors.
+    pub fn append_tensors(&mut self, keys: &Tensor, values: &Tensor, offset: usize, tokens: usize) -> Result<()> {
+        self.keys.extend_tensor(keys)?;
+        self.values.extend_tensor(values)?;
+        self.positions.extend((offset..offset + tokens).map(|p| p as u32));
+        Ok(())
+    }
+
+    /// Row widths of keys and values.
+    fn widths(&self) -> [usize; 2] {
+        self.shape.map_or([0, 0], |[heads, dim, v_heads, v_dim]| [heads * dim, v_heads * v_dim])
+    }
+
+    fn remove(&mut self, from: usize, to: usize) -> Result<()> {
+        let [k, v] = self.widths();
+        self.keys.remove(from, to, k)?;
+        self.values.remove(from, to, v)?;
+        self.positions.drain(from..to);
+        Ok(())
+    }
+
+    /// After a step that ended at `offset`: drops what no later query will see, and packs what is to be packed.
+    pub fn settle(&mut self, offset: usize) -> Result<()> {
+        let Sight { window, keep } = self.sight(self.window);
+        if let Some(window) = window {
+            let pinned = self.positions.partition_point(|&p| (p as usize) < keep);
+            let oldest = (offset + 1).saturating_sub(window) as u32;
+            let stale = self.positions.partition_point(|&p| p < oldest);
+            if stale >= pinned + 2 * SLACK {
+                self.remove(pinned, stale - SLACK)?;
+            }
+        }
+        let packable = self.widths().iter().all(|w| w % self.options.kv_group_size == 0)
+            && self.shape.is_some_and(|[_, dim, _, v_dim]| dim % self.options.kv_group_size == 0 && v_dim % self.options.kv_group_size == 0);
+        if let Some(bits) = self.options.kv_bits
+            && packable
+            && offset >= self.options.quantized_kv_start
+            && !matches!(self.keys, Table::Packed { .. })
+        {
+            let group = self.options.kv_group_size;
+            (self.keys, self.values) = (self.keys.packed(bits, group)?, self.values.packed(bits, group)?);
+        }
+        Ok(())
+    }
+
+    /// Whether everything that a query at `offset` would see is still here.
+    pub fn can_trim_to(&self, offset: usize) -> bool {
+        let Sight { window, keep } = self.sight(self.window);
+        let oldest = window.map_or(0, |w| (offset + 1).saturating_sub(w));
+        // Dropping leaves one gap, between the kept tokens and the rest: the entry after it tells.
+        let rest = self.positions.iter().position(|&p| p as usize >= keep.max(1)).map(|i| self.positions[i] as usize);
+        rest.is_none_or(|first| first <= oldest.max(keep.max(1)))
+    }
+
+    /// Forgets entries at `offset` and later.
+    pub fn trim_to(&mut self, offset: usize) {
+        let from = self.positions.partition_point(|&p| (p as usize) < offset);
+        // The tables and the positions have equal lengths, so this cannot fail.
+        let _ = self.remove(from, self.positions.len());
+    }
+
+    /// Bytes held.
+    pub fn bytes(&self) -> usize {
+        self.keys.bytes() + self.values.bytes()
+    }
+}

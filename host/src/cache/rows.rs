@@ -1,0 +1,151 @@
+//! A growing table of keys or values: one row of `[heads, dim]` for each remembered token, in the cache's own type.
+
+use crate::{
+    device::Placement,
+    kernels::cpu::{attention::Rows, quantize_rows},
+};
+use candle_core::{DType, Result, Tensor};
+use half::{bf16, f16};
+
+/// The table.
+#[derive(Clone)]
+pub enum Table {
+    /// On the CPU, exactly.
+    F32(Vec<f32>),
+    /// On the CPU, halved.
+    F16(Vec<f16>),
+    /// On the CPU, halved.
+    BF16(Vec<bf16>),
+    /// On the CPU, packed in groups along `dim`.
+    Packed {
+        /// Packed values.
+        data: Vec<u8>,
+        /// One a group.
+        scales: Vec<f32>,
+        /// One a group.
+        biases: Vec<f32>,
+        /// Bits a value.
+        bits: u32,
+        /// Values a group.
+        group: usize,
+    },
+    /// For candle: `[entries, heads, dim]`, or nothing yet.
+    Tensor(Option<Tensor>),
+}
+
+impl Table {
+    /// An empty table for the placement.
+    pub fn new(place: &Placement) -> Self {
+        match (place.native, place.dtype) {
+            (false, _) => Table::Tensor(None),
+            (true, DType::BF16) => Table::BF16(Vec::new()),
+            (true, DType::F16) => Table::F16(Vec::new()),
+            (true, _) => Table::F32(Vec::new()),
+        }
+    }
+
+    /// Appends rows given as f32.
+    pub fn extend(&mut self, rows: &[f32]) {
+        match self {
+            Table::F32(table) => table.extend_from_slice(rows),
+            Table::F16(table) => table.extend(rows.iter().map(|&x| f16::from_f32(x))),
+            Table::BF16(table) => table.extend(rows.iter().map(|&x| bf16::from_f32(x))),
+            Table::Packed { data, scales, biases, bits, group } => quantize_rows(rows, *bits, *group, data, scales, biases),
+            Table::Tensor(_) => {}
+        }
+    }
+
+    /// Appends `[tokens, heads, dim]`.
+    pub fn extend_tensor(&mut self, rows: &Tensor) -> Result<()> {
+        if let Table::Tensor(table) = self {
+            *table = Some(match table.take() {
+                Some(old) => Tensor::cat(&[&old, rows], 0)?,
+                None => rows.contiguous()?,
+            });
+        }
+        Ok(())
+    }
+
+    /// Drops entries `from..to`; a row has `width` values.
+    pub fn remove(&mut self, from: usize, to: usize, width: usize) -> Result<()> {
+        let range = from * width..to * width;
+        match self {
+            Table::F32(table) => drop(table.drain(range)),
+            Table::F16(table) => drop(table.drain(range)),
+            Table::BF16(table) => drop(table.drain(range)),
+            Table::Packed { data, scales, biases, bits, group } => {
+                data.drain(range.start * *bits as usize / 8..range.end * *bits as usize / 8);
+                scales.drain(range.start / *group..range.end / *group);
+                biases.drain(range.start / *group..range.end / *group);
+            }
+            Table::Tensor(table) => {
+                if let Some(old) = table.take() {
+                    let entries = old.dim(0)?;
+                    let (head, tail) = (old.narrow(0, 0, from)?, old.narrow(0, to, entries - to)?);
+                    *table = match (from, entries - to) {
+                        (0, 0) => None,
+                        (_, 0) => Some(head.contiguous()?),
+                        (0, _) => Some(tail.contiguous()?),
+                        _ => Some(Tensor::cat(&[&head, &tail], 0)?),
+                    };
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The rows for the CPU's attention kernel; none for a candle tensor.
+    pub fn rows(&self) -> Option<Rows<'_>> {
+        Some(match self {
+            Table::F32(table) => Rows::F32(table),
+            Table::F16(table) => Rows::F16(table),
+            Table::BF16(table) => Rows::BF16(table),
+            Table::Packed { data, scales, biases, bits, group } => {
+                Rows::Affine { data, scales, biases, bits: *bits, group: *group }
+            }
+            Table::Tensor(_) => return None,
+        })
+    }
+
+    /// All numbers, in f32, row after row.
+    pub fn numbers(&self) -> Result<Vec<f32>> {
+        Ok(match self {
+            Table::F32(table) => table.clone(),
+            Table::F16(table) => table.iter().map(|x| x.to_f32()).collect(),
+            Table::BF16(table) => table.iter().map(|x| x.to_f32()).collect(),
+            Table::Packed { data, scales, biases, bits, group } => unpack(data, scales, biases, *bits, *group),
+            Table::Tensor(None) => Vec::new(),
+            Table::Tensor(Some(t)) => t.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?,
+        })
+    }
+
+    /// The same rows, packed from now on.
+    pub fn packed(&self, bits: u32, group: usize) -> Result<Table> {
+        let mut table = Table::Packed { data: Vec::new(), scales: Vec::new(), biases: Vec::new(), bits, group };
+        table.extend(&self.numbers()?);
+        Ok(table)
+    }
+
+    /// Memory held.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Table::F32(table) => table.len() * 4,
+            Table::F16(table) => table.len() * 2,
+            Table::BF16(table) => table.len() * 2,
+            Table::Packed { data, scales, biases, .. } => data.len() + 4 * (scales.len() + biases.len()),
+            Table::Tensor(table) => table.as_ref().map_or(0, |t| t.elem_count() * t.dtype().size_in_bytes()),
+        }
+    }
+}
+
+/// Undoes the packing: a little-endian bit stream within each group.
+fn unpack(data: &[u8], scales: &[f32], biases: &[f32], bits: u32, group: usize) -> Vec<f32> {
+    let bytes = group * bits as usize / 8;
+    let value = |bytes: &[u8], i: usize| {
+        let (bit, mask) = (i * bits as usize, (1u16 << bits) - 1);
+        let word = bytes[bit / 8] as u16 | (bytes.get(bit / 8 + 1).copied().unwrap_or(0) as u16) << 8;
+        (word >> (bit % 8) & mask) as f32
+    };
+    let groups = data.chunks_exact(bytes).zip(scales.iter().zip(biases));
+    groups.flat_map(|(bytes, (scale, bias))| (0..group).map(move |i| value(bytes, i) * scale + bias)).collect()
+}

@@ -1,0 +1,293 @@
+//! A checkpoint and a plugin, made into a model: planned against the files' headers, loaded, and run step by step.
+
+use crate::{
+    adapter::Adapters,
+    cache::{CacheOptions, State},
+    config::Config,
+    device::{DeviceChoice, DtypeChoice, Placement},
+    error::{Error, Result},
+    layers::Layer,
+    ops::{
+        arena::Arena,
+        building::Building,
+        running::{Part, Running},
+        table::Call,
+        value::Value,
+    },
+    plugin::{
+        library::{Library, Object},
+        note::Note,
+        registry::Registry,
+    },
+    weights::{
+        checkpoint::Checkpoint,
+        load::Loader,
+        plan::{Report, Wanted},
+        recipe::{Pantry, float},
+    },
+};
+use candle_core::{DType, Tensor};
+use rayon::prelude::*;
+use std::{cell::RefCell, path::PathBuf};
+
+/// A model that an architecture has described and no weights have been read for.
+pub struct Plan {
+    /// config.json, merged.
+    pub config: Config,
+    /// The plugin's file.
+    pub plugin: PathBuf,
+    /// The plugin's note.
+    pub note: Note,
+    /// How the checkpoint differs from what the architecture asks for.
+    pub report: Report,
+    pantry: Pantry,
+    object: Object,
+    wanted: Vec<Wanted>,
+}
+
+/// A model that runs.
+pub struct Model {
+    /// config.json, merged.
+    pub config: Config,
+    /// Where and how precisely it runs.
+    pub place: Placement,
+    object: Object,
+    wanted: Vec<Wanted>,
+    layers: Vec<Layer>,
+}
+
+/// Which rows of a sequence's new tokens the caller wants logits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Want {
+    /// None: the tokens only join the cache.
+    Nothing,
+    /// The last token's.
+    Last,
+    /// All of them.
+    All,
+}
+
+/// One sequence's part of a step.
+pub struct Input<'a> {
+    /// Its memory.
+    pub state: &'a mut State,
+    /// Its new tokens.
+    pub tokens: &'a [u32],
+    /// Which logits.
+    pub want: Want,
+}
+
+impl Plan {
+    /// Finds the plugin, lets it describe the model, and compares that with the checkpoint, reading headers only.
+    pub fn new(config: Config, checkpoint: Checkpoint, registry: &Registry) -> Result<Self> {
+        let found = registry.resolve(&config.model_type)?;
+        let library = Library::open(&found)?;
+        let pantry = Pantry { checkpoint: plain_names(checkpoint, &config)?, quantization: config.quantization().cloned() };
+        let json = serde_json::Value::Object(config.json().clone());
+        let call = Call::Building(RefCell::new(Building::new(&pantry, &json)));
+        let object = library.create(call.ctx(), &config.text())?;
+        let Call::Building(building) = call else { unreachable!("made as Building above") };
+        let Building { wanted, ignored, complaints, .. } = building.into_inner();
+        let report = Report::new(&wanted, &pantry, &ignored, complaints);
+        Ok(Plan { config, plugin: found.path, note: found.note, report, pantry, object, wanted })
+    }
+
+    /// Runs the architecture on shapes alone, which finds most mistakes of a plugin before gigabytes are read.
+    pub fn dry_run(&self) -> Result<()> {
+        let place = Placement::new(DeviceChoice::Cpu, DtypeChoice::Float32, DType::F32)?;
+        let engine = Engine { object: &self.object, wanted: &self.wanted, layers: &[], place: &place };
+        engine.run(Vec::new(), Value::planned(&[3]), |_| Ok(None)).map(drop)
+    }
+
+    /// Parameters, by what the architecture asks for.
+    pub fn parameters(&self) -> u64 {
+        self.wanted.iter().flat_map(Wanted::recipes).map(|(_, dims)| dims.iter().product::<usize>() as u64).sum()
+    }
+
+    /// Bytes of weights in the files, scales included.
+    pub fn weight_bytes(&self) -> u64 {
+        self.pantry.checkpoint.total_bytes()
+    }
+
+    /// The checkpoint's tensors, by the names that plugins use.
+    pub fn checkpoint(&self) -> &Checkpoint {
+        &self.pantry.checkpoint
+    }
+
+    /// The float type that most of the checkpoint's numbers have, or are computed in.
+    pub fn dtype(&self) -> DType {
+        let stated = self.config.get("torch_dtype").or(self.config.get("dtype")).and_then(|v| v.as_str().map(str::to_owned));
+        match stated.as_deref().map(|s| s.trim_start_matches("torch.")) {
+            Some("bfloat16") => DType::BF16,
+            Some("float16") => DType::F16,
+            Some("float32") => DType::F32,
+            _ => {
+                let first = self.pantry.checkpoint.iter().filter(|(_, t)| t.shape.len() > 1).find_map(|(_, t)| float(t.dtype));
+                match first {
+                    Some(crate::kernels::cpu::Float::F16) => DType::F16,
+                    Some(crate::kernels::cpu::Float::F32) => DType::F32,
+                    _ => DType::BF16,
+                }
+            }
+        }
+    }
+
+    /// Reads the weights. `progress` is called with the number of slots done and of all.
+    pub fn load(self, place: Placement, adapters: &Adapters, progress: &(dyn Fn(usize, usize) + Sync)) -> Result<Model> {
+        self.report.clone().into_result(&self.config.model_type)?;
+        self.dry_run()?;
+        let loader = Loader { pantry: &self.pantry, place: &place, adapters };
+        let done = std::sync::atomic::AtomicUsize::new(0);
+        let load = |wanted: &Wanted| {
+            let layer = loader.load(wanted);
+            progress(done.fetch_add(1, std::sync::atomic::Ordering::Relaxed) + 1, self.wanted.len());
+            layer
+        };
+        let layers = self.wanted.par_iter().map(load).collect::<Result<Vec<_>>>()?;
+        adapters.refuse_unused()?;
+        Ok(Model { config: self.config, place, object: self.object, wanted: self.wanted, layers })
+    }
+}
+
+/// The names that plugins use: those of a language model alone, where the checkpoint is of a larger one that wraps it.
+fn plain_names(checkpoint: Checkpoint, config: &Config) -> Result<Checkpoint> {
+    let wrapper = config.get("text_config").is_some() || checkpoint.names().any(|n| n.starts_with("language_model."));
+    checkpoint.rename(|name| {
+        // Tables that old exporters stored and every loader computes.
+        if name.ends_with("rotary_emb.inv_freq") {
+            return None;
+        }
+        if !wrapper {
+            return Some(name.to_owned());
+        }
+        let text = name.strip_prefix("language_model.").or_else(|| name.strip_prefix("model.language_model."));
+        match text {
+            Some(text) if name.starts_with("model.") => Some(format!("model.{text}")),
+            Some(text) => Some(text.to_owned()),
+            None if name.starts_with("lm_head.") => Some(name.to_owned()),
+            // What is left of a wrapper is its towers and projectors.
+            None => None,
+        }
+    })
+}
+
+impl Model {
+    /// An empty memory for one sequence.
+    pub fn state(&self, options: &CacheOptions) -> Result<State> {
+        State::new(&self.object.caches, &self.place, options)
+    }
+
+    /// The width of a row of logits, as config.json states it; the architecture's head decides.
+    pub fn vocab_size(&self) -> Option<usize> {
+        self.config.get("vocab_size").and_then(|v| v.as_u64()).map(|v| v as usize)
+    }
+
+    /// One step for any number of sequences: their new tokens join their caches, and the wanted rows of logits come back, in f32, one
+    /// list a sequence. If it fails, every cache is as it was before.
+    pub fn step(&self, inputs: &mut [Input]) -> Result<Vec<Vec<Vec<f32>>>> {
+        let ids: Vec<u32> = inputs.iter().flat_map(|i| i.tokens.iter().copied()).collect();
+        if ids.is_empty() {
+            return Ok(vec![Vec::new(); inputs.len()]);
+        }
+        if let Some((id, vocab)) = self.vocab_size().and_then(|v| Some((ids.iter().find(|&&id| id as usize >= v)?, v))) {
+            return Err(Error::Generate(format!("token {id} is beyond the model's vocabulary of {vocab}: does the tokenizer belong to this model?")));
+        }
+        let mut rows = Vec::new();
+        let mut counts = Vec::with_capacity(inputs.len());
+        let mut start = 0;
+        for input in inputs.iter() {
+            let end = start + input.tokens.len();
+            let wanted = match input.want {
+                Want::Nothing => 0,
+                Want::Last => input.tokens.len().min(1),
+                Want::All => input.tokens.len(),
+            };
+            rows.extend((end - wanted..end).map(|r| r as u32));
+            counts.push(wanted);
+            start = end;
+        }
+        let before: Vec<usize> = inputs.iter().map(|i| i.state.offset).collect();
+        let logits = self.run(inputs, ids, rows);
+        match logits {
+            Ok(mut logits) => {
+                for input in inputs.iter_mut() {
+                    let offset = input.state.offset + input.tokens.len();
+                    input.state.offset = offset;
+                    input.state.horizon = input.state.horizon.max(offset);
+                    for layer in &mut input.state.layers {
+                        layer.settle(offset)?;
+                    }
+                }
+                Ok(counts.iter().map(|&n| logits.drain(..n).collect()).collect())
+            }
+            Err(e) => {
+                for (input, offset) in inputs.iter_mut().zip(before) {
+                    input.state.layers.iter_mut().for_each(|l| l.trim_to(offset));
+                }
+                Err(e)
+            }
+        }
+    }
+
+    fn run(&self, inputs: &mut [Input], ids: Vec<u32>, rows: Vec<u32>) -> Result<Vec<Vec<f32>>> {
+        let mut start = 0;
+        let mut parts = Vec::with_capacity(inputs.len());
+        for input in inputs.iter_mut() {
+            let tokens = start..start + input.tokens.len();
+            start = tokens.end;
+            if !tokens.is_empty() {
+                parts.push(Part { state: &mut *input.state, tokens });
+            }
+        }
+        let count = ids.len();
+        let tokens = Tensor::from_vec(ids, count, &self.place.device)?;
+        let engine = Engine { object: &self.object, wanted: &self.wanted, layers: &self.layers, place: &self.place };
+        let select = |hidden: &Value| match hidden {
+            Value::Real(hidden) if rows.len() < count => {
+                let index = Tensor::from_vec(rows.clone(), rows.len(), &self.place.device)?;
+                Ok((!rows.is_empty()).then_some(Value::Real(hidden.index_select(&index, 0)?)))
+            }
+            all => Ok(Some(all.clone())),
+        };
+        match engine.run(parts, Value::Real(tokens), select)? {
+            Some(Value::Real(logits)) => Ok(logits.to_dtype(DType::F32)?.to_vec2::<f32>()?),
+            _ => Ok(Vec::new()),
+        }
+    }
+}
+
+/// What one call of a plugin needs, loaded or not.
+struct Engine<'a> {
+    object: &'a Object,
+    wanted: &'a [Wanted],
+    layers: &'a [Layer],
+    place: &'a Placement,
+}
+
+impl Engine<'_> {
+    /// `forward`, then `head` on the rows that `select` leaves, if any.
+    fn run(&self, parts: Vec<Part>, tokens: Value, select: impl FnOnce(&Value) -> Result<Option<Value>>) -> Result<Option<Value>> {
+        let dry = matches!(tokens, Value::Planned(_));
+        let caches = self.object.caches.len();
+        let running = Running { arena: Arena::default(), wanted: self.wanted, layers: self.layers, place: self.place, parts, caches };
+        let call = Call::Running(RefCell::new(running));
+        let Call::Running(cell) = &call else { unreachable!("made as Running above") };
+
+        let tokens = cell.borrow_mut().arena.put(tokens);
+        let hidden = self.object.forward(call.ctx(), tokens)?;
+        let hidden = take(cell, hidden, "forward")?;
+        let Some(chosen) = (if dry { Some(hidden) } else { select(&hidden)? }) else { return Ok(None) };
+        let chosen = cell.borrow_mut().arena.put(chosen);
+        let logits = self.object.head(call.ctx(), chosen)?;
+        Ok(Some(take(cell, logits, "head")?))
+    }
+}
+
+/// The value that a plugin returned, or the first failure on the way to it.
+fn take(running: &RefCell<Running>, handle: plugin_api::abi::Handle, what: &str) -> Result<Value> {
+    match running.borrow_mut().arena.get(handle) {
+        Ok(Value::Failed(first)) => Err(Error::plugin(first.to_string())),
+        Ok(value) => Ok(value),
+        Err(_) => Err(Error::plugin(format!("the plugin's {what} returned no tensor of this step"))),
+    }
+}

@@ -1,0 +1,156 @@
+//! The building ops: a plugin names sources and layers, the host writes them down and checks nothing yet. Problems that make a request
+//! senseless are collected, so that one report has them all.
+
+use crate::{
+    layers::{experts::Activation, rope::Rope},
+    weights::{
+        plan::Wanted,
+        recipe::{Pantry, Recipe},
+    },
+};
+use plugin_api::abi::{self, Slot, SourceId};
+use serde_json::Value as Json;
+use std::rc::Rc;
+
+/// More slots than any model has.
+const MOST_SLOTS: usize = 1_000_000;
+
+/// Everything a plugin said while it built a model.
+pub struct Building<'a> {
+    /// The checkpoint, by the names that plugins use.
+    pub pantry: &'a Pantry,
+    /// config.json.
+    pub config: &'a Json,
+    sources: Vec<Rc<Recipe>>,
+    /// The slots, in order.
+    pub wanted: Vec<Wanted>,
+    /// Prefixes of tensors that the architecture leaves alone.
+    pub ignored: Vec<String>,
+    /// What the plugin, or the host about it, has to say.
+    pub complaints: Vec<String>,
+}
+
+impl<'a> Building<'a> {
+    /// Nothing said yet.
+    pub fn new(pantry: &'a Pantry, config: &'a Json) -> Self {
+        Building { pantry, config, sources: Vec::new(), wanted: Vec::new(), ignored: Vec::new(), complaints: Vec::new() }
+    }
+
+    fn put(&mut self, recipe: Recipe) -> SourceId {
+        if self.sources.len() >= MOST_SLOTS {
+            return SourceId::NONE;
+        }
+        self.sources.push(Rc::new(recipe));
+        SourceId(self.sources.len() as u32)
+    }
+
+    fn slot(&mut self, wanted: Wanted) -> Slot {
+        if self.wanted.len() >= MOST_SLOTS {
+            return Slot(u32::MAX);
+        }
+        self.wanted.push(wanted);
+        Slot(self.wanted.len() as u32 - 1)
+    }
+
+    fn recipe(&mut self, id: SourceId) -> Rc<Recipe> {
+        match (id.0 as usize).checked_sub(1).and_then(|i| self.sources.get(i)) {
+            Some(recipe) => recipe.clone(),
+            None => {
+                self.complaints.push("the plugin used a source that it was never given".into());
+                Rc::new(Recipe::Stored("a source that was never given".into()))
+            }
+        }
+    }
+
+    fn some(&mut self, id: SourceId) -> Option<Recipe> {
+        (id != SourceId::NONE).then(|| (*self.recipe(id)).clone())
+    }
+
+    pub fn has(&self, name: &str) -> bool {
+        self.pantry.checkpoint.get(name).is_some()
+    }
+
+    pub fn source(&mut self, name: &str) -> SourceId {
+        self.put(Recipe::Stored(name.to_owned()))
+    }
+
+    pub fn transform(&mut self, source: SourceId, kind: u32, ints: &[u64], factor: f64) -> SourceId {
+        let inner = self.recipe(source);
+        let ints: Vec<usize> = ints.iter().map(|&i| i as usize).collect();
+        let recipe = match (kind, ints.as_slice()) {
+            (abi::TRANSFORM_ROWS, &[from, to]) => Recipe::Rows(inner, from, to),
+            (abi::TRANSFORM_PLUS, []) => Recipe::Affine(inner, 1.0, factor as f32),
+            (abi::TRANSFORM_SCALE, []) => Recipe::Affine(inner, factor as f32, 0.0),
+            (abi::TRANSFORM_TRANSPOSE, []) => Recipe::Transpose(inner),
+            (abi::TRANSFORM_RESHAPE, dims) => Recipe::Reshape(inner, dims.to_vec()),
+            _ => {
+                self.complaints.push(format!("{}: the plugin asks for transform {kind}, which this dylm does not have", inner.name()));
+                return source;
+            }
+        };
+        self.put(recipe)
+    }
+
+    pub fn stack(&mut self, sources: &[SourceId]) -> SourceId {
+        let parts = sources.iter().map(|&s| self.recipe(s)).collect();
+        self.put(Recipe::Stack(parts))
+    }
+
+    pub fn linear_layer(&mut self, weight: SourceId, bias: SourceId, inputs: u64, outputs: u64) -> Slot {
+        let (weight, bias) = ((*self.recipe(weight)).clone(), self.some(bias));
+        self.slot(Wanted::Linear { weight, bias, inputs: inputs as usize, outputs: outputs as usize })
+    }
+
+    pub fn embedding_layer(&mut self, weight: SourceId, vocab: u64, dim: u64) -> Slot {
+        let weight = (*self.recipe(weight)).clone();
+        self.slot(Wanted::Embedding { weight, vocab: vocab as usize, dim: dim as usize })
+    }
+
+    pub fn norm_layer(&mut self, kind: u32, weight: SourceId, bias: SourceId, dim: u64, eps: f64) -> Slot {
+        if !matches!(kind, abi::NORM_RMS | abi::NORM_LAYER) {
+            self.complaints.push(format!("the plugin asks for norm {kind}, which this dylm does not have"));
+        }
+        let (weight, bias) = (self.some(weight), self.some(bias));
+        self.slot(Wanted::Norm { centred: kind == abi::NORM_LAYER, weight, bias, dim: dim as usize, eps: eps as f32 })
+    }
+
+    /// Experts come stacked (MLX's `switch_mlp`) or one by one; where neither is there, the report names the latter.
+    pub fn experts_layer(&mut self, prefix: &str, spec: &abi::ExpertsSpec) -> Slot {
+        let activation = match spec.activation {
+            abi::EXPERTS_SWIGLU => Activation::Swiglu,
+            abi::EXPERTS_GEGLU => Activation::Geglu,
+            other => {
+                self.complaints.push(format!("{prefix}: the plugin asks for experts of kind {other}, which this dylm does not have"));
+                Activation::Swiglu
+            }
+        };
+        let stacked = self.has(&format!("{prefix}switch_mlp.gate_proj.weight"));
+        let experts = spec.experts.min(MOST_SLOTS as u64) as usize;
+        let recipe = |part: &str| match stacked {
+            true => Recipe::Stored(format!("{prefix}switch_mlp.{part}.weight")),
+            false => Recipe::Stack((0..experts).map(|e| Rc::new(Recipe::Stored(format!("{prefix}experts.{e}.{part}.weight")))).collect()),
+        };
+        let (gate, up, down) = (recipe("gate_proj"), recipe("up_proj"), recipe("down_proj"));
+        self.slot(Wanted::Experts { gate, up, down, experts, dim: spec.dim as usize, hidden: spec.hidden as usize, activation })
+    }
+
+    pub fn parameter_layer(&mut self, source: SourceId, dims: &[u64]) -> Slot {
+        let source = (*self.recipe(source)).clone();
+        self.slot(Wanted::Parameter { source, dims: dims.iter().map(|&d| d as usize).collect() })
+    }
+
+    pub fn rope_layer(&mut self, dims: u64, base: f64, scaling: &str) -> Slot {
+        let scaling = if scaling.is_empty() { Ok(Json::Null) } else { serde_json::from_str(scaling) };
+        let rope = scaling
+            .map_err(|e| format!("config.json: rope_scaling: {e}"))
+            .and_then(|scaling| Rope::new(dims.min(1 << 20) as usize, base, &scaling, self.config));
+        let rope = rope.unwrap_or_else(|complaint| {
+            // Every layer asks for the same rope; one complaint is enough.
+            if !self.complaints.contains(&complaint) {
+                self.complaints.push(complaint);
+            }
+            Rope::none()
+        });
+        self.slot(Wanted::Rope(rope))
+    }
+}

@@ -1,0 +1,175 @@
+//! The running ops that need weights or the sequence. The same code serves the dry run, where values are shapes only: then slots are
+//! what the plugin wanted, not yet layers.
+
+use super::{
+    arena::Arena,
+    value::{Outcome, Value, fault},
+};
+use crate::{
+    cache::State,
+    device::Placement,
+    layers::{Layer, attention, rope},
+    weights::plan::Wanted,
+};
+use plugin_api::abi::{AttendSpec, Handle, Slot};
+use std::ops::Range;
+
+/// A sequence's share of a step.
+pub struct Part<'a> {
+    /// Its memory.
+    pub state: &'a mut State,
+    /// Its tokens among the step's.
+    pub tokens: Range<usize>,
+}
+
+/// One call of `forward` or `head`.
+pub struct Running<'a> {
+    /// The step's tensors.
+    pub arena: Arena,
+    /// What each slot wants, for its name and shapes.
+    pub wanted: &'a [Wanted],
+    /// The slots' layers; empty in a dry run.
+    pub layers: &'a [Layer],
+    /// Where it runs.
+    pub place: &'a Placement,
+    /// The sequences of the step.
+    pub parts: Vec<Part<'a>>,
+    /// Windows and kinds of the declared caches, for the dry run.
+    pub caches: usize,
+}
+
+impl Running<'_> {
+    fn wanted(&self, slot: Slot) -> Outcome<&Wanted> {
+        self.wanted.get(slot.0 as usize).ok_or_else(|| fault!("a layer that this model does not have"))
+    }
+
+    fn layer(&self, slot: Slot) -> Outcome<&Layer> {
+        self.layers.get(slot.0 as usize).ok_or_else(|| fault!("a layer that is not loaded"))
+    }
+
+    /// What to call a slot in messages.
+    pub fn name(&self, slot: Slot) -> String {
+        self.wanted.get(slot.0 as usize).map(|w| w.name().to_owned()).unwrap_or_default()
+    }
+
+    fn with_last(x: &Value, expected: usize, last: usize) -> Outcome<Vec<usize>> {
+        let mut dims = x.dims()?.to_vec();
+        match dims.last_mut() {
+            Some(width) if *width == expected => *width = last,
+            _ => return Err(fault!("input {dims:?}, it takes [.., {expected}]")),
+        }
+        Ok(dims)
+    }
+
+    pub fn embed(&mut self, slot: Slot, ids: Handle) -> Outcome {
+        let ids = self.arena.get(ids)?;
+        let Wanted::Embedding { dim, .. } = self.wanted(slot)? else { return Err(fault!("this layer is no embedding")) };
+        let mut dims = ids.dims()?.to_vec();
+        dims.push(*dim);
+        let layer = self.layer(slot);
+        ids.make(dims, |ids| match layer {
+            Ok(Layer::Embedding(e)) => e.forward(ids),
+            _ => candle_core::bail!("this layer is not loaded"),
+        })
+    }
+
+    pub fn unembed(&mut self, slot: Slot, x: Handle) -> Outcome {
+        let x = self.arena.get(x)?;
+        let Wanted::Embedding { dim, vocab, .. } = self.wanted(slot)? else { return Err(fault!("this layer is no embedding")) };
+        let (dims, layer) = (Self::with_last(&x, *dim, *vocab)?, self.layer(slot));
+        x.make(dims, |x| match layer {
+            Ok(Layer::Embedding(e)) => e.as_linear(x),
+            _ => candle_core::bail!("this layer is not loaded"),
+        })
+    }
+
+    pub fn linear(&mut self, slot: Slot, x: Handle) -> Outcome {
+        let x = self.arena.get(x)?;
+        let Wanted::Linear { inputs, outputs, .. } = self.wanted(slot)? else { return Err(fault!("this layer is not linear")) };
+        let (dims, layer) = (Self::with_last(&x, *inputs, *outputs)?, self.layer(slot));
+        x.make(dims, |x| match layer {
+            Ok(Layer::Linear(l)) => l.forward(x),
+            _ => candle_core::bail!("this layer is not loaded"),
+        })
+    }
+
+    pub fn norm(&mut self, slot: Slot, x: Handle) -> Outcome {
+        let x = self.arena.get(x)?;
+        let Wanted::Norm { dim, .. } = self.wanted(slot)? else { return Err(fault!("this layer is no norm")) };
+        let (dims, layer) = (Self::with_last(&x, *dim, *dim)?, self.layer(slot));
+        x.make(dims, |x| match layer {
+            Ok(Layer::Norm(n)) => n.forward(x),
+            _ => candle_core::bail!("this layer is not loaded"),
+        })
+    }
+
+    pub fn experts(&mut self, slot: Slot, x: Handle, chosen: Handle, weights: Handle) -> Outcome {
+        let (x, chosen, weights) = (self.arena.get(x)?, self.arena.get(chosen)?, self.arena.get(weights)?);
+        let Wanted::Experts { dim, .. } = self.wanted(slot)? else { return Err(fault!("this layer has no experts")) };
+        let dims = Self::with_last(&x, *dim, *dim)?;
+        if chosen.dims()? != weights.dims()? || chosen.dims()?.len() != 2 || chosen.dims()?[0] != dims[0] {
+            return Err(fault!("x {dims:?}, chosen {:?}, weights {:?}", chosen.dims()?, weights.dims()?));
+        }
+        match (&x, &chosen, &weights) {
+            (Value::Real(x), Value::Real(chosen), Value::Real(weights)) => match self.layer(slot)? {
+                Layer::Experts(e) => Ok(Value::Real(e.forward(x, chosen, weights)?)),
+                _ => Err(fault!("this layer has no experts")),
+            },
+            _ => Ok(Value::Planned(dims)),
+        }
+    }
+
+    pub fn parameter(&mut self, slot: Slot) -> Outcome {
+        let Wanted::Parameter { dims, .. } = self.wanted(slot)? else { return Err(fault!("this layer is no tensor")) };
+        match self.layer(slot) {
+            Ok(Layer::Parameter(t)) => Ok(Value::Real(t.clone())),
+            _ => Ok(Value::Planned(dims.clone())),
+        }
+    }
+
+    pub fn rotate(&mut self, slot: Slot, x: Handle, interleaved: bool) -> Outcome {
+        let x = self.arena.get(x)?;
+        let Wanted::Rope(rope) = self.wanted(slot)? else { return Err(fault!("this layer has no rope")) };
+        let dims = x.dims()?.to_vec();
+        if dims.len() != 3 || dims[2] < rope.dims {
+            return Err(fault!("{dims:?} is not [tokens, heads, at least {}]", rope.dims));
+        }
+        let rope = rope.clone();
+        let spans = self.parts.iter().map(|p| rope::Span { offset: p.state.offset, len: p.tokens.len(), horizon: p.state.horizon });
+        let (spans, place) = (spans.collect::<Vec<_>>(), self.place);
+        x.make(dims, |x| rope.rotate(x, &spans, interleaved, place))
+    }
+
+    pub fn attend(&mut self, cache: u32, q: Handle, k: Handle, v: Handle, spec: &AttendSpec) -> Outcome {
+        let (q, k, v) = (self.arena.get(q)?, self.arena.get(k)?, self.arena.get(v)?);
+        let sinks = if spec.sinks == Handle::NONE { None } else { Some(self.arena.get(spec.sinks)?) };
+        let (&[tokens, heads, d], &[k_tokens, kv_heads, k_d], &[v_tokens, v_heads, e]) = (q.dims()?, k.dims()?, v.dims()?) else {
+            return Err(fault!("q {:?}, k {:?}, v {:?} are not all [tokens, heads, dim]", q.dims()?, k.dims()?, v.dims()?));
+        };
+        let fits = k_tokens == tokens && v_tokens == tokens && k_d == d && v_heads == kv_heads;
+        if !fits || kv_heads == 0 || !heads.is_multiple_of(kv_heads) {
+            return Err(fault!("q [{tokens}, {heads}, {d}] against k [{k_tokens}, {kv_heads}, {k_d}], v [{v_tokens}, {v_heads}, {e}]"));
+        }
+        if let Some(sinks) = &sinks
+            && sinks.dims()? != [heads]
+        {
+            return Err(fault!("sinks {:?} for {heads} heads", sinks.dims()?));
+        }
+        if cache as usize >= self.caches {
+            return Err(fault!("cache {cache} of {}", self.caches));
+        }
+        let (Value::Real(q), Value::Real(k), Value::Real(v)) = (&q, &k, &v) else {
+            return Ok(Value::planned(&[tokens, heads, e]));
+        };
+        let how = attention::Scores {
+            scale: spec.scale,
+            softcap: (spec.softcap > 0.0).then_some(spec.softcap),
+            window: (spec.window > 0).then_some(spec.window as usize),
+            sinks: match sinks {
+                Some(Value::Real(t)) => Some(t),
+                _ => None,
+            },
+        };
+        Ok(Value::Real(attention::attend(cache as usize, q, k, v, &how, &mut self.parts, self.place)?))
+    }
+}

@@ -1,0 +1,232 @@
+//! The op table itself: one `extern "C"` function for each op, between the handles outside and the values inside.
+//!
+//! Three things happen here for every op: a panic of the host stops here, a first failure gets its op's name and the plugin's place, and
+//! an op called at the wrong time (a running op while building) is refused.
+
+use super::{
+    building::Building,
+    running::Running,
+    value::{Fault, Outcome, Value, fault},
+};
+use abi_stable::{
+    StableAbi,
+    prefix_type::PrefixTypeTrait,
+    std_types::{RSlice, RStr},
+};
+use plugin_api::abi::{
+    At, AttendSpec, Ctx, ExpertsSpec, Handle, Pair, Slot, SourceId,
+    ops::{Ops, OpsRef},
+    root::Host,
+};
+use std::{
+    cell::RefCell,
+    panic::{AssertUnwindSafe, catch_unwind},
+    rc::Rc,
+    sync::OnceLock,
+};
+
+/// What a context points to.
+pub enum Call<'a> {
+    /// While `create` runs.
+    Building(RefCell<Building<'a>>),
+    /// While `forward` or `head` runs.
+    Running(RefCell<Running<'a>>),
+}
+
+impl Call<'_> {
+    /// The pointer that goes out to the plugin; it must not be used after `self` is gone.
+    pub fn ctx(&self) -> Ctx {
+        Ctx(std::ptr::from_ref(self).cast())
+    }
+}
+
+/// # Safety
+/// `ctx` came from `Call::ctx` and that call still runs: the host makes it for each call of a plugin, and a plugin has no other.
+unsafe fn call<'a>(ctx: Ctx) -> &'a Call<'a> {
+    // SAFETY: the caller's promise.
+    unsafe { &*ctx.0.cast::<Call<'a>>() }
+}
+
+/// Runs a running op; whatever goes wrong becomes a failed tensor that says what and where.
+fn run(ctx: Ctx, op: &str, slot: Option<Slot>, at: At, f: impl FnOnce(&mut Running) -> Outcome) -> Handle {
+    // SAFETY: see `call`.
+    let Call::Running(running) = (unsafe { call(ctx) }) else { return Handle::NONE };
+    let Ok(mut running) = running.try_borrow_mut() else { return Handle::NONE };
+    let outcome = catch_unwind(AssertUnwindSafe(|| f(&mut running)))
+        .unwrap_or_else(|panic| Err(fault!("the host panicked: {}", text_of(&*panic))));
+    let value = settle(&running, op, slot, at, outcome);
+    running.arena.put(value)
+}
+
+/// The text of a panic.
+fn text_of(panic: &(dyn std::any::Any + Send)) -> &str {
+    panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied()).unwrap_or("without a text")
+}
+
+fn settle(running: &Running, op: &str, slot: Option<Slot>, at: At, outcome: Outcome) -> Value {
+    match outcome {
+        Ok(value) => value,
+        Err(Fault::Passed(first)) => Value::Failed(first),
+        Err(Fault::New(what)) => {
+            let of = slot.map(|s| format!(" of {}", running.name(s))).unwrap_or_default();
+            Value::Failed(Rc::new(format!("{op}{of}: {what} (at {}:{})", at.file, at.line)))
+        }
+    }
+}
+
+/// Runs a building op; outside of `create` nothing happens.
+fn build<T>(ctx: Ctx, otherwise: T, f: impl FnOnce(&mut Building) -> T) -> T {
+    // SAFETY: see `call`.
+    let Call::Building(building) = (unsafe { call(ctx) }) else { return otherwise };
+    let Ok(mut building) = building.try_borrow_mut() else { return otherwise };
+    catch_unwind(AssertUnwindSafe(|| f(&mut building))).unwrap_or(otherwise)
+}
+
+/// Declares the functions and collects them into the table, so that an op is written in one place.
+macro_rules! implement {
+    (
+        build { $($bname:ident($($barg:ident: $bty:ty),*) $(-> $bret:ty)?: $otherwise:expr, |$b:ident| $bbody:expr;)* }
+        slots { $($sname:ident($sslot:ident $(, $sarg:ident: $sty:ty)*): |$s:ident| $sbody:expr;)* }
+        run { $($rname:ident($($rarg:ident: $rty:ty),*): |$r:ident| $rbody:expr;)* }
+        unary { $($uname:ident: |$ux:ident| $ubody:expr;)* }
+        binary { $($zname:ident: |$za:ident, $zb:ident| $zbody:expr;)* }
+        other { $($oname:ident,)* }
+    ) => {
+        $(extern "C" fn $bname(ctx: Ctx, $($barg: $bty,)* _: At) $(-> $bret)? { build(ctx, $otherwise, |$b| $bbody) })*
+        $(extern "C" fn $sname(ctx: Ctx, $sslot: Slot, $($sarg: $sty,)* at: At) -> Handle { run(ctx, stringify!($sname), Some($sslot), at, |$s| $sbody) })*
+        $(extern "C" fn $rname(ctx: Ctx, $($rarg: $rty,)* at: At) -> Handle { run(ctx, stringify!($rname), None, at, |$r| $rbody) })*
+        $(extern "C" fn $uname(ctx: Ctx, x: Handle, at: At) -> Handle {
+            run(ctx, stringify!($uname), None, at, |r| { let $ux = r.arena.get(x)?; $ubody })
+        })*
+        $(extern "C" fn $zname(ctx: Ctx, a: Handle, b: Handle, at: At) -> Handle {
+            run(ctx, stringify!($zname), None, at, |r| { let ($za, $zb) = (r.arena.get(a)?, r.arena.get(b)?); $zbody })
+        })*
+
+        fn ops() -> OpsRef {
+            static TABLE: OnceLock<OpsRef> = OnceLock::new();
+            *TABLE.get_or_init(|| Ops { $($bname,)* $($sname,)* $($rname,)* $($uname,)* $($zname,)* $($oname,)* }.leak_into_prefix())
+        }
+    };
+}
+
+implement! {
+    build {
+        has(name: RStr<'_>) -> u8: 0, |b| b.has(&name).into();
+        source(name: RStr<'_>) -> SourceId: SourceId::NONE, |b| b.source(&name);
+        transform(source: SourceId, kind: u32, ints: RSlice<'_, u64>, factor: f64) -> SourceId: SourceId::NONE,
+            |b| b.transform(source, kind, ints.as_slice(), factor);
+        stack(sources: RSlice<'_, SourceId>) -> SourceId: SourceId::NONE, |b| b.stack(sources.as_slice());
+        ignore(prefix: RStr<'_>): (), |b| b.ignored.push(prefix.as_str().to_owned());
+        complain(message: RStr<'_>): (), |b| b.complaints.push(message.as_str().to_owned());
+        linear_layer(weight: SourceId, bias: SourceId, inputs: u64, outputs: u64) -> Slot: Slot(u32::MAX),
+            |b| b.linear_layer(weight, bias, inputs, outputs);
+        fuse(_slots: RSlice<'_, Slot>): (), |_b| ();
+        embedding_layer(weight: SourceId, vocab: u64, dim: u64) -> Slot: Slot(u32::MAX), |b| b.embedding_layer(weight, vocab, dim);
+        norm_layer(kind: u32, weight: SourceId, bias: SourceId, dim: u64, eps: f64) -> Slot: Slot(u32::MAX),
+            |b| b.norm_layer(kind, weight, bias, dim, eps);
+        experts_layer(prefix: RStr<'_>, spec: &ExpertsSpec) -> Slot: Slot(u32::MAX), |b| b.experts_layer(&prefix, spec);
+        parameter_layer(source: SourceId, dims: RSlice<'_, u64>) -> Slot: Slot(u32::MAX), |b| b.parameter_layer(source, dims.as_slice());
+        rope_layer(dims: u64, base: f64, scaling: RStr<'_>) -> Slot: Slot(u32::MAX), |b| b.rope_layer(dims, base, &scaling);
+    }
+    slots {
+        embed(slot, tokens: Handle): |r| r.embed(slot, tokens);
+        unembed(slot, x: Handle): |r| r.unembed(slot, x);
+        linear(slot, x: Handle): |r| r.linear(slot, x);
+        norm(slot, x: Handle): |r| r.norm(slot, x);
+        experts(slot, x: Handle, chosen: Handle, weights: Handle): |r| r.experts(slot, x, chosen, weights);
+        parameter(slot): |r| r.parameter(slot);
+        rotate(slot, x: Handle, flags: u32): |r| r.rotate(slot, x, flags & 1 == 1);
+    }
+    run {
+        fail(message: RStr<'_>): |_r| Err(fault!("{message}"));
+        attend(cache: u32, q: Handle, k: Handle, v: Handle, spec: &AttendSpec): |r| r.attend(cache, q, k, v, spec);
+        split_heads(x: Handle, head_dim: u64): |r| r.arena.get(x)?.split_heads(head_dim as usize);
+        narrow(x: Handle, start: u64, len: u64): |r| r.arena.get(x)?.narrow(start as usize, len as usize);
+        concat(parts: RSlice<'_, Handle>): |r| {
+            Value::concat(&parts.iter().map(|&p| r.arena.get(p)).collect::<Outcome<Vec<_>>>()?)
+        };
+        unflatten(x: Handle, n: u64): |r| r.arena.get(x)?.unflatten(n as usize);
+        affine(x: Handle, scale: f64, offset: f64): |r| r.arena.get(x)?.map(|x| x.affine(scale, offset));
+        clamp(x: Handle, low: f64, high: f64): |r| r.arena.get(x)?.map(|x| x.clamp(low, high));
+    }
+    unary {
+        merge_heads: |x| x.merge_heads();
+        flatten: |x| x.flatten();
+        transpose: |x| x.transpose();
+        neg: |x| x.map(|x| x.neg());
+        abs: |x| x.map(|x| x.abs());
+        exp: |x| x.map(|x| x.exp());
+        log: |x| x.map(|x| x.log());
+        sqrt: |x| x.map(|x| x.sqrt());
+        rsqrt: |x| x.map(|x| x.sqrt()?.recip());
+        square: |x| x.map(|x| x.sqr());
+        sigmoid: |x| x.map(candle_nn::ops::sigmoid);
+        tanh: |x| x.map(|x| x.tanh());
+        relu: |x| x.map(|x| x.relu());
+        silu: |x| x.map(|x| x.silu());
+        gelu: |x| x.map(|x| x.gelu_erf());
+        gelu_tanh: |x| x.map(|x| x.gelu());
+        softplus: |x| x.softplus();
+        softmax: |x| x.softmax();
+        sum: |x| x.fold(|x| x.sum_keepdim(candle_core::D::Minus1));
+        mean: |x| x.fold(|x| x.mean_keepdim(candle_core::D::Minus1));
+        max: |x| x.fold(|x| x.max_keepdim(candle_core::D::Minus1));
+    }
+    binary {
+        add: |a, b| a.zip(&b, |a, b| a.broadcast_add(b));
+        sub: |a, b| a.zip(&b, |a, b| a.broadcast_sub(b));
+        mul: |a, b| a.zip(&b, |a, b| a.broadcast_mul(b));
+        div: |a, b| a.zip(&b, |a, b| a.broadcast_div(b));
+        maximum: |a, b| a.zip(&b, |a, b| a.broadcast_maximum(b));
+        minimum: |a, b| a.zip(&b, |a, b| a.broadcast_minimum(b));
+        greater: |a, b| a.greater(&b);
+        matmul: |a, b| a.matmul(&b);
+        swiglu: |a, b| a.swiglu(&b);
+        geglu: |a, b| a.geglu(&b);
+        gather: |a, b| a.gather(&b);
+    }
+    other { retain, release, topk, }
+}
+
+extern "C" fn retain(ctx: Ctx, x: Handle, _: At) -> Handle {
+    // SAFETY: see `call`.
+    if let Call::Running(running) = unsafe { call(ctx) }
+        && let Ok(mut running) = running.try_borrow_mut()
+    {
+        running.arena.retain(x);
+    }
+    x
+}
+
+extern "C" fn release(ctx: Ctx, x: Handle, _: At) {
+    // SAFETY: see `call`.
+    if let Call::Running(running) = unsafe { call(ctx) }
+        && let Ok(mut running) = running.try_borrow_mut()
+    {
+        running.arena.release(x);
+    }
+}
+
+extern "C" fn topk(ctx: Ctx, x: Handle, k: u64, at: At) -> Pair {
+    let mut indices = Err(fault!("no indices"));
+    let first = run(ctx, "topk", None, at, |r| {
+        let (values, chosen) = r.arena.get(x)?.topk(k as usize)?;
+        indices = Ok(chosen);
+        Ok(values)
+    });
+    let second = run(ctx, "topk", None, at, |r| match indices {
+        Ok(chosen) => Ok(chosen),
+        // The values say what went wrong.
+        Err(_) => r.arena.get(first).and_then(|v| v.dims().map(|_| v.clone())),
+    });
+    Pair { first, second }
+}
+
+/// What every call of a plugin gets to see of the host.
+pub fn host() -> Host {
+    Host { ops: ops(), layout: <OpsRef as StableAbi>::LAYOUT, extension: no_extension }
+}
+
+extern "C" fn no_extension(_: RStr<'_>) -> *const () {
+    std::ptr::null()
+}

@@ -1,0 +1,6 @@
+//! Architectures from outside: which files there are (`registry`), what they say of themselves without being run (`note`), and opening one
+//! (`library`, the only dlopen of dylm).
+
+pub mod library;
+pub mod note;
+pub mod registry;

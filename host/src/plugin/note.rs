@@ -1,0 +1,111 @@
+//! Reads a plugin's note from its file, running nothing of it. The same walk over the section table refuses files that `dlopen` would
+//! crash on: truncated ones, libraries of another machine, texts.
+
+use crate::error::{Error, Result};
+use object::{Object, ObjectSection};
+use plugin_api::abi::{
+    self,
+    note::{SECTION_ELF, SECTION_MACHO, SECTION_PE},
+};
+use serde::{Deserialize, Serialize};
+use std::path::Path;
+
+/// What a plugin says of itself.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Note {
+    /// The lowest ABI that it needs, `major.minor`.
+    pub abi: String,
+    /// The `model_type`s of config.json that it serves.
+    pub model_types: Vec<String>,
+    /// Ops beyond those of `abi` that it cannot do without.
+    #[serde(default)]
+    pub needs: Vec<String>,
+    /// Its package's name.
+    pub name: String,
+    /// Its package's version.
+    pub version: String,
+    /// Its licence.
+    #[serde(default)]
+    pub license: String,
+    /// Where it lives.
+    #[serde(default)]
+    pub url: String,
+    /// What compiled it.
+    #[serde(default)]
+    pub rustc: String,
+    /// What for.
+    #[serde(default)]
+    pub target: String,
+    /// "unwind" or "abort".
+    #[serde(default)]
+    pub panic: String,
+}
+
+/// Plugins are a megabyte or two; larger files are not read for a note.
+const LARGEST: u64 = 256 << 20;
+
+impl Note {
+    /// The note of the file, or why it is no plugin, in one sentence.
+    pub fn read(path: &Path) -> Result<Self> {
+        let refuse = |why: String| Error::plugin(format!("{}: {why}", path.display()));
+        let meta = std::fs::metadata(path).map_err(Error::io(path))?;
+        if !meta.is_file() {
+            return Err(refuse("is not a regular file, so it cannot be a plugin".into()));
+        }
+        if meta.len() > LARGEST {
+            return Err(refuse(format!("has {} bytes, which is more than any plugin", meta.len())));
+        }
+        let bytes = std::fs::read(path).map_err(Error::io(path))?;
+        let file = object::File::parse(&*bytes)
+            .map_err(|e| refuse(format!("is not a library, or only a part of one ({e}); build or copy it again")))?;
+        // Sections that reach past the end are how a truncated file shows.
+        for section in file.sections() {
+            if let Some((start, len)) = section.file_range()
+                && start.checked_add(len).is_none_or(|end| end > bytes.len() as u64)
+            {
+                return Err(refuse(format!("is truncated: it has {} bytes and a section that ends at {}; copy it again", bytes.len(), start + len)));
+            }
+        }
+        if file.architecture() != machine() {
+            return Err(refuse(format!("is built for {:?}, this machine is {:?}", file.architecture(), machine())));
+        }
+        let section = [SECTION_ELF, SECTION_MACHO, SECTION_PE].iter().find_map(|name| file.section_by_name(name));
+        let section = section.ok_or_else(|| refuse("is a library, but no dylm plugin: it has no note (was it built with export_plugin!?)".into()))?;
+        let data = section.data().map_err(|e| refuse(format!("its note cannot be read: {e}")))?;
+        Note::parse(data).map_err(|e| refuse(format!("its note cannot be read: {e}")))
+    }
+
+    /// From the section's bytes, which a linker may have padded.
+    pub fn parse(data: &[u8]) -> serde_json::Result<Self> {
+        let end = data.iter().rposition(|&b| b != 0).map_or(0, |i| i + 1);
+        serde_json::from_slice(&data[..end])
+    }
+
+    /// Why this dylm will not open the plugin, judged by the note alone.
+    pub fn refusal(&self, path: &Path) -> Option<String> {
+        let (file, major) = (path.display(), self.abi.split('.').next().and_then(|n| n.parse::<u32>().ok()));
+        if major != Some(abi::MAJOR) {
+            let older = major.is_some_and(|m| m < abi::MAJOR);
+            let cure = if older { "rebuild the plugin" } else { "update dylm" };
+            return Some(format!("{file}: speaks ABI {}, this dylm speaks {}.{}; {cure}", self.abi, abi::MAJOR, abi::MINOR));
+        }
+        if let Some(op) = self.needs.iter().find(|op| !abi::ops::NAMES.contains(&op.as_str())) {
+            return Some(format!("{file}: needs the op {op}, which this dylm does not have; update dylm"));
+        }
+        if self.panic == "abort" {
+            return Some(format!("{file}: was built with panic = \"abort\", so its first mistake would end dylm; rebuild it with panic = \"unwind\""));
+        }
+        None
+    }
+}
+
+fn machine() -> object::Architecture {
+    match std::env::consts::ARCH {
+        "x86_64" => object::Architecture::X86_64,
+        "aarch64" => object::Architecture::Aarch64,
+        "x86" => object::Architecture::I386,
+        "arm" => object::Architecture::Arm,
+        "riscv64" => object::Architecture::Riscv64,
+        _ => object::Architecture::Unknown,
+    }
+}

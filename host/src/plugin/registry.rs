@@ -1,0 +1,154 @@
+//! model_type -> plugin file. The search path is explicit, its first match wins, and nothing on it is run before it is chosen.
+//!
+//! Searched: `--plugins DIR`, `DYLM_PLUGINS`, the folder `plugins` beside the executable, the executable's own folder (where cargo puts
+//! workspace plugins), the user's data folder. Never the working directory, never the model's folder: a downloaded model opens no library.
+
+use super::note::Note;
+use crate::{
+    config::is_model_type,
+    error::{Error, Result},
+};
+use std::{
+    env::{self, consts},
+    path::{Path, PathBuf},
+};
+
+/// A plugin file with what it says of itself.
+#[derive(Clone, Debug)]
+pub struct Found {
+    /// The file, absolute.
+    pub path: PathBuf,
+    /// Its note.
+    pub note: Note,
+}
+
+/// The folders to search, in order.
+#[derive(Clone, Debug)]
+pub struct Registry {
+    folders: Vec<PathBuf>,
+}
+
+impl Registry {
+    /// The search path; `first` is `--plugins`.
+    pub fn new(first: &[PathBuf]) -> Self {
+        let mut folders: Vec<PathBuf> = first.to_vec();
+        folders.extend(env::var_os("DYLM_PLUGINS").iter().flat_map(env::split_paths));
+        if let Some(own) = env::current_exe().ok().and_then(|exe| exe.canonicalize().ok()?.parent().map(Path::to_owned)) {
+            folders.extend([own.join("plugins"), own]);
+        }
+        folders.extend(data_folder());
+        // Absolute paths only: dlopen searches for a bare name, and the working directory may change.
+        let mut absolute: Vec<PathBuf> = Vec::new();
+        for folder in folders.into_iter().filter_map(|f| f.canonicalize().ok()).filter(|f| f.is_dir()) {
+            if !absolute.contains(&folder) {
+                absolute.push(folder);
+            }
+        }
+        Registry { folders: absolute }
+    }
+
+    /// The folders that exist, in order of search.
+    pub fn folders(&self) -> &[PathBuf] {
+        &self.folders
+    }
+
+    /// Every plugin on the path, in order; files that are none of ours are passed over.
+    pub fn list(&self) -> Vec<Found> {
+        self.folders.iter().flat_map(|folder| Self::in_folder(folder).into_iter().filter_map(|(path, note)| Some(Found { path, note: note.ok()? }))).collect()
+    }
+
+    /// Every library file of a folder with its note, or why it has none, by name.
+    pub fn in_folder(folder: &Path) -> Vec<(PathBuf, Result<Note>)> {
+        let entries = folder.read_dir().into_iter().flatten().flatten().map(|e| e.path());
+        let is_library = |path: &PathBuf| {
+            let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
+            name.starts_with(consts::DLL_PREFIX) && name.ends_with(consts::DLL_SUFFIX)
+        };
+        let mut files: Vec<PathBuf> = entries.filter(is_library).collect();
+        files.sort();
+        files.into_iter().map(|path| (path.clone(), Note::read(&path))).collect()
+    }
+
+    /// The plugin that serves `model_type`.
+    pub fn resolve(&self, model_type: &str) -> Result<Found> {
+        if !is_model_type(model_type) {
+            return Err(Error::Config(format!("config.json: model_type {model_type:?} is no name; letters, digits, _ - and . may stand in it")));
+        }
+        let mut refused = None;
+        for folder in &self.folders {
+            let mut claimants = Vec::new();
+            for (path, note) in Self::in_folder(folder) {
+                match note {
+                    Ok(note) if note.model_types.iter().any(|t| t == model_type) => match note.refusal(&path) {
+                        None => claimants.push(Found { path, note }),
+                        Some(why) => refused = refused.or(Some(why)),
+                    },
+                    Err(why) if stem(&path) == file_stem(model_type) => refused = refused.or(Some(why.to_string())),
+                    _ => {}
+                }
+            }
+            if let [first, second, ..] = claimants.as_slice() {
+                let (a, b) = (first.path.display(), second.path.display());
+                return Err(Error::plugin(format!("{a} and {b} both serve model_type {model_type:?}: remove one of them")));
+            }
+            if let Some(found) = claimants.pop() {
+                return Ok(found);
+            }
+        }
+        Err(Error::plugin(refused.unwrap_or_else(|| self.unknown(model_type))))
+    }
+
+    fn unknown(&self, model_type: &str) -> String {
+        let mut known: Vec<String> = self.list().into_iter().flat_map(|f| f.note.model_types).collect();
+        known.sort();
+        known.dedup();
+        known.sort_by_key(|t| distance(t, model_type));
+        let nearest = match known.as_slice() {
+            [] => "no plugin is installed".to_owned(),
+            some => format!("the nearest of those that have one are {}", some.iter().take(3).cloned().collect::<Vec<_>>().join(", ")),
+        };
+        let folders: Vec<String> = self.folders.iter().map(|f| f.display().to_string()).collect();
+        let name = format!("{}{}{}", consts::DLL_PREFIX, file_stem(model_type), consts::DLL_SUFFIX);
+        format!(
+            "no plugin serves model_type {model_type:?}; {nearest}; looked in {}; to add one, put {name} into one of these folders or name its folder with --plugins",
+            folders.join(", ")
+        )
+    }
+}
+
+/// The file stem that a model_type's library usually has: lower case, `-` and `.` become `_`.
+pub fn file_stem(model_type: &str) -> String {
+    model_type.to_lowercase().replace(['-', '.'], "_")
+}
+
+fn stem(path: &Path) -> &str {
+    let name = path.file_stem().and_then(|n| n.to_str()).unwrap_or_default();
+    name.strip_prefix(consts::DLL_PREFIX).unwrap_or(name)
+}
+
+/// The user's own plugins.
+pub fn data_folder() -> Option<PathBuf> {
+    let home = env::var_os("HOME").or(env::var_os("USERPROFILE")).map(PathBuf::from)?;
+    let data = match env::var_os("XDG_DATA_HOME").map(PathBuf::from).filter(|p| p.is_absolute()) {
+        Some(data) => data,
+        None if cfg!(target_os = "macos") => home.join("Library/Application Support"),
+        None => home.join(".local/share"),
+    };
+    Some(data.join("dylm/plugins"))
+}
+
+/// Single-character edits between two names.
+fn distance(a: &str, b: &str) -> usize {
+    let b: Vec<char> = b.chars().collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.chars().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, &y) in b.iter().enumerate() {
+            let change = diagonal + usize::from(x != y);
+            diagonal = row[j + 1];
+            row[j + 1] = change.min(row[j] + 1).min(diagonal + 1);
+        }
+    }
+    row[b.len()]
+}
