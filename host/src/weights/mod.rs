@@ -2,7 +2,7 @@
 
 pub mod bytes;
 pub mod checkpoint;
-// pub mod gguf;
+pub mod gguf;
 pub mod safetensors;
 pub mod stored;
 
