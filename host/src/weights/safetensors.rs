@@ -1,6 +1,6 @@
 //! A safetensors file's header -> its tensors, every number checked against the file before anything is built from it.
-//! The `safetensors` crate checks the same header again afterwards; it comes second because it adds the offsets without a
-//! check for overflow. Format: 8 bytes of length, that many bytes of JSON, then the tensors without holes.
+//! The `safetensors` crate checks the same header again at the end; it comes last because it adds the offsets without a check
+//! for overflow, and because our sentences name the tensor. Format: 8 bytes of length, that many bytes of JSON, then the tensors without holes.
 
 use crate::{
     error::{Error, Result},
@@ -41,7 +41,6 @@ pub fn read_header(bytes: &Bytes, file: &Arc<Path>) -> Result<Vec<(String, Store
         serde_json::from_slice(header).map_err(|e| wrong(format!("header is not as it should be ({e})")))?;
     entries.sort_by_key(|(_, entry)| entry.data_offsets);
     check_offsets(&entries, (bytes.len() - header_end) as u64).map_err(wrong)?;
-    SafeTensors::read_metadata(bytes).map_err(|e| wrong(format!("header refused ({e})")))?;
 
     let mut tensors = Vec::with_capacity(entries.len());
     for (name, entry) in entries {
@@ -59,6 +58,7 @@ pub fn read_header(bytes: &Bytes, file: &Arc<Path>) -> Result<Vec<(String, Store
         let data = bytes.slice(range).ok_or_else(|| wrong("lies outside the file".into()))?;
         tensors.push((name, Stored::new(dtype, shape, data, file.clone())?));
     }
+    SafeTensors::read_metadata(bytes).map_err(|e| wrong(format!("header refused ({e})")))?;
     Ok(tensors)
 }
 
