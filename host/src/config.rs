@@ -26,7 +26,8 @@ pub struct Config {
 }
 
 impl Config {
-    /// Reads a model's folder and lays `overrides` (keys may be paths, `rope_scaling.factor`) on top.
+    /// Reads a model's folder and lays `overrides` (keys may be paths, `rope_scaling.factor`) on top. Of a key that a file has
+    /// twice the last counts.
     pub fn from_folder(dir: &Path, overrides: &[(String, Value)]) -> Result<Self> {
         let folder = Folder::open(dir)?;
         let path = dir.join("config.json");

@@ -9,9 +9,11 @@ pub const F32: u32 = 0;
 pub struct GgufFile {
     pub version: u32,
     pub metadata: Vec<(String, Vec<u8>)>,
-    /// Name, dimensions from the innermost, ggml type, offset and bytes.
-    pub tensors: Vec<(String, Vec<u64>, u32, u64, Vec<u8>)>,
+    pub tensors: Vec<Tensor>,
 }
+
+/// Name, dimensions from the innermost, ggml type, offset and bytes.
+pub type Tensor = (String, Vec<u64>, u32, u64, Vec<u8>);
 
 impl GgufFile {
     pub fn new(architecture: &str) -> Self {

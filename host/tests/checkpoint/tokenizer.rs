@@ -118,3 +118,32 @@ fn tokenizers_that_cannot_be_built_are_refused() {
     let key = "tokenizer.ggml.token_type";
     says(open(without(key).i32s(key, &[1])), &["10 tokens with 1 token types"]);
 }
+
+#[test]
+fn each_pre_tokenizer_cuts_numbers_as_its_models_do() {
+    // Merges would make any run of 1s one token; how far they get shows where the rule cuts.
+    let tokens = ["<s>", "1", "11", "111", "1111", "11111", "a", "Ġ", "'", "s", "'s", "A", "aA"];
+    let ids_of = |pre: &str, text: &str| {
+        let file = tiny("llama")
+            .string("tokenizer.ggml.model", "gpt2")
+            .string("tokenizer.ggml.pre", pre)
+            .strings("tokenizer.ggml.tokens", &tokens)
+            .strings("tokenizer.ggml.merges", &["1 1", "11 1", "111 1", "1111 1", "' s", "a A"]);
+        let (tokenizer, _) = open(file).unwrap();
+        tokenizer.encode(text, false).unwrap().get_tokens().join("|")
+    };
+    for (pre, numbers, words) in [
+        ("gpt-2", "11|111", "a|'s|aA"),
+        ("smollm", "1|1|1|1|1", "a|'s|aA"),
+        ("starcoder", "1|1|1|1|1", "a|'s|aA"),
+        ("llama-bpe", "111|11", "a|'s|aA"),
+        ("dbrx", "111|11", "a|'s|aA"),
+        ("qwen2", "1|1|1|1|1", "a|'s|aA"),
+        ("stablelm2", "1|1|1|1|1", "a|'s|aA"),
+        ("tekken", "1|1|1|1|1", "a|'s|a|A"),
+        ("gpt-4o", "111|11", "a|'s|a|A"),
+    ] {
+        assert_eq!(ids_of(pre, "11111"), numbers, "{pre}");
+        assert_eq!(ids_of(pre, "a'saA"), words, "{pre}");
+    }
+}
