@@ -104,15 +104,16 @@ impl Quantization {
         Ok(Some(Quantization::Mlx { default, paths }))
     }
 
-    /// What is said about the layer `path` itself: its mode, `Some(None)` for "not packed", `None` where it is not listed.
+    /// How the layer `path` is packed if it is: its own mode or the model's; `Some(None)` where it is listed as not packed, `None` where
+    /// another scheme packs the model.
     pub fn for_path(&self, path: &str) -> Option<Option<Mode>> {
         match self {
-            Quantization::Mlx { paths, .. } => paths.get(path).copied(),
+            Quantization::Mlx { default, paths } => Some(paths.get(path).copied().unwrap_or(Some(*default))),
             Quantization::Other(_) => None,
         }
     }
 
-    /// The mode of packed layers that are not listed.
+    /// The model's mode, for packed layers that are not listed.
     pub fn default_mode(&self) -> Option<Mode> {
         match self {
             Quantization::Mlx { default, .. } => Some(*default),

@@ -174,7 +174,8 @@ fn quantization_gives_each_path_its_mode() {
     assert_eq!(q.for_path("model.layers.0.mlp.gate"), Some(Some(mode(8, 32, Kind::Affine))));
     assert_eq!(q.for_path("model.embed_tokens"), Some(Some(mode(8, 32, Kind::Mxfp8))));
     assert_eq!(q.for_path("lm_head"), Some(None));
-    assert_eq!(q.for_path("model.layers.1.mlp.gate"), None);
+    assert_eq!(q.for_path("model.layers.1.mlp.gate"), Some(Some(mode(4, 64, Kind::Affine))));
+    assert_eq!(Quantization::Other("fp8".into()).for_path("lm_head"), None);
 }
 
 #[test]
