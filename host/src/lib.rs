@@ -1,8 +1,10 @@
 //! dylm (dynamic-library language models): loads a Hugging Face or MLX checkpoint and generates text; the architecture is a plugin.
 
+pub mod config;
 pub mod error;
 pub mod kernels;
 pub mod processors;
+pub mod repo;
 pub mod sampler;
 pub mod speculate;
 pub mod statistics;

@@ -22,9 +22,13 @@ impl Bytes {
     /// Maps a whole file. A file that another program shortens while it is mapped ends the process (SIGBUS), as in every
     /// program that maps its weights; checkpoints in a cache are never rewritten in place.
     pub fn map(path: &Path) -> Result<Self> {
-        let file = File::open(path).map_err(Error::io(path))?;
+        Self::map_file(&File::open(path).map_err(Error::io(path))?, path)
+    }
+
+    /// Maps a file that is already open; `path` is only for the message.
+    pub fn map_file(file: &File, path: &Path) -> Result<Self> {
         // SAFETY: the map is read-only and private to this process; see above for files that shrink.
-        let map = unsafe { Mmap::map(&file) }.map_err(Error::io(path))?;
+        let map = unsafe { Mmap::map(file) }.map_err(Error::io(path))?;
         let range = 0..map.len();
         Ok(Self { owner: Owner::File(Arc::new(map)), range })
     }

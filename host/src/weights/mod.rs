@@ -1,3 +1,10 @@
 //! Checkpoint files -> named tensors in the file's own format -> what the layers compute with.
 
 pub mod bytes;
+pub mod checkpoint;
+pub mod gguf;
+pub mod safetensors;
+pub mod stored;
+
+pub use checkpoint::Checkpoint;
+pub use stored::{Dtype, Stored};

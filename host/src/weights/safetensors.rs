@@ -1,0 +1,147 @@
+//! A safetensors file's header -> its tensors, every number checked against the file before anything is built from it.
+//! The `safetensors` crate checks the same header again at the end; it comes last because it adds the offsets without a check
+//! for overflow, and because our sentences name the tensor. Format: 8 bytes of length, that many bytes of JSON, then the tensors without holes.
+
+use crate::{
+    error::{Error, Result},
+    weights::{
+        bytes::Bytes,
+        stored::{Dtype, Stored},
+    },
+};
+use ::safetensors::SafeTensors;
+use serde::{
+    Deserialize, Deserializer,
+    de::{IgnoredAny, MapAccess, Visitor},
+};
+use std::{fmt, path::Path, sync::Arc};
+
+// The format's own bound on the header.
+const HEADER_CAP: u64 = 100_000_000;
+
+/// All tensors of one mapped file, in the order of their bytes. `file` is for messages and goes along with each tensor.
+pub fn read_header(bytes: &Bytes, file: &Arc<Path>) -> Result<Vec<(String, Stored)>> {
+    let wrong = |what: String| Error::Weights(format!("{}: {what}", file.display()));
+    let length: [u8; 8] = match bytes.first_chunk() {
+        Some(length) => *length,
+        None => return Err(wrong("too short for a safetensors file: download it again".into())),
+    };
+    let length = u64::from_le_bytes(length);
+    if length > HEADER_CAP {
+        return Err(wrong(format!("header of {length} bytes: not a safetensors file, or a damaged one")));
+    }
+    let header_end = 8 + length as usize;
+    let Some(header) = bytes.get(8..header_end) else {
+        return Err(wrong(format!(
+            "cut short within its header ({} bytes of {header_end}): download it again",
+            bytes.len()
+        )));
+    };
+    let Header(mut entries) =
+        serde_json::from_slice(header).map_err(|e| wrong(format!("header is not as it should be ({e})")))?;
+    entries.sort_by_key(|(_, entry)| entry.data_offsets);
+    check_offsets(&entries, (bytes.len() - header_end) as u64).map_err(wrong)?;
+
+    let mut tensors = Vec::with_capacity(entries.len());
+    for (name, entry) in entries {
+        let wrong = |what: String| Error::Weights(format!("{}: {name}: {what}", file.display()));
+        let dtype = dtype(&entry.dtype).ok_or_else(|| wrong(format!("dtype {} is not supported", entry.dtype)))?;
+        let (start, end) = entry.data_offsets;
+        let range = header_end + start as usize..header_end + end as usize;
+        let shape: Vec<usize> = entry.shape.iter().map(|&d| usize::try_from(d).unwrap_or(usize::MAX)).collect();
+        if dtype.size_of_shape(&shape) != Some(range.len()) {
+            return Err(wrong(format!(
+                "{dtype} {shape:?} does not take the {} bytes that the header gives it",
+                range.len()
+            )));
+        }
+        let data = bytes.slice(range).ok_or_else(|| wrong("lies outside the file".into()))?;
+        tensors.push((name, Stored::new(dtype, shape, data, file.clone())?));
+    }
+    SafeTensors::read_metadata(bytes).map_err(|e| wrong(format!("header refused ({e})")))?;
+    Ok(tensors)
+}
+
+// In order of offset, each tensor must begin where the one before it ends, and the last must end with the file.
+fn check_offsets(entries: &[(String, Entry)], data_len: u64) -> Result<(), String> {
+    let mut expected = 0;
+    for (name, entry) in entries {
+        let (start, end) = entry.data_offsets;
+        if end < start {
+            return Err(format!("{name}: data_offsets [{start}, {end}] run backwards"));
+        }
+        if end > data_len {
+            return Err(format!(
+                "{name}: data ends at {end}, the file has {data_len} bytes of data: download it again"
+            ));
+        }
+        if start != expected {
+            let what = if start < expected { "overlaps the tensor before it" } else { "leaves a hole before it" };
+            return Err(format!("{name}: data_offsets [{start}, {end}]: {what}"));
+        }
+        expected = end;
+    }
+    if expected != data_len {
+        return Err(format!("{} bytes after the last tensor belong to none", data_len - expected));
+    }
+    Ok(())
+}
+
+fn dtype(name: &str) -> Option<Dtype> {
+    Some(match name {
+        "F64" => Dtype::F64,
+        "F32" => Dtype::F32,
+        "F16" => Dtype::F16,
+        "BF16" => Dtype::BF16,
+        "F8_E4M3" => Dtype::F8E4M3,
+        "F8_E5M2" => Dtype::F8E5M2,
+        "F8_E8M0" => Dtype::F8E8M0,
+        "U64" => Dtype::U64,
+        "I64" => Dtype::I64,
+        "U32" => Dtype::U32,
+        "I32" => Dtype::I32,
+        "U16" => Dtype::U16,
+        "I16" => Dtype::I16,
+        "U8" => Dtype::U8,
+        "I8" => Dtype::I8,
+        "BOOL" => Dtype::Bool,
+        _ => return None,
+    })
+}
+
+#[derive(Deserialize)]
+struct Entry {
+    dtype: String,
+    shape: Vec<u64>,
+    data_offsets: (u64, u64),
+}
+
+// A list and not a map: a map would swallow names that come twice.
+struct Header(Vec<(String, Entry)>);
+
+impl<'de> Deserialize<'de> for Header {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Entries;
+        impl<'de> Visitor<'de> for Entries {
+            type Value = Header;
+
+            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+                f.write_str("an object of tensors")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Header, A::Error> {
+                let mut entries = Vec::new();
+                while let Some(name) = map.next_key::<String>()? {
+                    if name == "__metadata__" {
+                        map.next_value::<IgnoredAny>()?;
+                        continue;
+                    }
+                    let entry = map.next_value().map_err(|e| serde::de::Error::custom(format!("{name}: {e}")))?;
+                    entries.push((name, entry));
+                }
+                Ok(Header(entries))
+            }
+        }
+        deserializer.deserialize_map(Entries)
+    }
+}
