@@ -1,0 +1,70 @@
+//! How fast the CPU's matrix kernels are here: `cargo run --release --example kernels [rows cols]`.
+//! Decode is one token, in GB/s of packed weights and in weights per second; prefill 512 tokens, in GFLOP/s.
+
+use dylm::kernels::cpu::{Float, Format, Isa, Matrix};
+use std::time::{Duration, Instant};
+
+/// The best of as many runs as fit in a while.
+fn seconds(mut run: impl FnMut()) -> f64 {
+    run();
+    let (start, mut best) = (Instant::now(), Duration::MAX);
+    while start.elapsed() < Duration::from_millis(600) {
+        let one = Instant::now();
+        run();
+        best = best.min(one.elapsed());
+    }
+    best.as_secs_f64()
+}
+
+fn main() {
+    let sizes: Vec<usize> = std::env::args().skip(1).filter_map(|a| a.parse().ok()).collect();
+    let (rows, cols) = if let [rows, cols] = sizes[..] { (rows, cols) } else { (8192, 2048) };
+    let affine = |bits| Format::Affine { bits, group: 64, scales: Float::BF16 };
+    let formats = [
+        Format::Dense(Float::F32),
+        Format::Dense(Float::F16),
+        Format::Dense(Float::BF16),
+        affine(2),
+        affine(3),
+        affine(4),
+        affine(6),
+        affine(8),
+        Format::Mxfp4,
+        Format::Mxfp8,
+        Format::Nvfp4,
+        Format::Q4_0,
+        Format::Q4_1,
+        Format::Q5_1,
+        Format::Q8_0,
+        Format::Q3K,
+        Format::Q4K,
+        Format::Q5K,
+        Format::Q6K,
+    ];
+    println!("[{rows}, {cols}], {:?}, {} threads", Isa::best(), rayon::current_num_threads());
+    println!("{:58} {:>12} {:>14} {:>16}", "format", "decode GB/s", "G weights/s", "prefill GFLOP/s");
+    let weights = (rows * cols) as f64;
+    for format in formats {
+        let (block, packed) = format.block();
+        let size = rows * cols / block;
+        // Small numbers of any kind: the kernels take the same time for all.
+        let bytes = |n: usize| dylm::weights::bytes::Bytes::from((0..n).map(|i| (i % 61) as u8).collect::<Vec<u8>>());
+        let (scale, bias) = format.beside();
+        let parts = (bytes(size * packed), bytes(size * scale), bytes(size * bias));
+        let m = match Matrix::new(format, rows, cols, parts.0, Some(parts.1), Some(parts.2)) {
+            Ok(m) => m,
+            Err(e) => {
+                println!("{e}");
+                continue;
+            }
+        };
+        let x = vec![0.5f32; 512 * cols];
+        let mut out = vec![0.0f32; 512 * rows];
+        let decode = seconds(|| m.matmul(&x[..cols], &mut out[..rows]));
+        let prefill = seconds(|| m.matmul(&x, &mut out));
+        let name = format!("{format:?}");
+        let (gb, g, flops) =
+            (m.bytes() as f64 / decode / 1e9, weights / decode / 1e9, weights * 1024.0 / prefill / 1e9);
+        println!("{name:58} {gb:12.1} {g:14.2} {flops:16.0}");
+    }
+}

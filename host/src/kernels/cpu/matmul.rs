@@ -1,0 +1,177 @@
+//! Activations times packed weights: out = x Wᵀ. Few tokens unpack weights in registers as they stream from memory; many
+//! tokens unpack a block of rows into cache and multiply tile by tile.
+//! Both ways add up each output in the same order, one vector of partial sums from the first column to the last, so a token's
+//! result is bit for bit the same alone, in a batch, in a chunk of any size and on any number of threads.
+
+use super::{
+    format::{Float, Format},
+    lanes::{Isa, dispatch},
+    matrix::Matrix,
+    stream::{ABREAST, Padded, Spill, Stream, Streamed},
+    tile::{Block, multiply},
+    unpack::{Bf16, Dense, F16, F32, Order, Q4_0, Q4_1, Q4K, Q6K, Q8_0, Raw, Unpack, Unpacked, Words},
+};
+use rayon::prelude::*;
+
+/// Up to this many tokens weights are unpacked in registers.
+const FEW: usize = 4;
+/// Weights that are worth a task of their own.
+const TASK: usize = 1 << 16;
+/// Unpacked weights that stay in a core's second-level cache, in f32.
+const CACHED: usize = 1 << 17;
+
+impl Matrix {
+    /// out = x · Wᵀ: `x` is `[tokens, cols]`, `out` `[tokens, rows]`; products and sums in f32.
+    ///
+    /// # Panics
+    /// If the lengths of `x` and `out` do not belong to the same number of tokens.
+    pub fn matmul(&self, x: &[f32], out: &mut [f32]) {
+        self.matmul_on(Isa::best(), x, out);
+    }
+
+    /// The same with a chosen instruction set, one of [`Isa::available`].
+    pub fn matmul_on(&self, isa: Isa, x: &[f32], out: &mut [f32]) {
+        if self.cols() == 0 || self.rows() == 0 {
+            return out.fill(0.0);
+        }
+        let tokens = x.len() / self.cols();
+        assert!(
+            x.len() == tokens * self.cols() && out.len() == tokens * self.rows(),
+            "matmul: {} inputs and {} outputs for {self:?}",
+            x.len(),
+            out.len()
+        );
+        assert!(isa == Isa::best() || Isa::available().contains(&isa), "this machine has no {isa:?}");
+        let raw = Raw::of(self);
+        let call = Call { isa, rows: self.rows(), cols: self.cols(), tokens, x, order: Order::Plain };
+        let words = |bits: usize| Call { order: Order::Words { per: 32 / bits }, ..call };
+        match self.format() {
+            Format::Dense(Float::F32) => call.run(Dense(raw, F32), out),
+            Format::Dense(Float::F16) => call.run(Dense(raw, F16), out),
+            Format::Dense(Float::BF16) => call.run(Dense(raw, Bf16), out),
+            Format::Affine { bits: 2, .. } => words(2).run(Words::<2, false>::new(self), out),
+            Format::Affine { bits: 4, .. } | Format::Mxfp4 | Format::Nvfp4 => {
+                words(4).run(Words::<4, false>::new(self), out)
+            }
+            Format::Affine { bits: 8, .. } => words(8).run(Words::<8, false>::new(self), out),
+            Format::Mxfp8 => words(8).run(Words::<8, true>::new(self), out),
+            Format::Q4_0 => call.run(Q4_0(raw), out),
+            Format::Q4_1 => call.run(Q4_1(raw), out),
+            Format::Q8_0 => call.run(Q8_0(raw), out),
+            Format::Q4K => call.run(Q4K(raw), out),
+            Format::Q6K => call.run(Q6K(raw), out),
+            _ => call.run(Unpacked(self), out),
+        }
+    }
+}
+
+/// Output that several threads write, each its own rows.
+#[derive(Clone, Copy)]
+struct Output(*mut f32);
+// SAFETY: threads write disjoint elements, see `Call::run`.
+unsafe impl Send for Output {}
+// SAFETY: as above.
+unsafe impl Sync for Output {}
+
+impl Output {
+    fn pointer(self) -> *mut f32 {
+        self.0
+    }
+}
+
+/// One product.
+#[derive(Clone, Copy)]
+struct Call<'a> {
+    isa: Isa,
+    rows: usize,
+    cols: usize,
+    tokens: usize,
+    x: &'a [f32],
+    order: Order,
+}
+
+impl Call<'_> {
+    fn run<U: Unpack>(self, unpack: U, out: &mut [f32]) {
+        // SAFETY: no pointers are involved.
+        let padded = unsafe { dispatch(self.isa, Padded(unpack)) };
+        let few = self.tokens <= FEW;
+        // Rows whose starts are a power of two apart would all fall into the same few lines of the first-level cache.
+        let stride = if few { padded } else { padded + 16 };
+        let mut laid_out = Vec::new();
+        let x = if few && self.order == Order::Plain && padded == self.cols {
+            self.x
+        } else {
+            laid_out.resize(self.tokens * stride, 0.0);
+            self.lay_out(stride, &mut laid_out);
+            &laid_out[..]
+        };
+        let out = Output(out.as_mut_ptr());
+        let threads = rayon::current_num_threads();
+        let rows = if few {
+            self.rows.div_ceil(threads * 4).max(TASK / self.cols)
+        } else {
+            self.rows.div_ceil(threads).min((CACHED / padded).max(ABREAST))
+        };
+        let rows = rows.max(1).next_multiple_of(ABREAST);
+        let task = |scratch: &mut Vec<f32>, i: usize| {
+            let range = i * rows..self.rows.min((i + 1) * rows);
+            // SAFETY: rows lie inside the matrix, which the caller borrows; `x` has `stride` floats for each token, and
+            // tasks write disjoint rows of `out`.
+            unsafe {
+                if few {
+                    scratch.resize(ABREAST * unpack.scratch(), 0.0);
+                    let (x, out) = (x.as_ptr(), out.pointer());
+                    let stream =
+                        Stream { unpack, range, x, stride, out, pitch: self.rows, scratch: scratch.as_mut_ptr() };
+                    match self.tokens {
+                        1 => dispatch(self.isa, Streamed::<U, 1>(stream)),
+                        2 => dispatch(self.isa, Streamed::<U, 2>(stream)),
+                        3 => dispatch(self.isa, Streamed::<U, 3>(stream)),
+                        _ => dispatch(self.isa, Streamed::<U, FEW>(stream)),
+                    }
+                } else {
+                    scratch.resize(unpack.scratch() + rows * stride, 0.0);
+                    let to = scratch.as_mut_ptr().add(unpack.scratch());
+                    dispatch(
+                        self.isa,
+                        Spill { unpack, range: range.clone(), to, stride, scratch: scratch.as_mut_ptr() },
+                    );
+                    let out = out.pointer().add(range.start);
+                    let weights = Block { data: to, stride, rows: range.len() };
+                    let x = Block { data: x.as_ptr(), stride, rows: self.tokens };
+                    multiply(self.isa, weights, x, padded, out, self.rows);
+                }
+            }
+        };
+        let tasks = self.rows.div_ceil(rows);
+        if tasks == 1 || self.rows * self.cols * self.tokens <= TASK {
+            let mut scratch = Vec::new();
+            (0..tasks).for_each(|i| task(&mut scratch, i));
+        } else {
+            (0..tasks).into_par_iter().for_each_init(Vec::new, task);
+        }
+    }
+
+    /// Copies activations into the order of the weights, each token `stride` floats after the one before.
+    fn lay_out(&self, stride: usize, to: &mut [f32]) {
+        let lanes = if self.isa == Isa::Avx512 { 16 } else { 8 };
+        let one = |(to, x): (&mut [f32], &[f32])| match self.order {
+            Order::Plain => to[..x.len()].copy_from_slice(x),
+            Order::Words { per } => {
+                for (to, x) in to.chunks_mut(per * lanes).zip(x.chunks(per * lanes)) {
+                    for (l, word) in x.chunks_exact(per).enumerate() {
+                        for (j, &x) in word.iter().enumerate() {
+                            to[j * lanes + l] = x;
+                        }
+                    }
+                }
+            }
+        };
+        let pairs = (to, self.x);
+        if self.tokens <= FEW {
+            pairs.0.chunks_mut(stride).zip(pairs.1.chunks(self.cols)).for_each(one);
+        } else {
+            pairs.0.par_chunks_mut(stride).zip(pairs.1.par_chunks(self.cols)).for_each(one);
+        }
+    }
+}

@@ -1,0 +1,178 @@
+//! A weight matrix as it lies in the checkpoint: packed, shared, cut by rows without copying. Rows are outputs, so that a
+//! fused projection, an expert or a shard of a matrix is a range of rows, and every row can be unpacked on its own.
+
+use super::{dequantize::dequantize_row, format::Format};
+use crate::{
+    error::{Error, Result},
+    weights::bytes::Bytes,
+};
+use rayon::prelude::*;
+use std::ops::Range;
+
+/// `[rows, cols]` = `[out, in]`. Cloning shares the bytes.
+#[derive(Clone)]
+pub struct Matrix {
+    format: Format,
+    rows: usize,
+    cols: usize,
+    /// Packed weights, scales, biases; empty where the format has none.
+    parts: [Bytes; 3],
+}
+
+impl std::fmt::Debug for Matrix {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:?} [{}, {}]", self.format, self.rows, self.cols)
+    }
+}
+
+impl Matrix {
+    /// A matrix over bytes of a checkpoint. `scales` and `biases` for the formats that keep them apart (affine: both; mx
+    /// formats: scales). Fails where a size is not exactly what the shape asks for.
+    pub fn new(
+        format: Format,
+        rows: usize,
+        cols: usize,
+        data: Bytes,
+        scales: Option<Bytes>,
+        biases: Option<Bytes>,
+    ) -> Result<Self> {
+        let (block, _) = format.block();
+        if !format.is_known() {
+            return Err(Error::Weights(format!(
+                "a matrix is packed as {format:?}: bits must be 2, 3, 4, 5, 6 or 8, groups 32, 64 or 128"
+            )));
+        }
+        if !cols.is_multiple_of(block) {
+            return Err(Error::Weights(format!(
+                "a [{rows}, {cols}] matrix cannot be {format:?}: its columns are not a multiple of {block}; leave it dense"
+            )));
+        }
+        let none = || Bytes::from(Vec::new());
+        let parts = [data, scales.unwrap_or_else(none), biases.unwrap_or_else(none)];
+        let sizes = row_bytes(format, cols);
+        for ((part, size), name) in parts.iter().zip(sizes).zip(["weights", "scales", "biases"]) {
+            if size.checked_mul(rows) != Some(part.len()) {
+                let (held, wanted) = (part.len(), size as u128 * rows as u128);
+                return Err(Error::Weights(format!(
+                    "a [{rows}, {cols}] matrix in {format:?} has {held} bytes of {name} where {wanted} belong; the file is damaged or its config is of another model"
+                )));
+            }
+        }
+        Ok(Self { format, rows, cols, parts })
+    }
+
+    /// How it is packed.
+    pub fn format(&self) -> Format {
+        self.format
+    }
+
+    /// Outputs.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Inputs.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Memory held, scales included.
+    pub fn bytes(&self) -> usize {
+        self.parts.iter().map(|part| part.len()).sum()
+    }
+
+    /// Bits a weight takes, scales included.
+    pub fn bits_per_weight(&self) -> f64 {
+        self.format.bits_per_weight()
+    }
+
+    /// The packed weights, scales and biases (empty where the format has none), as given.
+    pub fn parts(&self) -> &[Bytes; 3] {
+        &self.parts
+    }
+
+    /// Some of the rows, without copying; `None` where the range does not fit.
+    pub fn slice_rows(&self, rows: Range<usize>) -> Option<Self> {
+        if rows.start > rows.end || rows.end > self.rows {
+            return None;
+        }
+        let [data, scales, biases] = row_bytes(self.format, self.cols);
+        let cut = |part: &Bytes, size: usize| part.slice(rows.start * size..rows.end * size);
+        let parts = [cut(&self.parts[0], data)?, cut(&self.parts[1], scales)?, cut(&self.parts[2], biases)?];
+        Some(Self { format: self.format, rows: rows.len(), cols: self.cols, parts })
+    }
+
+    /// Row i of the result is row `order[i]`; copies. Rows may be left out or repeated.
+    ///
+    /// # Panics
+    /// If `order` names a row that is not there.
+    pub fn permute_rows(&self, order: &[usize]) -> Self {
+        let sizes = row_bytes(self.format, self.cols);
+        let parts = [0, 1, 2].map(|p| {
+            let (part, size) = (&self.parts[p], sizes[p]);
+            Bytes::from(order.iter().flat_map(|&r| &part[r * size..(r + 1) * size]).copied().collect::<Vec<u8>>())
+        });
+        Self { format: self.format, rows: order.len(), cols: self.cols, parts }
+    }
+
+    /// Rows of several matrices, one after the other; copies. Fails unless formats and columns agree.
+    pub fn stack(parts: &[Matrix]) -> Result<Self> {
+        let Some(first) = parts.first() else {
+            return Err(Error::Weights("there is no matrix to stack".into()));
+        };
+        if let Some(odd) = parts.iter().find(|m| (m.format, m.cols) != (first.format, first.cols)) {
+            return Err(Error::Weights(format!(
+                "{odd:?} cannot be stacked on {first:?}: formats and columns must agree; keep them apart"
+            )));
+        }
+        let joined = [0, 1, 2].map(|p| {
+            let slices: Vec<&[u8]> = parts.iter().map(|m| &*m.parts[p]).collect();
+            Bytes::from(slices.concat())
+        });
+        Ok(Self { format: first.format, rows: parts.iter().map(|m| m.rows).sum(), cols: first.cols, parts: joined })
+    }
+
+    /// Unpacks rows into `out`, `[rows.len(), cols]`.
+    ///
+    /// # Panics
+    /// If the range or `out` does not fit.
+    pub fn dequantize_rows(&self, rows: Range<usize>, out: &mut [f32]) {
+        assert!(rows.end <= self.rows && out.len() == rows.len() * self.cols, "dequantize_rows: {rows:?} of {self:?}");
+        let first = rows.start;
+        let each = |(i, out): (usize, &mut [f32])| self.dequantize_row(first + i, out);
+        if out.len() < 1 << 16 {
+            out.chunks_exact_mut(self.cols.max(1)).enumerate().for_each(each);
+        } else {
+            out.par_chunks_exact_mut(self.cols.max(1)).enumerate().for_each(each);
+        }
+    }
+
+    /// Unpacks the rows named by `ids` into `out`, `[ids.len(), cols]`: an embedding lookup.
+    ///
+    /// # Panics
+    /// If an id is out of range or `out` does not fit.
+    pub fn gather_rows(&self, ids: &[u32], out: &mut [f32]) {
+        assert!(out.len() == ids.len() * self.cols, "gather_rows: {} ids of {self:?}", ids.len());
+        for (&id, out) in ids.iter().zip(out.chunks_exact_mut(self.cols.max(1))) {
+            self.dequantize_row(id as usize, out);
+        }
+    }
+
+    pub(super) fn dequantize_row(&self, row: usize, out: &mut [f32]) {
+        let [data, scales, biases] = self.row_parts(row);
+        dequantize_row(self.format, data, scales, biases, out);
+    }
+
+    /// The bytes of one row.
+    pub(super) fn row_parts(&self, row: usize) -> [&[u8]; 3] {
+        let sizes = row_bytes(self.format, self.cols);
+        [0, 1, 2].map(|p| &self.parts[p][row * sizes[p]..(row + 1) * sizes[p]])
+    }
+}
+
+/// Bytes of a row in weights, scales and biases.
+pub(super) fn row_bytes(format: Format, cols: usize) -> [usize; 3] {
+    let ((block, bytes), (scale, bias)) = (format.block(), format.beside());
+    let blocks = cols / block;
+    [blocks * bytes, blocks * scale, blocks * bias]
+}
