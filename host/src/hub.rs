@@ -11,6 +11,7 @@ mod transfer;
 use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::error::{Error, Result};
 use crate::source::{Fetch, Files, Source};
@@ -89,12 +90,13 @@ fn complete(repo: &Repo, revision: &str, listing: &Listing, fetch: &Fetch) -> Re
     let missing: Vec<&str> = names.into_iter().filter(|name| !folder.join(name).exists()).collect();
     if !missing.is_empty() {
         let transfer = Transfer::new(fetch)?;
-        let wanted: Vec<Wanted> = in_parallel(missing, |name| download::ask(&transfer, id, &listing.commit, name))?;
+        let wanted: Vec<Wanted> =
+            in_parallel(missing, &transfer.stop, |name| download::ask(&transfer, id, &listing.commit, name))?;
         let bars = Bars::new(id, &wanted, fetch.progress);
         // Weights come last, so that a folder with all its weights has everything else too, even after a power cut.
         let (weights, rest): (Vec<_>, Vec<_>) = wanted.iter().partition(|file| file.name.ends_with(".safetensors"));
         for group in [rest, weights] {
-            in_parallel(group, |file| {
+            in_parallel(group, &transfer.stop, |file| {
                 download::fetch(file, repo, &transfer, &bars)?;
                 repo.link(&listing.commit, &file.name, &file.etag)
             })?;
@@ -105,19 +107,24 @@ fn complete(repo: &Repo, revision: &str, listing: &Listing, fetch: &Fetch) -> Re
     Ok(repo.source(folder, &listing.commit))
 }
 
-/// Runs `work` on every job, a few at a time; after the first error no further job is started.
-fn in_parallel<J: Send, T: Send>(jobs: Vec<J>, work: impl Fn(J) -> Result<T> + Sync) -> Result<Vec<T>> {
+/// Runs `work` on every job, a few at a time. The first error ends it: `stop` is set, and no further job starts.
+fn in_parallel<J: Send, T: Send>(
+    jobs: Vec<J>,
+    stop: &AtomicBool,
+    work: impl Fn(J) -> Result<T> + Sync,
+) -> Result<Vec<T>> {
     let total = jobs.len();
     let queue = Mutex::new(jobs.into_iter().enumerate().collect::<VecDeque<_>>());
     let done = Mutex::new(Vec::with_capacity(total));
-    let take = || queue.lock().ok()?.pop_front();
+    let take = || if stop.load(Ordering::Relaxed) { None } else { queue.lock().ok()?.pop_front() };
     let run = || {
         while let Some((place, job)) = take() {
             let result = work(job);
-            if result.is_err() {
-                queue.lock().map(|mut rest| rest.clear()).ok();
-            }
+            let is_error = result.is_err();
             done.lock().map(|mut done| done.push((place, result))).ok();
+            if is_error {
+                stop.store(true, Ordering::Relaxed);
+            }
         }
     };
     std::thread::scope(|scope| {
@@ -125,9 +132,11 @@ fn in_parallel<J: Send, T: Send>(jobs: Vec<J>, work: impl Fn(J) -> Result<T> + S
             scope.spawn(run);
         }
     });
-    let mut done = done.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let done = done.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner());
+    // Still in the order of time: the first error is the reason, later ones its consequence.
+    let mut done = done.into_iter().map(|(place, result)| Ok((place, result?))).collect::<Result<Vec<_>>>()?;
     done.sort_by_key(|(place, _)| *place);
-    done.into_iter().map(|(_, result)| result).collect()
+    Ok(done.into_iter().map(|(_, value)| value).collect())
 }
 
 impl Repo {

@@ -62,7 +62,8 @@ pub struct Fetch {
 }
 
 impl Fetch {
-    /// Reads `HF_HOME`, `HF_HUB_CACHE`, `HF_TOKEN` (or the token file), `HF_ENDPOINT`, `HF_HUB_OFFLINE` and `XDG_CACHE_HOME`.
+    /// Reads `HF_HOME`, `HF_HUB_CACHE`, `HF_TOKEN` (or the token file), `HF_ENDPOINT`, `HF_HUB_OFFLINE`,
+    /// `HF_HUB_DISABLE_PROGRESS_BARS` and `XDG_CACHE_HOME`.
     pub fn from_env() -> Self {
         let hf_home = path_from_env("HF_HOME").unwrap_or_else(|| xdg_cache().join("huggingface"));
         let cache_dir = path_from_env("HF_HUB_CACHE")
@@ -75,7 +76,7 @@ impl Fetch {
             pip_dir: own_cache().join("pip"),
             endpoint: text_from_env("HF_ENDPOINT").unwrap_or_else(|| hub::DEFAULT_ENDPOINT.to_owned()),
             token: token_from_env(&hf_home),
-            progress: true,
+            progress: !is_set("HF_HUB_DISABLE_PROGRESS_BARS"),
         }
     }
 }

@@ -233,6 +233,19 @@ fn a_redirect_to_something_else_than_http_is_refused() {
 }
 
 #[test]
+fn the_hash_is_checked_too_where_the_hub_redirects_to_itself() {
+    let hub = Hub::start();
+    let location = Some("/direct/model.safetensors".to_owned());
+    hub.spoil("model.safetensors", Faults { location: location.clone(), ..Faults::default() });
+    get(&hub.fetch());
+    assert!(hub.repo().join("blobs").join(digest(&weights(), 64)).exists());
+    let hub = Hub::start();
+    let linked_etag = Some(digest(b"something else", 64));
+    hub.spoil("model.safetensors", Faults { location, linked_etag, ..Faults::default() });
+    assert_says(&refusal(&hub.fetch()), &["model.safetensors", "SHA-256"]);
+}
+
+#[test]
 fn a_renamed_repository_is_followed() {
     let hub = Hub::start();
     hub.rename_from("someone/old-name");

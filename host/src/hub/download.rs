@@ -115,6 +115,7 @@ fn receive_once(part: &mut Part, transfer: &Transfer) -> Result<(), Trouble> {
     }
     let mut buffer = vec![0; 256 << 10];
     loop {
+        transfer.check_stop()?;
         match response.read(&mut buffer) {
             Ok(0) if file.size.is_some_and(|size| part.have < size) => {
                 return Err(Trouble::Passing("the connection ended early".to_owned()));

@@ -2,6 +2,7 @@
 //! Redirects are followed by hand: the token goes to the Hub's own origin only, and nothing falls back from https to http.
 
 use std::error::Error as StdError;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use reqwest::blocking::{Client, Response};
@@ -35,6 +36,8 @@ pub(super) struct Transfer {
     client: Client,
     endpoint: Url,
     token: Option<String>,
+    /// Set when one file failed: the others need not arrive any more.
+    pub(super) stop: AtomicBool,
 }
 
 impl Transfer {
@@ -49,7 +52,7 @@ impl Transfer {
             client = client.no_proxy();
         }
         let client = client.build().map_err(|e| Error::Fetch(format!("cannot set up HTTPS: {}", root_cause(&e))))?;
-        Ok(Transfer { client, endpoint, token: fetch.token.clone() })
+        Ok(Transfer { client, endpoint, token: fetch.token.clone(), stop: AtomicBool::new(false) })
     }
 
     /// Where `name` of a commit is served.
@@ -69,12 +72,11 @@ impl Transfer {
         let mut here = url.clone();
         for _ in 0..=MOST_REDIRECTS {
             let response = self.send(Method::HEAD, &here, 0)?;
-            let next = self.redirect_of(&response, &here)?;
-            match next {
-                Some(next) if next.origin() == here.origin() || response.headers().get("x-linked-etag").is_none() => {
-                    here = next;
-                }
-                Some(_) => return Ok(response.headers().clone()),
+            let is_described =
+                ["x-linked-etag", "x-linked-size"].iter().all(|name| response.headers().contains_key(*name));
+            match self.redirect_of(&response, &here)? {
+                Some(_) if is_described => return Ok(response.headers().clone()),
+                Some(next) => here = next,
                 None => return Ok(self.accept(response, id, name)?.headers().clone()),
             }
         }
@@ -92,6 +94,15 @@ impl Transfer {
             }
         }
         Err(too_many_redirects(url))
+    }
+
+    /// # Errors
+    /// If another file failed meanwhile.
+    pub(super) fn check_stop(&self) -> Result<(), Trouble> {
+        match self.stop.load(Ordering::Relaxed) {
+            true => Err(Trouble::Final(Error::Fetch("stopped, because another file failed".to_owned()))),
+            false => Ok(()),
+        }
     }
 
     fn send(&self, method: Method, url: &Url, start: u64) -> Result<Response, Trouble> {

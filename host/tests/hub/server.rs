@@ -201,7 +201,10 @@ fn serve(mut stream: TcpStream, state: &Mutex<State>, storage: Option<&str>) -> 
         let line = format!("{method} {path}");
         state.seen.push(Seen { by_storage: storage.is_none(), line, authorization, range: range.clone() });
         match storage {
-            Some(storage) => state.answer_as_hub(path, storage),
+            Some(storage) => match path.strip_prefix("/direct") {
+                Some(path) => state.answer_as_storage(path, range.as_deref()),
+                None => state.answer_as_hub(path, storage),
+            },
             None => state.answer_as_storage(path, range.as_deref()),
         }
     };
