@@ -125,8 +125,7 @@ impl Transfer {
         let next = next.ok_or_else(|| {
             Trouble::Final(Error::Fetch(format!("{}: its redirect has no valid address", host(here))))
         })?;
-        let is_allowed = next.scheme() == "https" || (next.scheme() == "http" && self.endpoint.scheme() == "http");
-        match is_allowed {
+        match may_follow(&self.endpoint, &next) {
             true => Ok(Some(next)),
             false => Err(Trouble::Final(Error::Fetch(format!(
                 "{}: it redirects to {}://{}, which is not https; nothing was fetched from there",
@@ -169,6 +168,11 @@ pub(super) fn parse_endpoint(fetch: &Fetch) -> Result<Url> {
     }
 }
 
+/// Only who reaches the Hub by http is sent on by http; nothing else than these two is ever opened.
+fn may_follow(endpoint: &Url, next: &Url) -> bool {
+    next.scheme() == "https" || (next.scheme() == "http" && endpoint.scheme() == "http")
+}
+
 /// Whether this machine itself is asked: then no proxy belongs in between.
 pub(super) fn is_loopback(url: &Url) -> bool {
     match url.host_str() {
@@ -193,4 +197,20 @@ fn host(url: &Url) -> &str {
 
 fn too_many_redirects(url: &Url) -> Trouble {
     Trouble::Final(Error::Fetch(format!("{}: more than {MOST_REDIRECTS} redirects in a row", host(url))))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_redirect_never_leaves_https_unless_the_hub_itself_is_on_http() {
+        let url = |text: &str| Url::parse(text).unwrap();
+        let (hub, mirror) = (url("https://huggingface.co"), url("http://localhost:1"));
+        assert!(may_follow(&hub, &url("https://cdn.example/x")) && may_follow(&mirror, &url("http://localhost:2/x")));
+        for next in ["http://huggingface.co/x", "file:///etc/passwd", "ftp://x/y"] {
+            assert!(!may_follow(&hub, &url(next)), "{next}");
+        }
+        assert!(!may_follow(&mirror, &url("file:///etc/passwd")));
+    }
 }
