@@ -1,0 +1,3 @@
+//! The command line: words to calls, errors to exit codes.
+
+pub mod pull;
