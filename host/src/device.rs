@@ -71,7 +71,10 @@ impl Placement {
 
 fn open(choice: DeviceChoice) -> Result<Device> {
     let missing = |name: &str, e: candle_core::Error| {
-        Error::Device(format!("--device {name}: {}; use --device cpu", e.to_string().lines().next().unwrap_or_default()))
+        Error::Device(format!(
+            "--device {name}: {}; use --device cpu",
+            e.to_string().lines().next().unwrap_or_default()
+        ))
     };
     match choice {
         DeviceChoice::Cpu => Ok(Device::Cpu),

@@ -82,7 +82,7 @@ impl Plan {
     pub fn new(config: Config, checkpoint: Checkpoint, registry: &Registry) -> Result<Self> {
         let found = registry.resolve(&config.model_type)?;
         let library = Library::open(&found)?;
-        let pantry = Pantry { checkpoint: plain_names(checkpoint, &config)?, quantization: config.quantization().cloned() };
+        let pantry = Pantry { checkpoint: plain_names(checkpoint)?, quantization: config.quantization().cloned() };
         let json = serde_json::Value::Object(config.json().clone());
         let call = Call::Building(RefCell::new(Building::new(&pantry, &json)));
         let object = library.create(call.ctx(), &config.text())?;
@@ -116,13 +116,15 @@ impl Plan {
 
     /// The float type that most of the checkpoint's numbers have, or are computed in.
     pub fn dtype(&self) -> DType {
-        let stated = self.config.get("torch_dtype").or(self.config.get("dtype")).and_then(|v| v.as_str().map(str::to_owned));
+        let stated =
+            self.config.get("torch_dtype").or(self.config.get("dtype")).and_then(|v| v.as_str().map(str::to_owned));
         match stated.as_deref().map(|s| s.trim_start_matches("torch.")) {
             Some("bfloat16") => DType::BF16,
             Some("float16") => DType::F16,
             Some("float32") => DType::F32,
             _ => {
-                let first = self.pantry.checkpoint.iter().filter(|(_, t)| t.shape.len() > 1).find_map(|(_, t)| float(t.dtype));
+                let first =
+                    self.pantry.checkpoint.iter().filter(|(_, t)| t.shape.len() > 1).find_map(|(_, t)| float(t.dtype));
                 match first {
                     Some(crate::kernels::cpu::Float::F16) => DType::F16,
                     Some(crate::kernels::cpu::Float::F32) => DType::F32,
@@ -133,7 +135,12 @@ impl Plan {
     }
 
     /// Reads the weights. `progress` is called with the number of slots done and of all.
-    pub fn load(self, place: Placement, adapters: &Adapters, progress: &(dyn Fn(usize, usize) + Sync)) -> Result<Model> {
+    pub fn load(
+        self,
+        place: Placement,
+        adapters: &Adapters,
+        progress: &(dyn Fn(usize, usize) + Sync),
+    ) -> Result<Model> {
         self.report.clone().into_result(&self.config.model_type)?;
         self.dry_run()?;
         let loader = Loader { pantry: &self.pantry, place: &place, adapters };
@@ -150,8 +157,9 @@ impl Plan {
 }
 
 /// The names that plugins use: those of a language model alone, where the checkpoint is of a larger one that wraps it.
-fn plain_names(checkpoint: Checkpoint, config: &Config) -> Result<Checkpoint> {
-    let wrapper = config.get("text_config").is_some() || checkpoint.names().any(|n| n.starts_with("language_model."));
+fn plain_names(checkpoint: Checkpoint) -> Result<Checkpoint> {
+    let wrapper =
+        checkpoint.names().any(|n| n.starts_with("language_model.") || n.starts_with("model.language_model."));
     checkpoint.rename(|name| {
         // Tables that old exporters stored and every loader computes.
         if name.ends_with("rotary_emb.inv_freq") {
@@ -189,8 +197,11 @@ impl Model {
         if ids.is_empty() {
             return Ok(vec![Vec::new(); inputs.len()]);
         }
-        if let Some((id, vocab)) = self.vocab_size().and_then(|v| Some((ids.iter().find(|&&id| id as usize >= v)?, v))) {
-            return Err(Error::Generate(format!("token {id} is beyond the model's vocabulary of {vocab}: does the tokenizer belong to this model?")));
+        if let Some((id, vocab)) = self.vocab_size().and_then(|v| Some((ids.iter().find(|&&id| id as usize >= v)?, v)))
+        {
+            return Err(Error::Generate(format!(
+                "token {id} is beyond the model's vocabulary of {vocab}: does the tokenizer belong to this model?"
+            )));
         }
         let mut rows = Vec::new();
         let mut counts = Vec::with_capacity(inputs.len());
@@ -266,10 +277,22 @@ struct Engine<'a> {
 
 impl Engine<'_> {
     /// `forward`, then `head` on the rows that `select` leaves, if any.
-    fn run(&self, parts: Vec<Part>, tokens: Value, select: impl FnOnce(&Value) -> Result<Option<Value>>) -> Result<Option<Value>> {
+    fn run(
+        &self,
+        parts: Vec<Part>,
+        tokens: Value,
+        select: impl FnOnce(&Value) -> Result<Option<Value>>,
+    ) -> Result<Option<Value>> {
         let dry = matches!(tokens, Value::Planned(_));
         let caches = self.object.caches.len();
-        let running = Running { arena: Arena::default(), wanted: self.wanted, layers: self.layers, place: self.place, parts, caches };
+        let running = Running {
+            arena: Arena::default(),
+            wanted: self.wanted,
+            layers: self.layers,
+            place: self.place,
+            parts,
+            caches,
+        };
         let call = Call::Running(RefCell::new(running));
         let Call::Running(cell) = &call else { unreachable!("made as Running above") };
 

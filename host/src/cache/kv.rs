@@ -40,7 +40,14 @@ impl KvCache {
     /// An empty cache.
     pub fn new(spec: &CacheSpec, place: &Placement, options: CacheOptions) -> Self {
         let window = (spec.window > 0).then_some(spec.window as usize);
-        KvCache { keys: Table::new(place), values: Table::new(place), positions: Vec::new(), shape: None, window, options }
+        KvCache {
+            keys: Table::new(place),
+            values: Table::new(place),
+            positions: Vec::new(),
+            shape: None,
+            window,
+            options,
+        }
     }
 
     /// What a query sees, given the window of its own attention.
@@ -93,7 +100,9 @@ impl KvCache {
             }
         }
         let packable = self.widths().iter().all(|w| w % self.options.kv_group_size == 0)
-            && self.shape.is_some_and(|[_, dim, _, v_dim]| dim % self.options.kv_group_size == 0 && v_dim % self.options.kv_group_size == 0);
+            && self.shape.is_some_and(|[_, dim, _, v_dim]| {
+                dim % self.options.kv_group_size == 0 && v_dim % self.options.kv_group_size == 0
+            });
         if let Some(bits) = self.options.kv_bits
             && packable
             && offset >= self.options.quantized_kv_start

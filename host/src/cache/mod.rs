@@ -2,7 +2,6 @@
 //! saving work for every architecture.
 
 pub mod kv;
-pub mod prompt;
 pub mod rows;
 
 use crate::{
@@ -38,7 +37,9 @@ impl CacheOptions {
     /// Values that make no sense, in one sentence.
     pub fn validate(&self) -> Result<()> {
         match self.max_kv_size {
-            Some(n) if n <= KEEP => return Err(Error::Usage(format!("--max-kv-size {n}: it must be above {KEEP}, the tokens always kept"))),
+            Some(n) if n <= KEEP => {
+                return Err(Error::Usage(format!("--max-kv-size {n}: it must be above {KEEP}, the tokens always kept")));
+            }
             _ => {}
         }
         match self.kv_bits {
@@ -70,7 +71,9 @@ impl State {
     pub fn new(specs: &[CacheSpec], place: &Placement, options: &CacheOptions) -> Result<Self> {
         options.validate()?;
         if options.kv_bits.is_some() && !place.native {
-            return Err(Error::Usage("--kv-bits: quantized caches work on the cpu; leave it out, or use --device cpu".into()));
+            return Err(Error::Usage(
+                "--kv-bits: quantized caches work on the cpu; leave it out, or use --device cpu".into(),
+            ));
         }
         let layers = specs.iter().map(|spec| KvCache::new(spec, place, *options)).collect();
         Ok(State { layers, offset: 0, horizon: 0 })
@@ -84,7 +87,10 @@ impl State {
     /// Forgets the last `n` tokens.
     pub fn trim(&mut self, n: usize) -> Result<()> {
         if !self.can_trim(n) {
-            return Err(Error::Generate(format!("the cache cannot go back {n} of {} tokens: older ones were dropped", self.offset)));
+            return Err(Error::Generate(format!(
+                "the cache cannot go back {n} of {} tokens: older ones were dropped",
+                self.offset
+            )));
         }
         self.offset -= n;
         self.horizon = self.horizon.min(self.offset);

@@ -50,7 +50,9 @@ impl Table {
             Table::F32(table) => table.extend_from_slice(rows),
             Table::F16(table) => table.extend(rows.iter().map(|&x| f16::from_f32(x))),
             Table::BF16(table) => table.extend(rows.iter().map(|&x| bf16::from_f32(x))),
-            Table::Packed { data, scales, biases, bits, group } => quantize_rows(rows, *bits, *group, data, scales, biases),
+            Table::Packed { data, scales, biases, bits, group } => {
+                quantize_rows(rows, *bits, *group, data, scales, biases)
+            }
             Table::Tensor(_) => {}
         }
     }

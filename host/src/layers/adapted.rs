@@ -51,7 +51,8 @@ impl Adapter {
     /// Turns DoRA's `m` into the factor of each output, which needs the base weight once.
     pub fn with_magnitude(mut self, m: &Tensor, weight: &Weight) -> candle_core::Result<Self> {
         let low = self.a.matmul(&self.b)?.t()?.affine(self.scale, 0.0)?;
-        let norms = (weight.numbers()?.to_device(low.device())?.to_dtype(low.dtype())? + low)?.sqr()?.sum(D::Minus1)?.sqrt()?;
+        let norms =
+            (weight.numbers()?.to_device(low.device())?.to_dtype(low.dtype())? + low)?.sqr()?.sum(D::Minus1)?.sqrt()?;
         self.magnitude = Some((m / norms)?);
         Ok(self)
     }

@@ -23,7 +23,15 @@ pub struct Scores {
 }
 
 /// q `[tokens, heads, d]`, k `[tokens, kv_heads, d]`, v `[tokens, kv_heads, e]` -> `[tokens, heads, e]`.
-pub fn attend(cache: usize, q: &Tensor, k: &Tensor, v: &Tensor, how: &Scores, parts: &mut [Part], place: &Placement) -> Result<Tensor> {
+pub fn attend(
+    cache: usize,
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    how: &Scores,
+    parts: &mut [Part],
+    place: &Placement,
+) -> Result<Tensor> {
     let mut outputs = Vec::with_capacity(parts.len());
     for part in parts {
         let rows = |t: &Tensor| t.narrow(0, part.tokens.start, part.tokens.len());
@@ -65,7 +73,13 @@ fn on_cpu(
     let (tokens, heads) = (q.dim(0)?, q.dim(1)?);
     let (Some(keys), Some(values)) = (keys.rows(), values.rows()) else { bail!("the cache is not on the cpu") };
     let sinks = how.sinks.as_ref().map(|s| s.to_dtype(DType::F32)?.to_vec1::<f32>()).transpose()?;
-    let attend = Attend { scale: how.scale, softcap: how.softcap, window: sight.window, keep: sight.keep, sinks: sinks.as_deref() };
+    let attend = Attend {
+        scale: how.scale,
+        softcap: how.softcap,
+        window: sight.window,
+        keep: sight.keep,
+        sinks: sinks.as_deref(),
+    };
     with_f32(q, |q| {
         filled((tokens, heads, e), |out| {
             attend_on_cpu(q, heads, d, queries, keys, values, kv_heads, e, positions, &attend, out);
@@ -105,7 +119,8 @@ fn by_candle(
     let mask: Vec<f32> = queries.iter().flat_map(mask).collect();
     let mut scores = scores.broadcast_add(&Tensor::from_vec(mask, (1, tokens, positions.len()), device)?)?;
     if let Some(sinks) = &how.sinks {
-        let column = sinks.to_dtype(DType::F32)?.reshape((heads, 1, 1))?.broadcast_as((heads, tokens, 1))?.contiguous()?;
+        let column =
+            sinks.to_dtype(DType::F32)?.reshape((heads, 1, 1))?.broadcast_as((heads, tokens, 1))?.contiguous()?;
         scores = Tensor::cat(&[&scores, &column], D::Minus1)?;
     }
     let shares = candle_nn::ops::softmax_last_dim(&scores)?.narrow(D::Minus1, 0, positions.len())?;

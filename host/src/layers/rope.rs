@@ -24,9 +24,16 @@ pub struct Rope {
 enum ByLength {
     Never,
     /// Dynamic NTK, for texts beyond `max`.
-    Dynamic { base: f64, factor: f64, max: f64 },
+    Dynamic {
+        base: f64,
+        factor: f64,
+        max: f64,
+    },
     /// LongRoPE's second set, for texts beyond `original`.
-    Long { long: Vec<f32>, original: f64 },
+    Long {
+        long: Vec<f32>,
+        original: f64,
+    },
 }
 
 /// The numbers of a `rope_scaling` object, with the config's as fallback.
@@ -45,7 +52,9 @@ impl Scaling<'_> {
     }
 
     fn factor(&self) -> Result<f64, String> {
-        self.need("factor").and_then(|f| if f > 0.0 { Ok(f) } else { Err(format!("config.json: rope_scaling.factor is {f}, it should be above 0")) })
+        self.need("factor").and_then(|f| {
+            if f > 0.0 { Ok(f) } else { Err(format!("config.json: rope_scaling.factor is {f}, it should be above 0")) }
+        })
     }
 
     fn max_positions(&self) -> Option<f64> {
@@ -58,10 +67,13 @@ impl Scaling<'_> {
     }
 
     fn list(&self, key: &str, len: usize) -> Result<Vec<f64>, String> {
-        let list: Option<Vec<f64>> = self.json.get(key).and_then(Value::as_array).and_then(|a| a.iter().map(Value::as_f64).collect());
+        let list: Option<Vec<f64>> =
+            self.json.get(key).and_then(Value::as_array).and_then(|a| a.iter().map(Value::as_f64).collect());
         match list {
             Some(list) if list.len() == len => Ok(list),
-            Some(list) => Err(format!("config.json: rope_scaling.{key} has {} numbers, the head has {len} pairs", list.len())),
+            Some(list) => {
+                Err(format!("config.json: rope_scaling.{key} has {} numbers, the head has {len} pairs", list.len()))
+            }
             None => Err(format!("config.json: rope_scaling.{key} is missing or not a list of numbers")),
         }
     }
@@ -107,9 +119,18 @@ impl Rope {
                 by_length = ByLength::Long { long, original };
                 over(s.list("short_factor", dims / 2)?)
             }
-            other => return Err(format!("config.json: rope_scaling of type \"{other}\" is not known; default, linear, dynamic, llama3, yarn, longrope are")),
+            other => {
+                return Err(format!(
+                    "config.json: rope_scaling of type \"{other}\" is not known; default, linear, dynamic, llama3, yarn, longrope are"
+                ));
+            }
         };
-        Ok(Rope { dims, inv_freq: frequencies.into_iter().map(|f| f as f32).collect(), amplitude: amplitude as f32, by_length })
+        Ok(Rope {
+            dims,
+            inv_freq: frequencies.into_iter().map(|f| f as f32).collect(),
+            amplitude: amplitude as f32,
+            by_length,
+        })
     }
 
     /// Angles of 0, in place of a rope that could not be made.
@@ -143,7 +164,13 @@ pub struct Span {
 
 impl Rope {
     /// Turns x `[tokens, heads, head_dim]`; the tokens are those of `spans`, one after the other.
-    pub fn rotate(&self, x: &Tensor, spans: &[Span], interleaved: bool, place: &Placement) -> candle_core::Result<Tensor> {
+    pub fn rotate(
+        &self,
+        x: &Tensor,
+        spans: &[Span],
+        interleaved: bool,
+        place: &Placement,
+    ) -> candle_core::Result<Tensor> {
         if self.dims == 0 {
             return Ok(x.clone());
         }
@@ -169,7 +196,13 @@ impl Rope {
         }
     }
 
-    fn rotate_by_candle(&self, x: &Tensor, positions: &[u32], inv_freq: &[f32], interleaved: bool) -> candle_core::Result<Tensor> {
+    fn rotate_by_candle(
+        &self,
+        x: &Tensor,
+        positions: &[u32],
+        inv_freq: &[f32],
+        interleaved: bool,
+    ) -> candle_core::Result<Tensor> {
         let (tokens, heads, head_dim) = x.dims3()?;
         let half = self.dims / 2;
         let angle = |&p: &u32| inv_freq.iter().map(move |&f| (p as f64 * f as f64) as f32);
@@ -179,12 +212,17 @@ impl Rope {
         let (cos, sin) = (angles.cos()?.affine(amplitude, 0.0)?, angles.sin()?.affine(amplitude, 0.0)?);
         let (lanes, rest) = (x.narrow(D::Minus1, 0, self.dims)?.to_dtype(DType::F32)?, head_dim - self.dims);
         // Pairs as [.., half, 2] (neighbours) or [.., 2, half] (halves).
-        let pairs = if interleaved { lanes.reshape((tokens, heads, half, 2))? } else { lanes.reshape((tokens, heads, 2, half))? };
+        let pairs = if interleaved {
+            lanes.reshape((tokens, heads, half, 2))?
+        } else {
+            lanes.reshape((tokens, heads, 2, half))?
+        };
         let axis = if interleaved { 3 } else { 2 };
         let (a, b) = (pairs.narrow(axis, 0, 1)?.squeeze(axis)?, pairs.narrow(axis, 1, 1)?.squeeze(axis)?);
         let first = (a.broadcast_mul(&cos)? - b.broadcast_mul(&sin)?)?;
         let second = (b.broadcast_mul(&cos)? + a.broadcast_mul(&sin)?)?;
-        let turned = Tensor::stack(&[&first, &second], axis)?.reshape((tokens, heads, self.dims))?.to_dtype(x.dtype())?;
+        let turned =
+            Tensor::stack(&[&first, &second], axis)?.reshape((tokens, heads, self.dims))?.to_dtype(x.dtype())?;
         if rest == 0 { Ok(turned) } else { Tensor::cat(&[&turned, &x.narrow(D::Minus1, self.dims, rest)?], D::Minus1) }
     }
 }
@@ -195,7 +233,8 @@ fn frequencies(dims: usize, base: f64) -> Vec<f64> {
 
 /// Llama 3.1: long waves are stretched, short ones kept, those between blended.
 fn llama3(plain: Vec<f64>, s: &Scaling) -> Result<Vec<f64>, String> {
-    let (factor, low, high) = (s.factor()?, s.number("low_freq_factor").unwrap_or(1.0), s.number("high_freq_factor").unwrap_or(4.0));
+    let (factor, low, high) =
+        (s.factor()?, s.number("low_freq_factor").unwrap_or(1.0), s.number("high_freq_factor").unwrap_or(4.0));
     let original = s.original().unwrap_or(8192.0);
     let scale = |f: f64| {
         let wave = TAU / f;

@@ -67,7 +67,9 @@ impl Weight {
     /// Rows by id: `[ids]` -> `[ids, inputs]`.
     pub fn gather(&self, ids: &Tensor) -> candle_core::Result<Tensor> {
         match self {
-            Weight::Packed(m) => super::slices::with_u32(ids, |ids| filled((ids.len(), m.cols()), |out| m.gather_rows(ids, out)))?,
+            Weight::Packed(m) => {
+                super::slices::with_u32(ids, |ids| filled((ids.len(), m.cols()), |out| m.gather_rows(ids, out)))?
+            }
             Weight::Dense(w) => w.index_select(ids, 0),
         }
     }

@@ -10,7 +10,7 @@ use crate::{
 };
 use plugin_api::abi::{self, Slot, SourceId};
 use serde_json::Value as Json;
-use std::rc::Rc;
+use std::sync::Arc;
 
 /// More slots than any model has.
 const MOST_SLOTS: usize = 1_000_000;
@@ -21,7 +21,7 @@ pub struct Building<'a> {
     pub pantry: &'a Pantry,
     /// config.json.
     pub config: &'a Json,
-    sources: Vec<Rc<Recipe>>,
+    sources: Vec<Arc<Recipe>>,
     /// The slots, in order.
     pub wanted: Vec<Wanted>,
     /// Prefixes of tensors that the architecture leaves alone.
@@ -33,14 +33,21 @@ pub struct Building<'a> {
 impl<'a> Building<'a> {
     /// Nothing said yet.
     pub fn new(pantry: &'a Pantry, config: &'a Json) -> Self {
-        Building { pantry, config, sources: Vec::new(), wanted: Vec::new(), ignored: Vec::new(), complaints: Vec::new() }
+        Building {
+            pantry,
+            config,
+            sources: Vec::new(),
+            wanted: Vec::new(),
+            ignored: Vec::new(),
+            complaints: Vec::new(),
+        }
     }
 
     fn put(&mut self, recipe: Recipe) -> SourceId {
         if self.sources.len() >= MOST_SLOTS {
             return SourceId::NONE;
         }
-        self.sources.push(Rc::new(recipe));
+        self.sources.push(Arc::new(recipe));
         SourceId(self.sources.len() as u32)
     }
 
@@ -52,12 +59,12 @@ impl<'a> Building<'a> {
         Slot(self.wanted.len() as u32 - 1)
     }
 
-    fn recipe(&mut self, id: SourceId) -> Rc<Recipe> {
+    fn recipe(&mut self, id: SourceId) -> Arc<Recipe> {
         match (id.0 as usize).checked_sub(1).and_then(|i| self.sources.get(i)) {
             Some(recipe) => recipe.clone(),
             None => {
                 self.complaints.push("the plugin used a source that it was never given".into());
-                Rc::new(Recipe::Stored("a source that was never given".into()))
+                Arc::new(Recipe::Stored("a source that was never given".into()))
             }
         }
     }
@@ -84,7 +91,10 @@ impl<'a> Building<'a> {
             (abi::TRANSFORM_TRANSPOSE, []) => Recipe::Transpose(inner),
             (abi::TRANSFORM_RESHAPE, dims) => Recipe::Reshape(inner, dims.to_vec()),
             _ => {
-                self.complaints.push(format!("{}: the plugin asks for transform {kind}, which this dylm does not have", inner.name()));
+                self.complaints.push(format!(
+                    "{}: the plugin asks for transform {kind}, which this dylm does not have",
+                    inner.name()
+                ));
                 return source;
             }
         };
@@ -120,7 +130,9 @@ impl<'a> Building<'a> {
             abi::EXPERTS_SWIGLU => Activation::Swiglu,
             abi::EXPERTS_GEGLU => Activation::Geglu,
             other => {
-                self.complaints.push(format!("{prefix}: the plugin asks for experts of kind {other}, which this dylm does not have"));
+                self.complaints.push(format!(
+                    "{prefix}: the plugin asks for experts of kind {other}, which this dylm does not have"
+                ));
                 Activation::Swiglu
             }
         };
@@ -128,10 +140,20 @@ impl<'a> Building<'a> {
         let experts = spec.experts.min(MOST_SLOTS as u64) as usize;
         let recipe = |part: &str| match stacked {
             true => Recipe::Stored(format!("{prefix}switch_mlp.{part}.weight")),
-            false => Recipe::Stack((0..experts).map(|e| Rc::new(Recipe::Stored(format!("{prefix}experts.{e}.{part}.weight")))).collect()),
+            false => Recipe::Stack(
+                (0..experts).map(|e| Arc::new(Recipe::Stored(format!("{prefix}experts.{e}.{part}.weight")))).collect(),
+            ),
         };
         let (gate, up, down) = (recipe("gate_proj"), recipe("up_proj"), recipe("down_proj"));
-        self.slot(Wanted::Experts { gate, up, down, experts, dim: spec.dim as usize, hidden: spec.hidden as usize, activation })
+        self.slot(Wanted::Experts {
+            gate,
+            up,
+            down,
+            experts,
+            dim: spec.dim as usize,
+            hidden: spec.hidden as usize,
+            activation,
+        })
     }
 
     pub fn parameter_layer(&mut self, source: SourceId, dims: &[u64]) -> Slot {

@@ -63,7 +63,9 @@ impl Running<'_> {
 
     pub fn embed(&mut self, slot: Slot, ids: Handle) -> Outcome {
         let ids = self.arena.get(ids)?;
-        let Wanted::Embedding { dim, .. } = self.wanted(slot)? else { return Err(fault!("this layer is no embedding")) };
+        let Wanted::Embedding { dim, .. } = self.wanted(slot)? else {
+            return Err(fault!("this layer is no embedding"));
+        };
         let mut dims = ids.dims()?.to_vec();
         dims.push(*dim);
         let layer = self.layer(slot);
@@ -75,7 +77,9 @@ impl Running<'_> {
 
     pub fn unembed(&mut self, slot: Slot, x: Handle) -> Outcome {
         let x = self.arena.get(x)?;
-        let Wanted::Embedding { dim, vocab, .. } = self.wanted(slot)? else { return Err(fault!("this layer is no embedding")) };
+        let Wanted::Embedding { dim, vocab, .. } = self.wanted(slot)? else {
+            return Err(fault!("this layer is no embedding"));
+        };
         let (dims, layer) = (Self::with_last(&x, *dim, *vocab)?, self.layer(slot));
         x.make(dims, |x| match layer {
             Ok(Layer::Embedding(e)) => e.as_linear(x),
@@ -85,7 +89,9 @@ impl Running<'_> {
 
     pub fn linear(&mut self, slot: Slot, x: Handle) -> Outcome {
         let x = self.arena.get(x)?;
-        let Wanted::Linear { inputs, outputs, .. } = self.wanted(slot)? else { return Err(fault!("this layer is not linear")) };
+        let Wanted::Linear { inputs, outputs, .. } = self.wanted(slot)? else {
+            return Err(fault!("this layer is not linear"));
+        };
         let (dims, layer) = (Self::with_last(&x, *inputs, *outputs)?, self.layer(slot));
         x.make(dims, |x| match layer {
             Ok(Layer::Linear(l)) => l.forward(x),
@@ -135,7 +141,11 @@ impl Running<'_> {
             return Err(fault!("{dims:?} is not [tokens, heads, at least {}]", rope.dims));
         }
         let rope = rope.clone();
-        let spans = self.parts.iter().map(|p| rope::Span { offset: p.state.offset, len: p.tokens.len(), horizon: p.state.horizon });
+        let spans = self.parts.iter().map(|p| rope::Span {
+            offset: p.state.offset,
+            len: p.tokens.len(),
+            horizon: p.state.horizon,
+        });
         let (spans, place) = (spans.collect::<Vec<_>>(), self.place);
         x.make(dims, |x| rope.rotate(x, &spans, interleaved, place))
     }
@@ -143,12 +153,21 @@ impl Running<'_> {
     pub fn attend(&mut self, cache: u32, q: Handle, k: Handle, v: Handle, spec: &AttendSpec) -> Outcome {
         let (q, k, v) = (self.arena.get(q)?, self.arena.get(k)?, self.arena.get(v)?);
         let sinks = if spec.sinks == Handle::NONE { None } else { Some(self.arena.get(spec.sinks)?) };
-        let (&[tokens, heads, d], &[k_tokens, kv_heads, k_d], &[v_tokens, v_heads, e]) = (q.dims()?, k.dims()?, v.dims()?) else {
-            return Err(fault!("q {:?}, k {:?}, v {:?} are not all [tokens, heads, dim]", q.dims()?, k.dims()?, v.dims()?));
+        let (&[tokens, heads, d], &[k_tokens, kv_heads, k_d], &[v_tokens, v_heads, e]) =
+            (q.dims()?, k.dims()?, v.dims()?)
+        else {
+            return Err(fault!(
+                "q {:?}, k {:?}, v {:?} are not all [tokens, heads, dim]",
+                q.dims()?,
+                k.dims()?,
+                v.dims()?
+            ));
         };
         let fits = k_tokens == tokens && v_tokens == tokens && k_d == d && v_heads == kv_heads;
         if !fits || kv_heads == 0 || !heads.is_multiple_of(kv_heads) {
-            return Err(fault!("q [{tokens}, {heads}, {d}] against k [{k_tokens}, {kv_heads}, {k_d}], v [{v_tokens}, {v_heads}, {e}]"));
+            return Err(fault!(
+                "q [{tokens}, {heads}, {d}] against k [{k_tokens}, {kv_heads}, {k_d}], v [{v_tokens}, {v_heads}, {e}]"
+            ));
         }
         if let Some(sinks) = &sinks
             && sinks.dims()? != [heads]

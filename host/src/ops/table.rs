@@ -60,7 +60,11 @@ fn run(ctx: Ctx, op: &str, slot: Option<Slot>, at: At, f: impl FnOnce(&mut Runni
 
 /// The text of a panic.
 fn text_of(panic: &(dyn std::any::Any + Send)) -> &str {
-    panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied()).unwrap_or("without a text")
+    panic
+        .downcast_ref::<String>()
+        .map(String::as_str)
+        .or(panic.downcast_ref::<&str>().copied())
+        .unwrap_or("without a text")
 }
 
 fn settle(running: &Running, op: &str, slot: Option<Slot>, at: At, outcome: Outcome) -> Value {

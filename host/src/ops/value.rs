@@ -133,8 +133,13 @@ impl Value {
             width += part.last()?;
         }
         *dims.last_mut().ok_or_else(|| fault!("a tensor without axes"))? = width;
-        let real: Vec<&Tensor> = parts.iter().filter_map(|p| if let Value::Real(t) = p { Some(t) } else { None }).collect();
-        if real.len() == parts.len() { Tensor::cat(&real, D::Minus1).map(Value::Real).map_err(Fault::from) } else { Ok(Value::Planned(dims)) }
+        let real: Vec<&Tensor> =
+            parts.iter().filter_map(|p| if let Value::Real(t) = p { Some(t) } else { None }).collect();
+        if real.len() == parts.len() {
+            Tensor::cat(&real, D::Minus1).map(Value::Real).map_err(Fault::from)
+        } else {
+            Ok(Value::Planned(dims))
+        }
     }
 
     /// `[.., n * m]` -> `[.., n, m]`

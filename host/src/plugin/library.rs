@@ -50,7 +50,10 @@ impl Library {
         };
         let inside = Note::parse(factory.note().as_bytes()).ok();
         if factory.major() != abi::MAJOR || inside.as_ref() != Some(note) {
-            return Err(Error::plugin(format!("{}: its note and its code disagree about what it is; build it again", path.display())));
+            return Err(Error::plugin(format!(
+                "{}: its note and its code disagree about what it is; build it again",
+                path.display()
+            )));
         }
         Ok(Library { path: path.clone(), note: note.clone(), factory })
     }
@@ -106,7 +109,10 @@ impl Drop for Object {
 fn result<T>(r: RResult<T, PluginError>) -> Result<T> {
     r.into_result().map_err(|e| match e.code {
         abi::root::ERROR_CONFIG => Error::Config(e.message.into_string()),
-        _ => Error::Plugin { text: e.message.into_string(), detail: Some(e.detail.into_string()).filter(|d| !d.is_empty()) },
+        _ => Error::Plugin {
+            text: e.message.into_string(),
+            detail: Some(e.detail.into_string()).filter(|d| !d.is_empty()),
+        },
     })
 }
 
@@ -116,7 +122,10 @@ fn refuse_writable(path: &Path) -> Result<()> {
     use std::os::unix::fs::PermissionsExt;
     let mode = std::fs::metadata(path).map_err(Error::io(path))?.permissions().mode();
     if mode & 0o002 != 0 {
-        return Err(Error::plugin(format!("{}: everybody may write to this file, so it is not opened; chmod o-w it", path.display())));
+        return Err(Error::plugin(format!(
+            "{}: everybody may write to this file, so it is not opened; chmod o-w it",
+            path.display()
+        )));
     }
     Ok(())
 }
@@ -140,11 +149,17 @@ fn open(path: &Path) -> Result<FactoryRef> {
     let library = unsafe { libloading::Library::new(path) };
     let library = library.map_err(|e| refuse(format!("cannot be opened: {e}")))?;
     let unlike = |e: LibraryError| Error::Plugin {
-        text: format!("{}: was built against another plugin-api than this dylm's; rebuild it with plugin-api {}.{}", path.display(), abi::MAJOR, abi::MINOR),
+        text: format!(
+            "{}: was built against another plugin-api than this dylm's; rebuild it with plugin-api {}.{}",
+            path.display(),
+            abi::MAJOR,
+            abi::MINOR
+        ),
         detail: Some(e.to_string()),
     };
     // SAFETY: `export_plugin!` declares this symbol as a `LibHeader`, which starts with an `AbiHeader`; the type is checked next.
-    let header: AbiHeaderRef = unsafe { *library.get::<AbiHeaderRef>(abi::SYMBOL).map_err(|e| refuse(format!("is no plugin: {e}")))? };
+    let header: AbiHeaderRef =
+        unsafe { *library.get::<AbiHeaderRef>(abi::SYMBOL).map_err(|e| refuse(format!("is no plugin: {e}")))? };
     std::mem::forget(library);
     let header = header.upgrade().map_err(unlike)?;
     header.ensure_layout::<FactoryRef>().map_err(unlike)?;

@@ -63,14 +63,20 @@ impl Note {
             if let Some((start, len)) = section.file_range()
                 && start.checked_add(len).is_none_or(|end| end > bytes.len() as u64)
             {
-                return Err(refuse(format!("is truncated: it has {} bytes and a section that ends at {}; copy it again", bytes.len(), start + len)));
+                return Err(refuse(format!(
+                    "is truncated: it has {} bytes and a section that ends at {}; copy it again",
+                    bytes.len(),
+                    start + len
+                )));
             }
         }
         if file.architecture() != machine() {
             return Err(refuse(format!("is built for {:?}, this machine is {:?}", file.architecture(), machine())));
         }
         let section = [SECTION_ELF, SECTION_MACHO, SECTION_PE].iter().find_map(|name| file.section_by_name(name));
-        let section = section.ok_or_else(|| refuse("is a library, but no dylm plugin: it has no note (was it built with export_plugin!?)".into()))?;
+        let section = section.ok_or_else(|| {
+            refuse("is a library, but no dylm plugin: it has no note (was it built with export_plugin!?)".into())
+        })?;
         let data = section.data().map_err(|e| refuse(format!("its note cannot be read: {e}")))?;
         Note::parse(data).map_err(|e| refuse(format!("its note cannot be read: {e}")))
     }
@@ -87,13 +93,20 @@ impl Note {
         if major != Some(abi::MAJOR) {
             let older = major.is_some_and(|m| m < abi::MAJOR);
             let cure = if older { "rebuild the plugin" } else { "update dylm" };
-            return Some(format!("{file}: speaks ABI {}, this dylm speaks {}.{}; {cure}", self.abi, abi::MAJOR, abi::MINOR));
+            return Some(format!(
+                "{file}: speaks ABI {}, this dylm speaks {}.{}; {cure}",
+                self.abi,
+                abi::MAJOR,
+                abi::MINOR
+            ));
         }
         if let Some(op) = self.needs.iter().find(|op| !abi::ops::NAMES.contains(&op.as_str())) {
             return Some(format!("{file}: needs the op {op}, which this dylm does not have; update dylm"));
         }
         if self.panic == "abort" {
-            return Some(format!("{file}: was built with panic = \"abort\", so its first mistake would end dylm; rebuild it with panic = \"unwind\""));
+            return Some(format!(
+                "{file}: was built with panic = \"abort\", so its first mistake would end dylm; rebuild it with panic = \"unwind\""
+            ));
         }
         None
     }

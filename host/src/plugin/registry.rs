@@ -33,7 +33,8 @@ impl Registry {
     pub fn new(first: &[PathBuf]) -> Self {
         let mut folders: Vec<PathBuf> = first.to_vec();
         folders.extend(env::var_os("DYLM_PLUGINS").iter().flat_map(env::split_paths));
-        if let Some(own) = env::current_exe().ok().and_then(|exe| exe.canonicalize().ok()?.parent().map(Path::to_owned)) {
+        if let Some(own) = env::current_exe().ok().and_then(|exe| exe.canonicalize().ok()?.parent().map(Path::to_owned))
+        {
             folders.extend([own.join("plugins"), own]);
         }
         folders.extend(data_folder());
@@ -54,7 +55,12 @@ impl Registry {
 
     /// Every plugin on the path, in order; files that are none of ours are passed over.
     pub fn list(&self) -> Vec<Found> {
-        self.folders.iter().flat_map(|folder| Self::in_folder(folder).into_iter().filter_map(|(path, note)| Some(Found { path, note: note.ok()? }))).collect()
+        self.folders
+            .iter()
+            .flat_map(|folder| {
+                Self::in_folder(folder).into_iter().filter_map(|(path, note)| Some(Found { path, note: note.ok()? }))
+            })
+            .collect()
     }
 
     /// Every library file of a folder with its note, or why it has none, by name.
@@ -72,7 +78,9 @@ impl Registry {
     /// The plugin that serves `model_type`.
     pub fn resolve(&self, model_type: &str) -> Result<Found> {
         if !is_model_type(model_type) {
-            return Err(Error::Config(format!("config.json: model_type {model_type:?} is no name; letters, digits, _ - and . may stand in it")));
+            return Err(Error::Config(format!(
+                "config.json: model_type {model_type:?} is no name; letters, digits, _ - and . may stand in it"
+            )));
         }
         let mut refused = None;
         for folder in &self.folders {
@@ -89,7 +97,9 @@ impl Registry {
             }
             if let [first, second, ..] = claimants.as_slice() {
                 let (a, b) = (first.path.display(), second.path.display());
-                return Err(Error::plugin(format!("{a} and {b} both serve model_type {model_type:?}: remove one of them")));
+                return Err(Error::plugin(format!(
+                    "{a} and {b} both serve model_type {model_type:?}: remove one of them"
+                )));
             }
             if let Some(found) = claimants.pop() {
                 return Ok(found);
@@ -105,7 +115,10 @@ impl Registry {
         known.sort_by_key(|t| distance(t, model_type));
         let nearest = match known.as_slice() {
             [] => "no plugin is installed".to_owned(),
-            some => format!("the nearest of those that have one are {}", some.iter().take(3).cloned().collect::<Vec<_>>().join(", ")),
+            some => format!(
+                "the nearest of those that have one are {}",
+                some.iter().take(3).cloned().collect::<Vec<_>>().join(", ")
+            ),
         };
         let folders: Vec<String> = self.folders.iter().map(|f| f.display().to_string()).collect();
         let name = format!("{}{}{}", consts::DLL_PREFIX, file_stem(model_type), consts::DLL_SUFFIX);

@@ -9,7 +9,14 @@ use crate::{
     adapter::Adapters,
     device::Placement,
     error::Result,
-    layers::{Layer, embedding::Embedding, experts::{Expert, Experts}, linear::Linear, norm::Norm, weight::Weight},
+    layers::{
+        Layer,
+        embedding::Embedding,
+        experts::{Expert, Experts},
+        linear::Linear,
+        norm::Norm,
+        weight::Weight,
+    },
 };
 use candle_core::{DType, Tensor};
 
@@ -46,15 +53,24 @@ impl Loader<'_> {
             }
             Wanted::Norm { centred, weight, bias, eps, .. } => {
                 let load = |r: &Option<Recipe>| r.as_ref().map(|r| self.tensor(r, DType::F32)).transpose();
-                Layer::Norm(Norm { centred: *centred, weight: load(weight)?, bias: load(bias)?, eps: *eps, native: self.place.native })
+                Layer::Norm(Norm {
+                    centred: *centred,
+                    weight: load(weight)?,
+                    bias: load(bias)?,
+                    eps: *eps,
+                    native: self.place.native,
+                })
             }
             Wanted::Experts { gate, up, down, experts, activation, .. } => {
-                let (gate, up, down) = (self.split(gate, *experts)?, self.split(up, *experts)?, self.split(down, *experts)?);
+                let (gate, up, down) =
+                    (self.split(gate, *experts)?, self.split(up, *experts)?, self.split(down, *experts)?);
                 let join = |((gate, up), down)| Expert { gate, up, down };
                 let experts = gate.into_iter().zip(up).zip(down).map(join).collect();
                 Layer::Experts(Experts { experts, activation: *activation })
             }
-            Wanted::Parameter { source, dims } => Layer::Parameter(self.tensor(source, self.place.activations())?.reshape(dims.as_slice())?),
+            Wanted::Parameter { source, dims } => {
+                Layer::Parameter(self.tensor(source, self.place.activations())?.reshape(dims.as_slice())?)
+            }
             Wanted::Rope(rope) => Layer::Rope(rope.clone()),
         })
     }
@@ -62,7 +78,9 @@ impl Loader<'_> {
     fn tensor(&self, recipe: &Recipe, dtype: DType) -> Result<Tensor> {
         let numbers = self.pantry.floats(recipe)?;
         let count = numbers.len();
-        Ok(Tensor::from_vec(numbers, count, &candle_core::Device::Cpu)?.to_dtype(dtype)?.to_device(&self.place.device)?)
+        Ok(Tensor::from_vec(numbers, count, &candle_core::Device::Cpu)?
+            .to_dtype(dtype)?
+            .to_device(&self.place.device)?)
     }
 
     /// A stack of matrices, one linear layer each. Per-expert checkpoints are not stacked first: their parts are taken as they lie.

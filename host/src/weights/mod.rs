@@ -3,6 +3,9 @@
 pub mod bytes;
 pub mod checkpoint;
 pub mod gguf;
+pub mod load;
+pub mod plan;
+pub mod recipe;
 pub mod safetensors;
 pub mod stored;
 

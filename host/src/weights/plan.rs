@@ -73,9 +73,10 @@ impl Wanted {
     /// The recipes of the slot with the shapes that the plugin stated.
     pub fn recipes(&self) -> Vec<(&Recipe, Vec<usize>)> {
         match self {
-            Wanted::Linear { weight, bias, inputs, outputs } => {
-                [(weight, vec![*outputs, *inputs])].into_iter().chain(bias.iter().map(|b| (b, vec![*outputs]))).collect()
-            }
+            Wanted::Linear { weight, bias, inputs, outputs } => [(weight, vec![*outputs, *inputs])]
+                .into_iter()
+                .chain(bias.iter().map(|b| (b, vec![*outputs])))
+                .collect(),
             Wanted::Embedding { weight, vocab, dim } => vec![(weight, vec![*vocab, *dim])],
             Wanted::Norm { weight, bias, dim, .. } => weight.iter().chain(bias).map(|r| (r, vec![*dim])).collect(),
             Wanted::Experts { gate, up, down, experts, dim, hidden, .. } => {
@@ -126,12 +127,15 @@ impl Report {
             }
             match pantry.shape(recipe) {
                 Ok(shape) if shape == dims => {}
-                Ok(shape) => report.misshapen.push(format!("{}: config says {dims:?}, file has {shape:?}", recipe.name())),
+                Ok(shape) => {
+                    report.misshapen.push(format!("{}: config says {dims:?}, file has {shape:?}", recipe.name()))
+                }
                 Err(e) => report.misshapen.push(e.to_string()),
             }
         }
         report.missing = missing.into_iter().collect();
-        let unused = pantry.checkpoint.names().filter(|n| !used.contains(*n) && !ignored.iter().any(|p| n.starts_with(p)));
+        let unused =
+            pantry.checkpoint.names().filter(|n| !used.contains(*n) && !ignored.iter().any(|p| n.starts_with(p)));
         report.unused = unused.map(str::to_owned).collect();
         report
     }
@@ -153,7 +157,12 @@ impl std::fmt::Display for Report {
             return write!(f, "all tensors agree with the architecture");
         }
         write!(f, "the checkpoint does not fit the architecture")?;
-        let kinds = [("not in the checkpoint", &self.missing), ("", &self.misshapen), ("not used by the architecture", &self.unused), ("", &self.complaints)];
+        let kinds = [
+            ("not in the checkpoint", &self.missing),
+            ("", &self.misshapen),
+            ("not used by the architecture", &self.unused),
+            ("", &self.complaints),
+        ];
         for (what, names) in kinds {
             for name in names.iter().take(LISTED) {
                 let colon = if what.is_empty() { "" } else { ": " };

@@ -12,7 +12,7 @@ use crate::{
     error::{Error, Result},
     kernels::cpu::{Float, Format, Matrix},
 };
-use std::rc::Rc;
+use std::sync::Arc;
 
 /// A stored tensor and what is to be done to it, outermost first.
 #[derive(Clone, Debug)]
@@ -20,15 +20,15 @@ pub enum Recipe {
     /// The tensor of this full name.
     Stored(String),
     /// Entries of the first axis.
-    Rows(Rc<Recipe>, usize, usize),
+    Rows(Arc<Recipe>, usize, usize),
     /// Every element times `.1` plus `.2`.
-    Affine(Rc<Recipe>, f32, f32),
+    Affine(Arc<Recipe>, f32, f32),
     /// The last two axes exchanged.
-    Transpose(Rc<Recipe>),
+    Transpose(Arc<Recipe>),
     /// The same elements in another shape.
-    Reshape(Rc<Recipe>, Vec<usize>),
+    Reshape(Arc<Recipe>, Vec<usize>),
     /// A new first axis.
-    Stack(Vec<Rc<Recipe>>),
+    Stack(Vec<Arc<Recipe>>),
 }
 
 impl Recipe {
@@ -74,8 +74,12 @@ impl Pantry {
         }
         match self.quantization.as_ref().and_then(|q| q.for_path(path)) {
             Some(Some(mode)) => Ok(Some(mode)),
-            Some(None) => Err(Error::Weights(format!("{name}: config.json says it is not quantized, but the file has {path}.scales"))),
-            None => Err(Error::Weights(format!("{name}: has scales, but config.json has no \"quantization\" that says how to read them"))),
+            Some(None) => Err(Error::Weights(format!(
+                "{name}: config.json says it is not quantized, but the file has {path}.scales"
+            ))),
+            None => Err(Error::Weights(format!(
+                "{name}: has scales, but config.json has no \"quantization\" that says how to read them"
+            ))),
         }
     }
 
@@ -136,7 +140,10 @@ impl Pantry {
                 let shapes = parts.iter().map(|p| self.shape(p)).collect::<Result<Vec<_>>>()?;
                 let first = shapes.first().ok_or_else(|| Error::Weights("a stack of no tensors".into()))?;
                 if let Some((part, shape)) = parts.iter().zip(&shapes).find(|(_, s)| *s != first) {
-                    return Err(Error::Weights(format!("{}: has shape {shape:?}, its neighbours {first:?}", part.name())));
+                    return Err(Error::Weights(format!(
+                        "{}: has shape {shape:?}, its neighbours {first:?}",
+                        part.name()
+                    )));
                 }
                 [parts.len()].into_iter().chain(first.iter().copied()).collect()
             }
@@ -154,7 +161,9 @@ impl Pantry {
                 let each = rows / (to - from).max(1);
                 let range = from * each..to * each;
                 let whole = self.matrix(inner)?;
-                whole.slice_rows(range).ok_or_else(|| Error::Weights(format!("{}: rows {from}..{to} are not there", recipe.name())))
+                whole
+                    .slice_rows(range)
+                    .ok_or_else(|| Error::Weights(format!("{}: rows {from}..{to} are not there", recipe.name())))
             }
             Recipe::Stack(parts) => Matrix::stack(&parts.iter().map(|p| self.matrix(p)).collect::<Result<Vec<_>>>()?),
             Recipe::Reshape(inner, _) if self.shape(inner)?.last() == Some(&cols) => self.matrix(inner),
@@ -171,8 +180,9 @@ impl Pantry {
     fn stored_matrix(&self, name: &str, rows: usize, cols: usize) -> Result<Matrix> {
         let stored = self.stored(name)?;
         let Some(mode) = self.mode(name)? else {
-            let format = format_of(stored.dtype)
-                .ok_or_else(|| Error::Weights(format!("{name}: {} is not a type that a layer can compute with", stored.dtype.name())))?;
+            let format = format_of(stored.dtype).ok_or_else(|| {
+                Error::Weights(format!("{name}: {} is not a type that a layer can compute with", stored.dtype.name()))
+            })?;
             return Matrix::new(format, rows, cols, stored.bytes(), None, None).map_err(|e| named(name, e));
         };
         let path = name.strip_suffix(".weight").unwrap_or(name);
@@ -181,8 +191,9 @@ impl Pantry {
             Kind::Affine => Format::Affine {
                 bits: mode.bits,
                 group: mode.group as usize,
-                scales: float(scales.dtype)
-                    .ok_or_else(|| Error::Weights(format!("{path}.scales: {} is not a float type", scales.dtype.name())))?,
+                scales: float(scales.dtype).ok_or_else(|| {
+                    Error::Weights(format!("{path}.scales: {} is not a float type", scales.dtype.name()))
+                })?,
             },
             Kind::Mxfp4 => Format::Mxfp4,
             Kind::Mxfp8 => Format::Mxfp8,
