@@ -99,18 +99,16 @@ impl ChatTemplate {
         if source.len() > MAX_SOURCE {
             return Err(Error::Tokenizer(format!("{name}: the template has {} bytes, {MAX_SOURCE} is the limit", source.len())));
         }
-        let (called, text) = (name.to_owned(), python::open_generation_blocks(source));
+        let (called, label, text) = (name.to_owned(), name.to_owned(), python::open_generation_blocks(source));
         // Constant expressions are evaluated while compiling: that, too, needs bounds.
         let compiled = bounded::run(Bounds { memory: MEMORY, time: TIME }, move || {
             let mut env = Environment::new();
             let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
-            syntax.map(|s| env.set_syntax(s)).and_then(|()| {
-                env.set_auto_escape_callback(|_| AutoEscape::None);
-                env.set_debug(true);
-                python::install(&mut env);
-                env.add_template_owned(called, text)
-            })?;
-            Ok::<_, minijinja::Error>(env)
+            env.set_auto_escape_callback(|_| AutoEscape::None);
+            env.set_debug(false);
+            python::install(&mut env);
+            let added = syntax.map(|s| env.set_syntax(s)).and_then(|()| env.add_template_owned(called, text));
+            added.map(|()| env).map_err(|e| explain(&label, &e))
         });
         match compiled {
             Ok(Ok(program)) => Ok(ChatTemplate {
@@ -119,7 +117,7 @@ impl ChatTemplate {
                 program: Arc::new(program),
                 strikes: Arc::default(),
             }),
-            Ok(Err(e)) => Err(explain(name, &e)),
+            Ok(Err(e)) => Err(e),
             Err(overrun) => Err(explain_overrun(name, overrun)),
         }
     }
@@ -179,13 +177,13 @@ impl ChatTemplate {
             let mut env = (*program).clone();
             env.set_fuel(Some(fuel));
             let mut page = Page { text: Vec::new(), limit: output };
-            let template = env.get_template(&called)?;
-            template.render_captured_to(context, &mut page)?;
-            Ok::<_, minijinja::Error>(page.text)
+            let run = env.get_template(&called).and_then(|t| t.render_captured_to(context, &mut page).map(drop));
+            // Errors may hold the template's values, which only this thread's stack is large enough to drop.
+            run.map(|()| page.text).map_err(|e| explain(&called, &e))
         });
         match rendered {
             Ok(Ok(text)) => tail.cut(name, String::from_utf8_lossy(&text).into_owned()),
-            Ok(Err(e)) => Err(explain(name, &e)),
+            Ok(Err(e)) => Err(e),
             Err(overrun) => {
                 self.strikes.fetch_add(1, Ordering::Relaxed);
                 Err(explain_overrun(name, overrun))
