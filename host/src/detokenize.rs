@@ -7,6 +7,8 @@ use std::sync::Arc;
 
 use serde_json::Value as Json;
 
+use crate::tokenizer::shielded;
+
 /// Tokens that the generic rule decodes again at most.
 const WINDOW: usize = 48;
 /// Tokens of context that it keeps in front, so that joints between words come out as in the whole.
@@ -208,8 +210,8 @@ impl Detokenizer {
     /// What the ids of the window add to its context.
     fn unwritten(&self) -> String {
         let decode = |ids: &[u32]| {
-            let shown = || self.tokenizer.decode(ids, self.skip_special).unwrap_or_default();
-            if ids.is_empty() { String::new() } else { shown() }
+            let shown = || self.tokenizer.decode(ids, self.skip_special);
+            if ids.is_empty() { String::new() } else { shielded("the ids", shown).unwrap_or_default() }
         };
         let (context, whole) = (decode(&self.window[..self.written]), decode(&self.window));
         let same = context.chars().zip(whole.chars()).take_while(|(a, b)| a == b).map(|(a, _)| a.len_utf8()).sum();

@@ -279,7 +279,7 @@ impl Tokenizer {
 }
 
 /// Runs a call of the tokenizers library, whose faults (some are panics, on crafted files) become errors about `subject`.
-fn shielded<T>(subject: &str, call: impl FnOnce() -> tokenizers::Result<T>) -> Result<T> {
+pub(crate) fn shielded<T>(subject: &str, call: impl FnOnce() -> tokenizers::Result<T>) -> Result<T> {
     match catch_unwind(AssertUnwindSafe(call)) {
         Ok(Ok(value)) => Ok(value),
         Ok(Err(e)) => Err(Error::Tokenizer(format!("{subject}: the tokenizer says: {e}"))),

@@ -23,8 +23,13 @@ fn cases() -> Value {
     serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
 }
 
-fn ids(case: &Value) -> Vec<u32> {
-    serde_json::from_value(case["ids"].clone()).unwrap()
+/// The ids of a case. tokenizer.json is the truth here: where transformers ignores a step of it (it rebuilds a GPT2Tokenizer without
+/// the split at digits), the case has both forms, and a folder that transformers saved again asks for transformers' own.
+fn ids(case: &Value, folder: &Path) -> Vec<u32> {
+    let file: Value = serde_json::from_slice(&std::fs::read(folder.join("tokenizer.json")).unwrap()).unwrap();
+    let splits_digits = file["pre_tokenizer"]["type"] == "Sequence";
+    let written = case.get("ids_as_written").filter(|_| splits_digits);
+    serde_json::from_value(written.unwrap_or(&case["ids"]).clone()).unwrap()
 }
 
 #[test]
@@ -32,11 +37,11 @@ fn texts_encode_and_decode_as_in_transformers() {
     let Some(folder) = model() else { return };
     let tokenizer = load(&folder);
     for case in cases()["encode"].as_array().unwrap() {
-        let text = case["text"].as_str().unwrap();
-        assert_eq!(tokenizer.encode(text).unwrap(), ids(case), "{text:?}");
-        assert_eq!(tokenizer.encode_plain(text).unwrap(), ids(case), "{text:?}");
-        assert_eq!(tokenizer.decode(&ids(case), false).unwrap(), case["decoded"].as_str().unwrap());
-        assert_eq!(tokenizer.decode(&ids(case), true).unwrap(), case["decoded_skip_special"].as_str().unwrap());
+        let (text, ids) = (case["text"].as_str().unwrap(), ids(case, &folder));
+        assert_eq!(tokenizer.encode(text).unwrap(), ids, "{text:?}");
+        assert_eq!(tokenizer.encode_plain(text).unwrap(), ids, "{text:?}");
+        assert_eq!(tokenizer.decode(&ids, false).unwrap(), case["decoded"].as_str().unwrap());
+        assert_eq!(tokenizer.decode(&ids, true).unwrap(), case["decoded_skip_special"].as_str().unwrap());
     }
 }
 
