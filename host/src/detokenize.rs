@@ -149,7 +149,8 @@ impl Detokenizer {
         }
         if let Some((mark, trims)) = plan.metaspace {
             let drop_mark = trims && self.count == 1;
-            text = text.chars().filter(|&c| !(drop_mark && c == mark)).map(|c| if c == mark { ' ' } else { c }).collect();
+            text =
+                text.chars().filter(|&c| !(drop_mark && c == mark)).map(|c| if c == mark { ' ' } else { c }).collect();
         }
         match byte_token(&text).filter(|_| plan.byte_fallback) {
             Some(byte) => self.bytes.push(byte),

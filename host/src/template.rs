@@ -46,8 +46,8 @@ pub const DEFAULT_TEMPLATE: &str = "{% for message in messages %}{{ '<|im_start|
 pub struct Message {
     /// `system`, `user`, `assistant`, `tool`, or whatever the template knows.
     pub role: String,
-    /// The text; null reads as empty.
-    #[serde(default, deserialize_with = "text_or_null")]
+    /// The text. JSON may also give null (empty) or a list of text parts (joined).
+    #[serde(default, deserialize_with = "text_of_content")]
     pub content: String,
     /// Everything else that the template may look at: `tool_calls`, `name`, `reasoning_content`...
     #[serde(flatten)]
@@ -61,8 +61,22 @@ impl Message {
     }
 }
 
-fn text_or_null<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<String, D::Error> {
-    Ok(Option::<String>::deserialize(deserializer)?.unwrap_or_default())
+/// A text, null, or a list of text parts, which are joined.
+fn text_of_content<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<String, D::Error> {
+    let wrong = || {
+        serde::de::Error::custom(
+            "a message's content must be a text, null, or a list of {\"type\": \"text\", \"text\": ..}",
+        )
+    };
+    match serde_json::Value::deserialize(deserializer)? {
+        serde_json::Value::Null => Ok(String::new()),
+        serde_json::Value::String(text) => Ok(text),
+        serde_json::Value::Array(parts) => parts
+            .iter()
+            .map(|part| part["text"].as_str().filter(|_| part["type"] == "text").ok_or_else(wrong))
+            .collect(),
+        _ => Err(wrong()),
+    }
 }
 
 /// How a conversation is rendered.
@@ -97,7 +111,10 @@ impl ChatTemplate {
     /// Compiles `source`; `name` (a file's name) is what errors call it.
     pub fn compile(name: &str, source: &str) -> Result<Self> {
         if source.len() > MAX_SOURCE {
-            return Err(Error::Tokenizer(format!("{name}: the template has {} bytes, {MAX_SOURCE} is the limit", source.len())));
+            return Err(Error::Tokenizer(format!(
+                "{name}: the template has {} bytes, {MAX_SOURCE} is the limit",
+                source.len()
+            )));
         }
         let (called, label, text) = (name.to_owned(), name.to_owned(), python::open_generation_blocks(source));
         // Constant expressions are evaluated while compiling: that, too, needs bounds.
@@ -137,7 +154,9 @@ impl ChatTemplate {
     ) -> Result<String> {
         let name = &*self.name;
         if self.strikes.load(Ordering::Relaxed) >= STRIKES {
-            return Err(Error::Tokenizer(format!("{name}: the template overran its bounds {STRIKES} times and is not run again; give another with --chat-template")));
+            return Err(Error::Tokenizer(format!(
+                "{name}: the template overran its bounds {STRIKES} times and is not run again; give another with --chat-template"
+            )));
         }
         let tail = Tail::new(self, messages, options)?;
         let (mut values, mut bytes) = (0, self.source.len());
@@ -282,7 +301,9 @@ fn explain(name: &str, error: &minijinja::Error) -> Error {
         return Error::Tokenizer(format!("{name}{at}: the chat template refuses this conversation: {message}"));
     }
     Error::Tokenizer(match (inner.kind(), written) {
-        (ErrorKind::OutOfFuel, _) => format!("{name}{at}: the template does not end within its number of steps; give another with --chat-template"),
+        (ErrorKind::OutOfFuel, _) => format!(
+            "{name}{at}: the template does not end within its number of steps; give another with --chat-template"
+        ),
         (_, Some(text)) => format!("{name}{at}: {text}; give another template with --chat-template"),
         (kind, None) if detail.is_empty() => format!("{name}{at}: {kind}"),
         (kind, None) => format!("{name}{at}: {kind}: {detail}"),
@@ -294,7 +315,9 @@ fn explain_overrun(name: &str, overrun: Overrun) -> Error {
         Overrun::Memory => "the template asks for more memory than any conversation needs",
         Overrun::Time => "the template does not end in time",
         Overrun::Panic => "the template engine failed on it",
-        Overrun::Thread => return Error::Tokenizer(format!("{name}: the system gave no thread to render it on; free some memory")),
+        Overrun::Thread => {
+            return Error::Tokenizer(format!("{name}: the system gave no thread to render it on; free some memory"));
+        }
     };
     Error::Tokenizer(format!("{name}: {what}; give another with --chat-template"))
 }

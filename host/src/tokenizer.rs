@@ -124,7 +124,10 @@ impl Tokenizer {
 
     fn check_length(&self, text: &str) -> Result<()> {
         if text.len() > MAX_TEXT {
-            return Err(Error::Usage(format!("the prompt has {} bytes, {MAX_TEXT} is the limit; shorten it", text.len())));
+            return Err(Error::Usage(format!(
+                "the prompt has {} bytes, {MAX_TEXT} is the limit; shorten it",
+                text.len()
+            )));
         }
         Ok(())
     }
@@ -170,7 +173,9 @@ impl Tokenizer {
         let named = |name: &str| self.templates.get(name);
         let template = options.tools.as_ref().and_then(|_| named("tool_use")).or_else(|| named("default"));
         let template = template.or_else(|| self.templates.values().next()).ok_or_else(|| {
-            Error::Tokenizer("the model has no chat template; give a plain prompt, or a template with --chat-template".into())
+            Error::Tokenizer(
+                "the model has no chat template; give a plain prompt, or a template with --chat-template".into(),
+            )
         })?;
         let mut options = options.clone();
         // As in mlx-lm: a model that can think does, unless told otherwise.
@@ -208,7 +213,10 @@ impl Tokenizer {
             return Ok(String::new());
         }
         if let Some(id) = ids.iter().find(|&&id| self.inner.id_to_token(id).is_none()) {
-            return Err(Error::Tokenizer(format!("token id {id}: the tokenizer has no such token ({} are known)", self.vocab_size())));
+            return Err(Error::Tokenizer(format!(
+                "token id {id}: the tokenizer has no such token ({} are known)",
+                self.vocab_size()
+            )));
         }
         shielded("the ids", || self.inner.decode(ids, skip_special))
     }
@@ -283,6 +291,8 @@ pub(crate) fn shielded<T>(subject: &str, call: impl FnOnce() -> tokenizers::Resu
     match catch_unwind(AssertUnwindSafe(call)) {
         Ok(Ok(value)) => Ok(value),
         Ok(Err(e)) => Err(Error::Tokenizer(format!("{subject}: the tokenizer says: {e}"))),
-        Err(_) => Err(Error::Tokenizer(format!("{subject}: the tokenizer failed on it; its tokenizer.json is damaged or not supported"))),
+        Err(_) => Err(Error::Tokenizer(format!(
+            "{subject}: the tokenizer failed on it; its tokenizer.json is damaged or not supported"
+        ))),
     }
 }

@@ -13,7 +13,9 @@ fn tokenizer_with(template: &str) -> Tokenizer {
 }
 
 fn render(template: &str) -> Result<String, String> {
-    tokenizer_with(template).render_chat(&[Message::new("user", "hello")], &ChatOptions::default()).map_err(|e| e.to_string())
+    tokenizer_with(template)
+        .render_chat(&[Message::new("user", "hello")], &ChatOptions::default())
+        .map_err(|e| e.to_string())
 }
 
 /// Strings of expected texts in which today's date stood.
@@ -86,17 +88,35 @@ fn a_recursive_macro_is_refused() {
 
 #[test]
 fn a_string_that_doubles_is_refused() {
-    refused("{% set ns = namespace(s='x') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}", "memory");
-    refused("{% set ns = namespace(s='x') %}{% for i in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}", "memory");
-    refused("{% set ns = namespace(s='x') %}{% for i in range(60) %}{% set ns.s = ns.s.replace('x', 'xx') %}{% endfor %}", "memory");
-    refused("{% set ns = namespace(s='x') %}{% for i in range(60) %}{% set s %}{{ ns.s }}{{ ns.s }}{% endset %}{% set ns.s = s %}{% endfor %}", "memory");
+    refused(
+        "{% set ns = namespace(s='x') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
+        "memory",
+    );
+    refused(
+        "{% set ns = namespace(s='x') %}{% for i in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",
+        "memory",
+    );
+    refused(
+        "{% set ns = namespace(s='x') %}{% for i in range(60) %}{% set ns.s = ns.s.replace('x', 'xx') %}{% endfor %}",
+        "memory",
+    );
+    refused(
+        "{% set ns = namespace(s='x') %}{% for i in range(60) %}{% set s %}{{ ns.s }}{{ ns.s }}{% endset %}{% set ns.s = s %}{% endfor %}",
+        "memory",
+    );
 }
 
 #[test]
 fn a_list_that_doubles_is_refused() {
     // Lazy lists are slow to walk: time or memory runs out first.
-    refused("{% set ns = namespace(l=[1]) %}{% for i in range(60) %}{% set ns.l = (ns.l + ns.l) | list %}{% endfor %}", "give another");
-    refused("{% set ns = namespace(l=[1]) %}{% for i in range(60) %}{% set ns.l = ns.l + ns.l %}{% endfor %}{{ ns.l | list | length }}", "give another");
+    refused(
+        "{% set ns = namespace(l=[1]) %}{% for i in range(60) %}{% set ns.l = (ns.l + ns.l) | list %}{% endfor %}",
+        "give another",
+    );
+    refused(
+        "{% set ns = namespace(l=[1]) %}{% for i in range(60) %}{% set ns.l = ns.l + ns.l %}{% endfor %}{{ ns.l | list | length }}",
+        "give another",
+    );
 }
 
 #[test]
@@ -113,7 +133,10 @@ fn a_huge_output_is_refused() {
 
 #[test]
 fn a_template_that_raises_is_quoted_with_its_line() {
-    refused("\n\n{{ raise_exception('no such role') }}", "line 3: the chat template refuses this conversation: no such role");
+    refused(
+        "\n\n{{ raise_exception('no such role') }}",
+        "line 3: the chat template refuses this conversation: no such role",
+    );
 }
 
 #[test]
@@ -141,8 +164,11 @@ fn a_broken_template_is_named_with_its_line() {
 
 #[test]
 fn a_template_that_overruns_again_and_again_is_not_run_any_more() {
-    let tokenizer = tokenizer_with("{% set ns = namespace(s='x') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}");
-    let said = |_| tokenizer.render_chat(&[Message::new("user", "hello")], &ChatOptions::default()).unwrap_err().to_string();
+    let tokenizer = tokenizer_with(
+        "{% set ns = namespace(s='x') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
+    );
+    let said =
+        |_| tokenizer.render_chat(&[Message::new("user", "hello")], &ChatOptions::default()).unwrap_err().to_string();
     let all: Vec<String> = (0..5).map(said).collect();
     assert!(all[2].contains("memory") && all[4].contains("not run again"), "{all:?}");
 }
@@ -158,7 +184,8 @@ fn a_conversation_of_five_megabytes_renders() {
 #[test]
 fn tools_and_messages_keep_the_order_of_their_keys() {
     let tokenizer = tokenizer_with("{{ tools | tojson }}{{ messages[0].tool_calls | tojson }}");
-    let messages: Vec<Message> = serde_json::from_str(r#"[{"role":"user","content":null,"tool_calls":[{"z":1,"a":2}]}]"#).unwrap();
+    let messages: Vec<Message> =
+        serde_json::from_str(r#"[{"role":"user","content":null,"tool_calls":[{"z":1,"a":2}]}]"#).unwrap();
     let tools: Value = serde_json::from_str(r#"[{"type":"function","name":"x","b":{"y":1,"c":2}}]"#).unwrap();
     let options = ChatOptions { tools: Some(tools), ..Default::default() };
     assert_eq!(
@@ -168,8 +195,19 @@ fn tools_and_messages_keep_the_order_of_their_keys() {
 }
 
 #[test]
+fn content_may_be_a_list_of_text_parts() {
+    let read = |json: Value| serde_json::from_value::<Message>(json).map(|m| m.content).map_err(|e| e.to_string());
+    let parts = json!({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]});
+    assert_eq!(read(parts), Ok("ab".into()));
+    assert!(
+        read(json!({"role": "user", "content": [{"type": "image"}]})).unwrap_err().contains("content must be a text")
+    );
+}
+
+#[test]
 fn a_named_template_serves_tools_and_the_default_one_the_rest() {
-    let config = json!({"chat_template": [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]});
+    let config =
+        json!({"chat_template": [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]});
     let tokenizer = Tokenizer::new(tokenizers::Tokenizer::new(BPE::default()), config).unwrap();
     let render = |tools| {
         tokenizer.render_chat(&[Message::new("user", "x")], &ChatOptions { tools, ..Default::default() }).unwrap()

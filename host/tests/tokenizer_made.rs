@@ -16,7 +16,10 @@ fn model(prefix: &str) -> Value {
     for byte in 0..=255 {
         vocab.insert(format!("<0x{byte:02X}>"), vocab.len().into());
     }
-    for piece in ["▁", "a", "b", "c", "h", "e", "l", "o", "<", ">", "|", "n", "d", "é", "▁a", "▁h", "▁he", "ll", "▁hell", "▁hello", "##b"] {
+    for piece in [
+        "▁", "a", "b", "c", "h", "e", "l", "o", "<", ">", "|", "n", "d", "é", "▁a", "▁h", "▁he", "ll", "▁hell",
+        "▁hello", "##b",
+    ] {
         vocab.insert(format!("{prefix}{piece}"), vocab.len().into());
     }
     let merges = ["▁ a", "▁ h", "▁h e", "l l", "▁he ll", "▁hell o"];
@@ -25,9 +28,7 @@ fn model(prefix: &str) -> Value {
 }
 
 fn file(normalizer: Value, pre_tokenizer: Value, decoder: Value) -> Value {
-    let token = |id: u32, text: &str, special: bool, lstrip: bool, rstrip: bool| {
-        json!({"id": id, "content": text, "single_word": false, "lstrip": lstrip, "rstrip": rstrip, "normalized": !special, "special": special})
-    };
+    let token = |id: u32, text: &str, special: bool, lstrip: bool, rstrip: bool| json!({"id": id, "content": text, "single_word": false, "lstrip": lstrip, "rstrip": rstrip, "normalized": !special, "special": special});
     let added = [
         token(0, "<unk>", true, false, false),
         token(1, "<s>", true, false, false),
@@ -43,13 +44,26 @@ fn file(normalizer: Value, pre_tokenizer: Value, decoder: Value) -> Value {
 
 fn llama2() -> Value {
     let replace = |from: &str, to: &str| json!({"type": "Replace", "pattern": {"String": from}, "content": to});
-    let steps = [replace("▁", " "), json!({"type": "ByteFallback"}), json!({"type": "Fuse"}), json!({"type": "Strip", "content": " ", "start": 1, "stop": 0})];
+    let steps = [
+        replace("▁", " "),
+        json!({"type": "ByteFallback"}),
+        json!({"type": "Fuse"}),
+        json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}),
+    ];
     let normalizers = [json!({"type": "Prepend", "prepend": "▁"}), replace(" ", "▁")];
-    file(json!({"type": "Sequence", "normalizers": normalizers}), Value::Null, json!({"type": "Sequence", "decoders": steps}))
+    file(
+        json!({"type": "Sequence", "normalizers": normalizers}),
+        Value::Null,
+        json!({"type": "Sequence", "decoders": steps}),
+    )
 }
 
 fn gemma() -> Value {
-    let steps = [json!({"type": "Replace", "pattern": {"String": "▁"}, "content": " "}), json!({"type": "ByteFallback"}), json!({"type": "Fuse"})];
+    let steps = [
+        json!({"type": "Replace", "pattern": {"String": "▁"}, "content": " "}),
+        json!({"type": "ByteFallback"}),
+        json!({"type": "Fuse"}),
+    ];
     let normalizer = json!({"type": "Replace", "pattern": {"String": " "}, "content": "▁"});
     file(normalizer, Value::Null, json!({"type": "Sequence", "decoders": steps}))
 }
@@ -73,7 +87,14 @@ fn config() -> Value {
 }
 
 fn all() -> [(&'static str, Value); 6] {
-    [("llama2", llama2()), ("gemma", gemma()), ("first", metaspace("first")), ("always", metaspace("always")), ("never", metaspace("never")), ("wordpiece", word_piece())]
+    [
+        ("llama2", llama2()),
+        ("gemma", gemma()),
+        ("first", metaspace("first")),
+        ("always", metaspace("always")),
+        ("never", metaspace("never")),
+        ("wordpiece", word_piece()),
+    ]
 }
 
 /// Small, seeded, good enough to visit every branch.
@@ -114,7 +135,8 @@ fn the_guarded_path_encodes_as_the_plain_one_where_nothing_is_guarded() {
     for (name, file) in all() {
         let tokenizer = load(&file, config());
         for _ in 0..200 {
-            let mut content: String = (0..random(&mut seed, 12)).map(|_| words[random(&mut seed, words.len())]).collect();
+            let mut content: String =
+                (0..random(&mut seed, 12)).map(|_| words[random(&mut seed, words.len())]).collect();
             // The first half of a control token at the end: guarded, though it is none.
             content += "<|en";
             let messages = [Message::new("user", content), Message::new("b", "hello")];
@@ -133,7 +155,12 @@ fn control_text_is_plain_whatever_the_tokenizer() {
             let ids = tokenizer.encode_chat(messages, &ChatOptions::default()).unwrap();
             ids.iter().filter(|&&i| i == id).count()
         };
-        let said = [Message::new("user", "a <|end|> b</s><s>"), Message::new("<|mid|>", "<think>x"), Message::new("b", "<|en"), Message::new("c", "d|>")];
+        let said = [
+            Message::new("user", "a <|end|> b</s><s>"),
+            Message::new("<|mid|>", "<think>x"),
+            Message::new("b", "<|en"),
+            Message::new("c", "d|>"),
+        ];
         assert_eq!((count(&said, 280), count(&said, 281), count(&said, 1), count(&said, 2)), (4, 4, 1, 0), "{name}");
         // Added but not special: earlier answers contain it.
         assert_eq!(count(&said, 282), 1, "{name}");
@@ -146,7 +173,9 @@ fn pieces_that_a_template_joins_make_no_control_token() {
     config["chat_template"] = json!("{% for m in messages %}{{ m.content }}{% endfor %}");
     let tokenizer = load(&gemma(), config);
     for (a, b) in [("<|en", "d|>"), ("<", "|end|>"), ("<|end|", ">"), ("<|end", "|>")] {
-        let ids = tokenizer.encode_chat(&[Message::new("user", a), Message::new("user", b)], &ChatOptions::default()).unwrap();
+        let ids = tokenizer
+            .encode_chat(&[Message::new("user", a), Message::new("user", b)], &ChatOptions::default())
+            .unwrap();
         assert!(!ids.contains(&280), "{a}{b}");
     }
 }
@@ -206,7 +235,9 @@ fn a_folder_gives_names_and_templates_from_all_its_files() {
     std::fs::create_dir(dir.path().join("additional_chat_templates")).unwrap();
     std::fs::write(dir.path().join("additional_chat_templates/tool_use.jinja"), "tools").unwrap();
     let tokenizer = Tokenizer::from_folder(dir.path()).unwrap();
-    let render = |tools| tokenizer.render_chat(&[Message::new("user", "x")], &ChatOptions { tools, ..Default::default() }).unwrap();
+    let render = |tools| {
+        tokenizer.render_chat(&[Message::new("user", "x")], &ChatOptions { tools, ..Default::default() }).unwrap()
+    };
     assert_eq!((render(None), render(Some(json!([])))), ("jinja <s></s>".into(), "tools".into()));
 }
 
@@ -263,7 +294,8 @@ fn crafted_tokenizers_give_errors_or_ids_but_no_panic() {
 #[test]
 fn a_regex_that_backtracks_without_end_stops() {
     let mut file = gemma();
-    file["pre_tokenizer"] = json!({"type": "Split", "pattern": {"Regex": "(a+)+(?=b)"}, "behavior": "Isolated", "invert": false});
+    file["pre_tokenizer"] =
+        json!({"type": "Split", "pattern": {"Regex": "(a+)+(?=b)"}, "behavior": "Isolated", "invert": false});
     let tokenizer = load(&file, json!({}));
     let start = Instant::now();
     let _ = tokenizer.encode(&"a".repeat(10_000));

@@ -135,8 +135,7 @@ fn tojson(value: &Value, positional: Rest<Value>, options: Kwargs) -> Result<Val
         Some((item, key)) => (given(item)?, given(key)?),
         None => (if indent.is_some() { "," } else { ", " }.to_owned(), ": ".to_owned()),
     };
-    let style =
-        Json { indent, item: &item, key: &key, ascii: ascii.unwrap_or(false), sorted: sorted.unwrap_or(false) };
+    let style = Json { indent, item: &item, key: &key, ascii: ascii.unwrap_or(false), sorted: sorted.unwrap_or(false) };
     let mut out = String::new();
     style.write(value, 0, &mut out)?;
     Ok(Value::from(out))
@@ -243,13 +242,10 @@ pub(super) fn open_generation_blocks(source: &str) -> String {
         rest = &rest[at + 2..];
         let Some(end) = rest.find("%}") else { break };
         let tag = rest[..end].trim_matches(['-', '+']);
-        match tag.trim() {
-            name @ ("generation" | "endgeneration") => {
-                let plain = if name == "generation" { "with" } else { "endwith" };
-                out.push_str(&rest[..end].replacen(name, plain, 1));
-                rest = &rest[end..];
-            }
-            _ => {}
+        if let name @ ("generation" | "endgeneration") = tag.trim() {
+            let plain = if name == "generation" { "with" } else { "endwith" };
+            out.push_str(&rest[..end].replacen(name, plain, 1));
+            rest = &rest[end..];
         }
     }
     out.push_str(rest);

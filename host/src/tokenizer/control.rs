@@ -205,7 +205,9 @@ fn split(piece: NormalizedString, table: &Table, marks: &Marks) -> Vec<(Normaliz
         let original = piece.convert_offsets(Range::Normalized(start..end)).unwrap_or(start..end);
         let word = |c: Option<char>| c.is_some_and(|c| c.is_alphanumeric() || c == '_');
         let in_word = word(text[..start].chars().next_back()) || word(text[end..].chars().next());
-        if marks.cover(base + original.start, base + original.end) || (entry.flags.single_word && in_word) || start < done
+        if marks.cover(base + original.start, base + original.end)
+            || (entry.flags.single_word && in_word)
+            || start < done
         {
             continue;
         }

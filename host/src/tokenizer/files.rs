@@ -46,7 +46,8 @@ pub(super) fn read_folder(dir: &Path) -> Result<Files> {
         templates.insert("default".into(), ("chat_template.jinja".into(), text));
     }
     if let Ok(entries) = fs::read_dir(dir.join("additional_chat_templates")) {
-        for path in entries.flatten().map(|e| e.path()).filter(|p| p.extension().is_some_and(|e| e == "jinja")).take(64) {
+        for path in entries.flatten().map(|e| e.path()).filter(|p| p.extension().is_some_and(|e| e == "jinja")).take(64)
+        {
             let Some(name) = path.file_stem().and_then(|n| n.to_str()) else { continue };
             if let Some(text) = read_text(&path)? {
                 templates.insert(name.to_owned(), (format!("additional_chat_templates/{name}.jinja"), text));
@@ -59,8 +60,10 @@ pub(super) fn read_folder(dir: &Path) -> Result<Files> {
 /// The `chat_template` of a config: one text, or a list of `{name, template}`.
 pub(super) fn templates_in(config: &Json, file: &str) -> Result<BTreeMap<String, (String, String)>> {
     let mut found = BTreeMap::new();
-    let mut add = |name: &str, text: &str| found.insert(name.to_owned(), (format!("chat_template of {file}"), text.to_owned()));
-    let wrong = || Error::Tokenizer(format!("{file}: chat_template is neither a text nor a list of {{name, template}}"));
+    let mut add =
+        |name: &str, text: &str| found.insert(name.to_owned(), (format!("chat_template of {file}"), text.to_owned()));
+    let wrong =
+        || Error::Tokenizer(format!("{file}: chat_template is neither a text nor a list of {{name, template}}"));
     match config.get("chat_template") {
         None | Some(Json::Null) => {}
         Some(Json::String(text)) => _ = add("default", text),
@@ -129,7 +132,11 @@ fn read_capped(path: &Path, cap: u64) -> Result<Option<Vec<u8>>> {
         Err(e) => return Err(Error::io(path)(e)),
         Ok(m) if !m.is_file() => return Err(Error::Tokenizer(format!("{}: not a file", path.display()))),
         Ok(m) if m.len() > cap => {
-            return Err(Error::Tokenizer(format!("{}: {} bytes, {cap} is the limit; is this the right file?", path.display(), m.len())));
+            return Err(Error::Tokenizer(format!(
+                "{}: {} bytes, {cap} is the limit; is this the right file?",
+                path.display(),
+                m.len()
+            )));
         }
         Ok(_) => {}
     }

@@ -13,8 +13,7 @@ pub(super) const THINKING: [(&str, &str); 4] = [
     ("<|channel>", "<channel|>"),
 ];
 
-const NAMED: [&str; 7] =
-    ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
+const NAMED: [&str; 7] = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
 
 /// A token in a config: its text, or an object with `content` and flags.
 fn added(json: &Json, special: bool) -> Option<AddedToken> {
@@ -45,7 +44,9 @@ pub(super) fn variables(config: &Json) -> Vec<(String, String)> {
 /// Adds the config's tokens to `tokenizer` and sets what goes around a prompt. Padding and truncation are switched off: a prompt is
 /// never cut silently.
 pub(super) fn apply_config(tokenizer: &mut Tokenizer, config: &Json) -> Result<()> {
-    let failed = |e: tokenizers::Error| Error::Tokenizer(format!("tokenizer_config.json: its tokens do not fit tokenizer.json: {e}"));
+    let failed = |e: tokenizers::Error| {
+        Error::Tokenizer(format!("tokenizer_config.json: its tokens do not fit tokenizer.json: {e}"))
+    };
     tokenizer.with_padding(None);
     tokenizer.with_truncation(None).map_err(failed)?;
     let mut tokens: Vec<AddedToken> = Vec::new();
@@ -92,5 +93,6 @@ fn frame(tokenizer: &Tokenizer, config: &Json) -> Result<PostProcessorWrapper> {
     let single: Vec<Json> = [bos, vec![sequence("A")], eos].concat();
     let pair: Vec<Json> = [single.clone(), vec![sequence("B")]].concat();
     let whole = json!({"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": known});
-    serde_json::from_value(whole).map_err(|e| Error::Tokenizer(format!("tokenizer_config.json: bos and eos cannot be added: {e}")))
+    serde_json::from_value(whole)
+        .map_err(|e| Error::Tokenizer(format!("tokenizer_config.json: bos and eos cannot be added: {e}")))
 }
