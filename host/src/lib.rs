@@ -4,6 +4,7 @@ pub mod adapter;
 pub mod cache;
 pub mod cli;
 pub mod config;
+pub mod detokenize;
 pub mod device;
 pub mod error;
 pub mod hub;
@@ -20,6 +21,8 @@ pub mod source;
 pub mod speculate;
 pub mod statistics;
 pub mod stop;
+pub mod template;
+pub mod tokenizer;
 pub mod weights;
 
 pub use error::{Error, Result};
