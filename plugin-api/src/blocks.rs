@@ -51,7 +51,9 @@ impl Read for LayerTypes {
 impl LayerTypes {
     /// Whether this layer, from 0, sees a window only. An error where the list ends before it.
     pub fn slides(&self, layer: usize) -> Result<bool> {
-        let short = || format!("config.json: layer_types has {} entries, layer {layer} needs one", self.0.len()).into();
+        let short = || {
+            format!("config.json: layer_types has no entry for layer {layer}, it ends after {}", self.0.len()).into()
+        };
         self.0.get(layer).copied().ok_or_else(short)
     }
 }
@@ -148,7 +150,10 @@ mod tests {
     fn a_layer_slides_where_its_type_says_so() {
         let types = layer_types(["full_attention", "sliding_attention"].into_iter().collect()).unwrap().unwrap();
         assert_eq!((types.slides(0), types.slides(1)), (Ok(false), Ok(true)));
-        assert_eq!(types.slides(2).unwrap_err().0, "config.json: layer_types has 2 entries, layer 2 needs one");
+        assert_eq!(
+            types.slides(2).unwrap_err().0,
+            "config.json: layer_types has no entry for layer 2, it ends after 2"
+        );
     }
 
     #[test]
