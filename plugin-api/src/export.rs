@@ -137,8 +137,11 @@ impl<A: Architecture> Exported<A> {
     }
 
     extern "C" fn drop(data: *mut ()) {
-        // SAFETY: the host calls this once, last; `create` boxed exactly a `Built<A>`.
-        let _ = catch(Self::name(), || Ok(drop(unsafe { Box::from_raw(data.cast::<Built<A>>()) })));
+        let _ = catch(Self::name(), || {
+            // SAFETY: the host calls this once, last; `create` boxed exactly a `Built<A>`.
+            drop(unsafe { Box::from_raw(data.cast::<Built<A>>()) });
+            Ok(())
+        });
     }
 }
 

@@ -54,8 +54,7 @@
 //!     }
 //!
 //!     fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
-//!         let embedded = self.embed.forward(tokens);
-//!         self.blocks.iter().zip(step.layers()).fold(embedded, |x, (block, mut layer)| block.forward(&x, &mut layer))
+//!         step.through(&self.blocks, self.embed.forward(tokens), Block::forward)
 //!     }
 //!
 //!     fn head(&self, hidden: &Tensor) -> Tensor {
@@ -70,6 +69,7 @@
 
 pub mod abi;
 pub mod architecture;
+pub mod blocks;
 pub mod config;
 pub mod export;
 pub mod layers;
@@ -77,6 +77,7 @@ pub mod tensor;
 pub mod weights;
 
 pub use architecture::{Architecture, Attend, Cache, Error, Layer, Result, Step};
+pub use blocks::{Activation, GatedMlp, LayerTypes, LmHead};
 pub use config::RopeScaling;
 pub use layers::{Embedding, Experts, LayerNorm, Linear, Parameter, RmsNorm, Rope};
 pub use tensor::Tensor;
@@ -88,7 +89,7 @@ pub use abi_stable;
 /// Everything that an architecture's file needs: `use plugin_api::prelude::*;`
 pub mod prelude {
     pub use crate::{
-        Architecture, Attend, Cache, Embedding, Experts, Layer, LayerNorm, Linear, Parameter, Result, RmsNorm, Rope,
-        RopeScaling, Source, Step, Tensor, Weights, config, export_plugin,
+        Activation, Architecture, Attend, Cache, Embedding, Experts, GatedMlp, Layer, LayerNorm, LayerTypes, Linear,
+        LmHead, Parameter, Result, RmsNorm, Rope, RopeScaling, Source, Step, Tensor, Weights, config, export_plugin,
     };
 }

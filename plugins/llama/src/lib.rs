@@ -26,21 +26,22 @@ config! {
         rope_traditional: bool = false,
         // Mistral states one window for all layers, MLX's llama a type for each.
         sliding_window: Option<usize> = None,
-        layer_types: Option<Vec<String>> = None,
+        layer_types: Option<LayerTypes> = None,
         model_type: String = "llama".into(),
+        hidden_act: Activation = Activation::Silu,
         attention_bias: bool = false,
         mlp_bias: bool = false,
-        tie_word_embeddings: bool = false,
+        tie_word_embeddings: Option<bool> = None,
     }
 }
 
 impl Config {
-    fn window(&self, layer: usize) -> Option<usize> {
+    fn window(&self, layer: usize) -> Result<Option<usize>> {
         let slides = match &self.layer_types {
-            Some(types) => types.get(layer).is_some_and(|t| t == "sliding_attention"),
+            Some(types) => types.slides(layer)?,
             None => self.model_type == "mistral",
         };
-        self.sliding_window.filter(|_| slides)
+        Ok(self.sliding_window.filter(|_| slides))
     }
 }
 
@@ -55,20 +56,20 @@ struct Attention {
 }
 
 impl Attention {
-    fn new(c: &Config, w: &Weights, layer: usize) -> Self {
+    fn new(c: &Config, w: &Weights, layer: usize) -> Result<Self> {
         let (q_dim, kv_dim) = (c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim);
         let projections = [("q_proj", q_dim), ("k_proj", kv_dim), ("v_proj", kv_dim)];
         let [q_proj, k_proj, v_proj] = w.linears(c.hidden_size, c.attention_bias, projections);
         let rope = w.rope(c.head_dim, c.rope_theta, &c.rope_scaling);
-        Self {
+        Ok(Self {
             q_proj,
             k_proj,
             v_proj,
             o_proj: w.linear("o_proj", q_dim, c.hidden_size, c.attention_bias),
             rope: if c.rope_traditional { rope.interleaved() } else { rope },
             head_dim: c.head_dim,
-            window: c.window(layer),
-        }
+            window: c.window(layer)?,
+        })
     }
 
     fn forward(&self, x: &Tensor, layer: &mut Layer) -> Tensor {
@@ -83,39 +84,22 @@ impl Attention {
     }
 }
 
-struct Mlp {
-    gate_proj: Linear,
-    up_proj: Linear,
-    down_proj: Linear,
-}
-
-impl Mlp {
-    fn new(c: &Config, w: &Weights) -> Self {
-        let projections = [("gate_proj", c.intermediate_size), ("up_proj", c.intermediate_size)];
-        let [gate_proj, up_proj] = w.linears(c.hidden_size, c.mlp_bias, projections);
-        Self { gate_proj, up_proj, down_proj: w.linear("down_proj", c.intermediate_size, c.hidden_size, c.mlp_bias) }
-    }
-
-    fn forward(&self, x: &Tensor) -> Tensor {
-        self.down_proj.forward(&self.gate_proj.forward(x).swiglu(&self.up_proj.forward(x)))
-    }
-}
-
 struct Block {
     input_layernorm: RmsNorm,
     self_attn: Attention,
     post_attention_layernorm: RmsNorm,
-    mlp: Mlp,
+    mlp: GatedMlp,
 }
 
 impl Block {
-    fn new(c: &Config, w: &Weights, layer: usize) -> Self {
-        Self {
-            input_layernorm: w.rms_norm("input_layernorm", c.hidden_size, c.rms_norm_eps),
-            self_attn: Attention::new(c, &w.at("self_attn"), layer),
-            post_attention_layernorm: w.rms_norm("post_attention_layernorm", c.hidden_size, c.rms_norm_eps),
-            mlp: Mlp::new(c, &w.at("mlp")),
-        }
+    fn new(c: &Config, w: &Weights, layer: usize) -> Result<Self> {
+        let norm = |name| w.rms_norm(name, c.hidden_size, c.rms_norm_eps);
+        Ok(Self {
+            input_layernorm: norm("input_layernorm"),
+            self_attn: Attention::new(c, &w.at("self_attn"), layer)?,
+            post_attention_layernorm: norm("post_attention_layernorm"),
+            mlp: GatedMlp::new(&w.at("mlp"), c.hidden_size, c.intermediate_size, c.mlp_bias, c.hidden_act),
+        })
     }
 
     fn forward(&self, x: &Tensor, layer: &mut Layer) -> Tensor {
@@ -125,11 +109,10 @@ impl Block {
 }
 
 struct Llama {
-    config: Config,
     embed_tokens: Embedding,
     layers: Vec<Block>,
     norm: RmsNorm,
-    lm_head: Option<Linear>,
+    lm_head: LmHead,
 }
 
 impl Architecture for Llama {
@@ -138,32 +121,26 @@ impl Architecture for Llama {
 
     fn new(c: Config, w: &Weights) -> Result<Self> {
         let model = w.at("model");
+        let embed_tokens = model.embedding("embed_tokens", c.vocab_size, c.hidden_size);
         Ok(Self {
-            embed_tokens: model.embedding("embed_tokens", c.vocab_size, c.hidden_size),
-            layers: model.at("layers").each(c.num_hidden_layers, |w, i| Ok(Block::new(&c, w, i)))?,
+            layers: model.at("layers").each(c.num_hidden_layers, |w, i| Block::new(&c, w, i))?,
             norm: model.rms_norm("norm", c.hidden_size, c.rms_norm_eps),
-            lm_head: (!c.tie_word_embeddings).then(|| w.linear("lm_head", c.hidden_size, c.vocab_size, false)),
-            config: c,
+            lm_head: LmHead::new(w, &embed_tokens, c.vocab_size, c.hidden_size, c.tie_word_embeddings),
+            embed_tokens,
         })
     }
 
     fn caches(&self) -> Vec<Cache> {
-        (0..self.layers.len()).map(|i| Cache::KeyValue { window: self.config.window(i) }).collect()
+        self.layers.iter().map(|block| Cache::KeyValue { window: block.self_attn.window }).collect()
     }
 
     fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
-        let mut h = self.embed_tokens.forward(tokens);
-        for (block, mut layer) in self.layers.iter().zip(step.layers()) {
-            h = block.forward(&h, &mut layer);
-        }
+        let h = step.through(&self.layers, self.embed_tokens.forward(tokens), Block::forward);
         self.norm.forward(&h)
     }
 
     fn head(&self, hidden: &Tensor) -> Tensor {
-        match &self.lm_head {
-            Some(lm_head) => lm_head.forward(hidden),
-            None => self.embed_tokens.as_linear(hidden),
-        }
+        self.lm_head.forward(hidden)
     }
 }
 

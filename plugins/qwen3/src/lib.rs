@@ -1,0 +1,150 @@
+//! Qwen3, dense: queries and keys are normalized head by head, which replaces the biases of Qwen2. <https://arxiv.org/abs/2505.09388>
+//!
+//! ```text
+//! h = x + Attention(RMSNorm(x))            per layer
+//! y = h + SwiGLU(RMSNorm(h))
+//! logits = RMSNorm(y) · Eᵀ
+//!
+//! Attention(x) = softmax(q · kᵀ / √d) · (x Wv) · Wo
+//!   q = rope(RMSNorm(x Wq)), k = rope(RMSNorm(x Wk))      each head normalized alone
+//! ```
+
+use plugin_api::prelude::*;
+
+config! {
+    struct Config {
+        vocab_size: usize,
+        hidden_size: usize,
+        intermediate_size: usize,
+        num_hidden_layers: usize,
+        num_attention_heads: usize where >= 1,
+        num_key_value_heads: usize = num_attention_heads,
+        head_dim: usize = 128,
+        hidden_act: Activation = Activation::Silu,
+        rms_norm_eps: f32 = 1e-6,
+        rope_theta: f32 = 10_000.0,
+        rope_scaling: Option<RopeScaling> = None,
+        use_sliding_window: bool = false,
+        sliding_window: Option<usize> = Some(4096),
+        max_window_layers: usize = 28,
+        layer_types: Option<LayerTypes> = None,
+        attention_bias: bool = false,
+        tie_word_embeddings: Option<bool> = None,
+    }
+}
+
+impl Config {
+    /// The later layers slide, if any do.
+    fn window(&self, layer: usize) -> Result<Option<usize>> {
+        let slides = match &self.layer_types {
+            Some(types) => types.slides(layer)?,
+            None => layer >= self.max_window_layers,
+        };
+        Ok(self.sliding_window.filter(|_| self.use_sliding_window && slides))
+    }
+}
+
+struct Attention {
+    q_proj: Linear,
+    k_proj: Linear,
+    v_proj: Linear,
+    o_proj: Linear,
+    q_norm: RmsNorm,
+    k_norm: RmsNorm,
+    rope: Rope,
+    head_dim: usize,
+    window: Option<usize>,
+}
+
+impl Attention {
+    fn new(c: &Config, w: &Weights, layer: usize) -> Result<Self> {
+        let (q_dim, kv_dim) = (c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim);
+        let projections = [("q_proj", q_dim), ("k_proj", kv_dim), ("v_proj", kv_dim)];
+        let [q_proj, k_proj, v_proj] = w.linears(c.hidden_size, c.attention_bias, projections);
+        Ok(Self {
+            q_proj,
+            k_proj,
+            v_proj,
+            o_proj: w.linear("o_proj", q_dim, c.hidden_size, c.attention_bias),
+            q_norm: w.rms_norm("q_norm", c.head_dim, c.rms_norm_eps),
+            k_norm: w.rms_norm("k_norm", c.head_dim, c.rms_norm_eps),
+            rope: w.rope(c.head_dim, c.rope_theta, &c.rope_scaling),
+            head_dim: c.head_dim,
+            window: c.window(layer)?,
+        })
+    }
+
+    fn forward(&self, x: &Tensor, layer: &mut Layer) -> Tensor {
+        let q = self.q_proj.forward(x).split_heads(self.head_dim);
+        let k = self.k_proj.forward(x).split_heads(self.head_dim);
+        let v = self.v_proj.forward(x).split_heads(self.head_dim);
+
+        let q = layer.rotate(&self.rope, self.q_norm.forward(&q));
+        let k = layer.rotate(&self.rope, self.k_norm.forward(&k));
+        let scale = (self.head_dim as f32).powf(-0.5);
+        let y = layer.attend(q, k, v, &Attend { scale, window: self.window, ..Default::default() });
+        self.o_proj.forward(&y.merge_heads())
+    }
+}
+
+struct Block {
+    input_layernorm: RmsNorm,
+    self_attn: Attention,
+    post_attention_layernorm: RmsNorm,
+    mlp: GatedMlp,
+}
+
+impl Block {
+    fn new(c: &Config, w: &Weights, layer: usize) -> Result<Self> {
+        let norm = |name| w.rms_norm(name, c.hidden_size, c.rms_norm_eps);
+        Ok(Self {
+            input_layernorm: norm("input_layernorm"),
+            self_attn: Attention::new(c, &w.at("self_attn"), layer)?,
+            post_attention_layernorm: norm("post_attention_layernorm"),
+            mlp: GatedMlp::new(&w.at("mlp"), c.hidden_size, c.intermediate_size, false, c.hidden_act),
+        })
+    }
+
+    fn forward(&self, x: &Tensor, layer: &mut Layer) -> Tensor {
+        let h = x + self.self_attn.forward(&self.input_layernorm.forward(x), layer);
+        &h + self.mlp.forward(&self.post_attention_layernorm.forward(&h))
+    }
+}
+
+struct Qwen3 {
+    embed_tokens: Embedding,
+    layers: Vec<Block>,
+    norm: RmsNorm,
+    lm_head: LmHead,
+}
+
+impl Architecture for Qwen3 {
+    const MODEL_TYPES: &'static [&'static str] = &["qwen3"];
+    type Config = Config;
+
+    fn new(c: Config, w: &Weights) -> Result<Self> {
+        let model = w.at("model");
+        let embed_tokens = model.embedding("embed_tokens", c.vocab_size, c.hidden_size);
+        Ok(Self {
+            layers: model.at("layers").each(c.num_hidden_layers, |w, i| Block::new(&c, w, i))?,
+            norm: model.rms_norm("norm", c.hidden_size, c.rms_norm_eps),
+            lm_head: LmHead::new(w, &embed_tokens, c.vocab_size, c.hidden_size, c.tie_word_embeddings),
+            embed_tokens,
+        })
+    }
+
+    fn caches(&self) -> Vec<Cache> {
+        self.layers.iter().map(|block| Cache::KeyValue { window: block.self_attn.window }).collect()
+    }
+
+    fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
+        let h = step.through(&self.layers, self.embed_tokens.forward(tokens), Block::forward);
+        self.norm.forward(&h)
+    }
+
+    fn head(&self, hidden: &Tensor) -> Tensor {
+        self.lm_head.forward(hidden)
+    }
+}
+
+export_plugin!(Qwen3);
