@@ -1,20 +1,39 @@
 //! dylm (dynamic-library language models): loads a Hugging Face or MLX checkpoint and generates text; the architecture is a plugin.
+//!
+//! ```no_run
+//! let model = dylm::load(Some("HuggingFaceTB/SmolLM2-135M-Instruct"), &Default::default())?;
+//! let text = dylm::generate(&model, "The capital of France is", &Default::default())?;
+//!
+//! for response in dylm::stream_generate(&model, "Once upon a time", &Default::default())? {
+//!     print!("{}", response?.text);
+//! }
+//! # Ok::<(), dylm::Error>(())
+//! ```
+//!
+//! The journey of one request, which is also the order in which to read: `load` ([`source`], [`config`], [`plugin::registry`],
+//! [`plugin::library`]) -> [`model`] (the plugin describes itself against [`weights::plan`]; [`weights::load`] makes [`layers`]) ->
+//! [`tokenizer`] -> [`generate()`] ([`decode`], [`cache`], [`sampler`], [`detokenize`], [`stop`]). The op table between host and plugin is in
+//! `ops`, its other side in the crate `plugin-api`.
 
 pub mod adapter;
 pub mod cache;
 pub mod cli;
 pub mod config;
+pub mod decode;
 pub mod detokenize;
 pub mod device;
 pub mod error;
+pub mod generate;
 pub mod hub;
 pub mod kernels;
 pub mod layers;
+pub mod load;
 pub mod model;
 mod ops;
 pub mod pip;
 pub mod plugin;
 pub mod processors;
+mod progress;
 pub mod repo;
 pub mod sampler;
 pub mod source;
@@ -26,3 +45,20 @@ pub mod tokenizer;
 pub mod weights;
 
 pub use error::{Error, Result};
+pub use generate::{GenerateOptions, Generation, Response};
+pub use load::{LanguageModel, LoadOptions, load};
+pub use template::{ChatOptions, Message};
+
+/// Continues a text and returns the continuation. For a conversation, encode it first: [`tokenizer::Tokenizer::encode_chat`].
+pub fn generate(model: &LanguageModel, prompt: &str, options: &GenerateOptions) -> Result<String> {
+    stream_generate(model, prompt, options)?.map(|r| r.map(|r| r.text)).collect()
+}
+
+/// Continues a text, token by token.
+pub fn stream_generate<'a>(
+    model: &'a LanguageModel,
+    prompt: &str,
+    options: &GenerateOptions,
+) -> Result<Generation<'a>> {
+    Generation::new(model, &model.tokenizer.encode(prompt)?, options, None, None)
+}

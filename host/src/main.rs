@@ -1,1 +1,5 @@
-fn main() {}
+//! The binary: see `dylm::cli`.
+
+fn main() -> std::process::ExitCode {
+    dylm::cli::main()
+}

@@ -190,6 +190,20 @@ impl Model {
         self.config.get("vocab_size").and_then(|v| v.as_u64()).map(|v| v as usize)
     }
 
+    /// Makes `state` a memory of as much of `prompt` as it can be, short of the last token, which must run to give logits: what it shares
+    /// with the prompt stays, the rest is forgotten. Says how many tokens need not be read again.
+    pub fn reuse(&self, state: &mut State, prompt: &[u32]) -> Result<usize> {
+        let shared =
+            state.tokens.iter().zip(prompt).take_while(|(a, b)| a == b).count().min(prompt.len().saturating_sub(1));
+        let forget = state.offset - shared.min(state.offset);
+        if state.tokens.len() != state.offset || !state.can_trim(forget) {
+            *state = self.state(&state.options)?;
+        } else {
+            state.trim(forget)?;
+        }
+        Ok(state.offset)
+    }
+
     /// One step for any number of sequences: their new tokens join their caches, and the wanted rows of logits come back, in f32, one
     /// list a sequence. If it fails, every cache is as it was before.
     pub fn step(&self, inputs: &mut [Input]) -> Result<Vec<Vec<Vec<f32>>>> {
@@ -224,6 +238,7 @@ impl Model {
                 for input in inputs.iter_mut() {
                     let offset = input.state.offset + input.tokens.len();
                     input.state.offset = offset;
+                    input.state.tokens.extend_from_slice(input.tokens);
                     input.state.horizon = input.state.horizon.max(offset);
                     for layer in &mut input.state.layers {
                         layer.settle(offset)?;

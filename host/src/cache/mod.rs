@@ -38,7 +38,9 @@ impl CacheOptions {
     pub fn validate(&self) -> Result<()> {
         match self.max_kv_size {
             Some(n) if n <= KEEP => {
-                return Err(Error::Usage(format!("--max-kv-size {n}: it must be above {KEEP}, the tokens always kept")));
+                return Err(Error::Usage(format!(
+                    "--max-kv-size {n}: it must be above {KEEP}, the tokens always kept"
+                )));
             }
             _ => {}
         }
@@ -62,8 +64,12 @@ pub struct State {
     pub layers: Vec<KvCache>,
     /// Tokens seen: the position of the next one.
     pub offset: usize,
+    /// Those tokens.
+    pub tokens: Vec<u32>,
     /// How long the text is known to become, for ropes that look at it; set it to the prompt's length before the first chunk.
     pub horizon: usize,
+    /// How it is kept.
+    pub options: CacheOptions,
 }
 
 impl State {
@@ -76,7 +82,7 @@ impl State {
             ));
         }
         let layers = specs.iter().map(|spec| KvCache::new(spec, place, *options)).collect();
-        Ok(State { layers, offset: 0, horizon: 0 })
+        Ok(State { layers, offset: 0, tokens: Vec::new(), horizon: 0, options: *options })
     }
 
     /// Whether the last `n` tokens can be forgotten: a window that has moved on cannot come back.
@@ -93,6 +99,7 @@ impl State {
             )));
         }
         self.offset -= n;
+        self.tokens.truncate(self.offset);
         self.horizon = self.horizon.min(self.offset);
         let offset = self.offset;
         self.layers.iter_mut().for_each(|l| l.trim_to(offset));

@@ -1,0 +1,122 @@
+//! What the user named -> a model ready to generate: fetch, configure, find the plugin, plan, read weights, make the tokenizer.
+
+use crate::{
+    adapter::Adapters,
+    config::Config,
+    device::{DeviceChoice, DtypeChoice, Placement},
+    error::Result,
+    model::{Model, Plan},
+    plugin::registry::Registry,
+    source::{self, Fetch, Files, Source},
+    tokenizer::Tokenizer,
+    weights::{checkpoint::Checkpoint, gguf::Gguf},
+};
+use std::path::PathBuf;
+
+/// How to load; the default is the way `dylm generate` does it without flags.
+#[derive(Clone, Default)]
+pub struct LoadOptions {
+    /// Where the model runs.
+    pub device: DeviceChoice,
+    /// How precisely.
+    pub dtype: DtypeChoice,
+    /// Folders with plugins, searched first.
+    pub plugins: Vec<PathBuf>,
+    /// A LoRA, DoRA or full adapter to lay over the model.
+    pub adapter_path: Option<PathBuf>,
+    /// `key=value` pairs merged over config.json, at any depth.
+    pub config: Vec<(String, serde_json::Value)>,
+    /// How to fetch; `None` reads the environment (HF_HOME, HF_TOKEN ..).
+    pub fetch: Option<Fetch>,
+    /// Show progress on a terminal.
+    pub progress: bool,
+}
+
+/// A model with its tokenizer.
+pub struct LanguageModel {
+    /// What it was loaded from.
+    pub source: Source,
+    /// The network.
+    pub model: Model,
+    /// Text to tokens and back.
+    pub tokenizer: Tokenizer,
+    /// Tokens that end a text.
+    pub eos_token_ids: Vec<u32>,
+}
+
+/// The files of a model, opened; no weights are read.
+pub struct Opened {
+    /// What it was opened from.
+    pub source: Source,
+    /// config.json, merged.
+    pub config: Config,
+    /// The tensors' headers.
+    pub checkpoint: Checkpoint,
+    gguf: Option<Gguf>,
+}
+
+/// Fetches `spec` (see [`source::resolve`]) and opens its files.
+pub fn open(spec: Option<&str>, options: &LoadOptions) -> Result<Opened> {
+    let fetch = options.fetch.clone().unwrap_or_else(Fetch::from_env);
+    let source = source::resolve(spec, &fetch)?;
+    let (config, checkpoint, gguf) = match &source.files {
+        Files::Folder(folder) => {
+            (Config::from_folder(folder, &options.config)?, Checkpoint::open_folder(folder)?, None)
+        }
+        Files::Gguf(file) => {
+            let gguf = Gguf::open(file)?;
+            let config = Config::from_json(gguf.config()?, &options.config, &file.display().to_string())?;
+            (config, gguf.checkpoint()?, Some(gguf))
+        }
+    };
+    Ok(Opened { source, config, checkpoint, gguf })
+}
+
+impl Opened {
+    /// The tokenizer that comes with the model.
+    pub fn tokenizer(&self) -> Result<Tokenizer> {
+        match (&self.gguf, &self.source.files) {
+            (Some(gguf), _) => {
+                let (inner, config) = gguf.tokenizer()?;
+                Tokenizer::new(inner, config)
+            }
+            (None, files) => Tokenizer::from_folder(files.path()),
+        }
+    }
+
+    /// The architecture's demands against what the files have.
+    pub fn plan(self, options: &LoadOptions, adapters: &Adapters) -> Result<Plan> {
+        let Opened { config, mut checkpoint, .. } = self;
+        adapters.overlay(&mut checkpoint)?;
+        Plan::new(config, checkpoint, &Registry::new(&options.plugins))
+    }
+}
+
+/// Loads a model: a Hub id, a folder, a `.gguf` file, `pip:PACKAGE`, or by `None` the default one.
+///
+/// # Errors
+/// One sentence for each way this fails: see [`Error`](crate::Error).
+pub fn load(spec: Option<&str>, options: &LoadOptions) -> Result<LanguageModel> {
+    let opened = open(spec, options)?;
+    let adapters = match &options.adapter_path {
+        Some(path) => Adapters::open(path)?,
+        None => Adapters::default(),
+    };
+    let (source, mut tokenizer) = (opened.source.clone(), opened.tokenizer()?);
+    let plan = opened.plan(options, &adapters)?;
+    let place = Placement::new(options.device, options.dtype, plan.dtype())?;
+    let bar = crate::progress::bar(options.progress, "Loading");
+    let model = plan.load(place, &adapters, &|done, all| {
+        bar.set_length(all as u64);
+        bar.set_position(done as u64);
+    })?;
+    bar.finish_and_clear();
+    let mut eos_token_ids = model.config.eos_token_ids.clone();
+    if eos_token_ids.is_empty() {
+        eos_token_ids.extend(tokenizer.eos_token_id());
+    }
+    if let Some(rows) = model.vocab_size() {
+        tokenizer.set_id_limit(rows);
+    }
+    Ok(LanguageModel { source, model, tokenizer, eos_token_ids })
+}
