@@ -1,7 +1,8 @@
-//! How fast the CPU's matrix kernels are here: `cargo run --release --example kernels [rows cols]`.
+//! How fast the CPU's matrix kernels are here: `cargo run --release --example kernels [rows cols] [part of a format's name]`.
 //! Decode is one token, in GB/s of packed weights and in weights per second; prefill 512 tokens, in GFLOP/s.
 
 use dylm::kernels::cpu::{Float, Format, Isa, Matrix};
+use dylm::weights::bytes::Bytes;
 use std::time::{Duration, Instant};
 
 /// The best of as many runs as fit in a while.
@@ -20,6 +21,7 @@ fn main() {
     let sizes: Vec<usize> = std::env::args().skip(1).filter_map(|a| a.parse().ok()).collect();
     let (rows, cols) = if let [rows, cols] = sizes[..] { (rows, cols) } else { (8192, 2048) };
     let affine = |bits| Format::Affine { bits, group: 64, scales: Float::BF16 };
+    let wanted = std::env::args().skip(1).find(|a| a.parse::<usize>().is_err()).unwrap_or_default();
     let formats = [
         Format::Dense(Float::F32),
         Format::Dense(Float::F16),
@@ -44,11 +46,11 @@ fn main() {
     println!("[{rows}, {cols}], {:?}, {} threads", Isa::best(), rayon::current_num_threads());
     println!("{:58} {:>12} {:>14} {:>16}", "format", "decode GB/s", "G weights/s", "prefill GFLOP/s");
     let weights = (rows * cols) as f64;
-    for format in formats {
+    for format in formats.into_iter().filter(|format| format!("{format:?}").contains(&wanted)) {
         let (block, packed) = format.block();
         let size = rows * cols / block;
-        // Small numbers of any kind: the kernels take the same time for all.
-        let bytes = |n: usize| dylm::weights::bytes::Bytes::from((0..n).map(|i| (i % 61) as u8).collect::<Vec<u8>>());
+        // Numbers of any kind near 1 (0x3f.. in every float type, 2^-4 as E8M0): only subnormals would take another time.
+        let bytes = |n: usize| Bytes::from((0..n).map(|i| [0x7b, 0x3c][i % 2]).collect::<Vec<u8>>());
         let (scale, bias) = format.beside();
         let parts = (bytes(size * packed), bytes(size * scale), bytes(size * bias));
         let m = match Matrix::new(format, rows, cols, parts.0, Some(parts.1), Some(parts.2)) {
