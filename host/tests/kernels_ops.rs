@@ -144,3 +144,17 @@ fn argmax_is_the_first_of_the_largest_and_ignores_nan() {
         assert_eq!(argmax(&x), n - 1);
     }
 }
+
+/// The instruction set is chosen once a process, so the others are tested in processes of their own.
+#[test]
+fn all_of_this_holds_with_the_lesser_instruction_sets() {
+    if std::env::var_os("DYLM_ISA").is_some() {
+        return;
+    }
+    for isa in dylm::kernels::cpu::Isa::available() {
+        let run =
+            std::process::Command::new(std::env::current_exe().unwrap()).env("DYLM_ISA", format!("{isa:?}")).output();
+        let run = run.unwrap();
+        assert!(run.status.success(), "{isa:?}:\n{}", String::from_utf8_lossy(&run.stdout));
+    }
+}

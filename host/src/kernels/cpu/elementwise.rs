@@ -59,7 +59,7 @@ impl Gate for GeluTanh {
     #[inline(always)]
     unsafe fn twice_y<L: Lanes>(x: L::F) -> L::F {
         // 0.5 x (1 + tanh y) = x / (1 + e^-2y), y = sqrt(2 / pi) (x + 0.044715 x³)
-        const TWICE: f32 = 1.595_769_1;
+        const TWICE: f32 = 1.595_769;
         // SAFETY: passed on to the caller.
         unsafe {
             let cubic = L::fma(L::mul(x, x), L::splat(0.044_715 * TWICE), L::splat(TWICE));

@@ -2,6 +2,9 @@
 //! Each is written once over `lanes` and compiled for AVX-512, AVX2 and plain Rust (NEON on ARM); the machine picks at run
 //! time. No result depends on the number of threads.
 
+// Tiles of registers are indexed by constants on several arrays at once.
+#![allow(clippy::needless_range_loop)]
+
 pub mod attention;
 mod dequantize;
 pub mod elementwise;

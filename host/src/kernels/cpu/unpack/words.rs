@@ -1,4 +1,4 @@
-//! MLX's word streams: affine 2, 4 and 8 bits, mxfp4, mxfp8 and nvfp4 are one kernel. `W` words are loaded, one to a lane;
+//! MLX's word streams: affine 2, 3, 4, 6 and 8 bits, mxfp4, mxfp8 and nvfp4 are one kernel. `W` words are loaded, one to a lane;
 //! shifting brings out one number of each word at a time, and a 16-entry table (or a conversion, for bytes) makes it a float.
 //! Scales and biases of a row are widened to f32 scratch first, and spread over the lanes whose words they govern.
 
@@ -59,8 +59,10 @@ pub(in super::super) struct Row {
 }
 
 impl<const BITS: u32, const FLOAT8: bool> Words<BITS, FLOAT8> {
-    /// Numbers of a word.
-    const PER: usize = (32 / BITS) as usize;
+    /// Bytes of a lane: three- and six-bit numbers fill three bytes without a rest.
+    const BYTES: usize = if BITS % 3 == 0 { 3 } else { 4 };
+    /// Numbers of a lane.
+    pub(in super::super) const PER: usize = Self::BYTES * 8 / BITS as usize;
 
     /// Valid while `m` is borrowed.
     pub(in super::super) fn new(m: &Matrix) -> Self {
@@ -125,8 +127,8 @@ impl<const BITS: u32, const FLOAT8: bool> Words<BITS, FLOAT8> {
             let v = L::shr(words, j as u32 * BITS);
             if FLOAT8 {
                 e4m3::<L>(v)
-            } else if BITS == 8 {
-                L::to_float(L::and(v, 255))
+            } else if BITS > 4 {
+                L::to_float(L::and(v, (1 << BITS) - 1))
             } else {
                 L::lookup(table, v)
             }
@@ -169,14 +171,15 @@ impl<const BITS: u32, const FLOAT8: bool> Unpack for Words<BITS, FLOAT8> {
         let shift = sharing.min(L::W).trailing_zeros();
         // SAFETY: of the last chunk only the words that are there are read; scales have slack behind them.
         unsafe {
-            let from = row.words.add(c * L::W * 4);
-            let words = if words_left >= L::W {
-                L::load_u32(from)
+            let from = row.words.add(c * L::W * Self::BYTES);
+            let mut rest = [0u8; 64];
+            let from = if words_left * Self::BYTES >= L::W * 4 {
+                from
             } else {
-                let mut rest = [0u8; 64];
-                std::ptr::copy_nonoverlapping(from, rest.as_mut_ptr(), words_left * 4);
-                L::load_u32(rest.as_ptr())
+                std::ptr::copy_nonoverlapping(from, rest.as_mut_ptr(), words_left.min(L::W) * Self::BYTES);
+                rest.as_ptr()
             };
+            let words = if Self::BYTES == 3 { L::load_u24(from) } else { L::load_u32(from) };
             let table = L::table(&self.table);
             let scale = L::spread(row.scales.add(first), shift);
             if matches!(self.scale, Scale::Affine(_)) {
