@@ -1,7 +1,9 @@
-//! How fast the CPU's matrix kernels are here: `cargo run --release --example kernels [rows cols]`.
-//! Decode is one token, in GB/s of packed weights and in weights per second; prefill 512 tokens, in GFLOP/s.
+//! How fast the CPU's matrix kernels are here: `cargo run --release --example kernels [rows cols] [part of a format's name]`.
+//! Decode is one token, in GB/s of packed weights and in weights per second; prefill 512 tokens, in GFLOP/s. Attention: 32
+//! query heads over 8 key heads of 128, f16, one token against 8192 keys and 512 tokens against themselves.
 
-use dylm::kernels::cpu::{Float, Format, Isa, Matrix};
+use dylm::kernels::cpu::{Attend, Float, Format, Isa, Matrix, Rows, attend};
+use dylm::weights::bytes::Bytes;
 use std::time::{Duration, Instant};
 
 /// The best of as many runs as fit in a while.
@@ -20,6 +22,7 @@ fn main() {
     let sizes: Vec<usize> = std::env::args().skip(1).filter_map(|a| a.parse().ok()).collect();
     let (rows, cols) = if let [rows, cols] = sizes[..] { (rows, cols) } else { (8192, 2048) };
     let affine = |bits| Format::Affine { bits, group: 64, scales: Float::BF16 };
+    let wanted = std::env::args().skip(1).find(|a| a.parse::<usize>().is_err()).unwrap_or_default();
     let formats = [
         Format::Dense(Float::F32),
         Format::Dense(Float::F16),
@@ -44,11 +47,11 @@ fn main() {
     println!("[{rows}, {cols}], {:?}, {} threads", Isa::best(), rayon::current_num_threads());
     println!("{:58} {:>12} {:>14} {:>16}", "format", "decode GB/s", "G weights/s", "prefill GFLOP/s");
     let weights = (rows * cols) as f64;
-    for format in formats {
+    for format in formats.into_iter().filter(|format| format!("{format:?}").contains(&wanted)) {
         let (block, packed) = format.block();
         let size = rows * cols / block;
-        // Small numbers of any kind: the kernels take the same time for all.
-        let bytes = |n: usize| dylm::weights::bytes::Bytes::from((0..n).map(|i| (i % 61) as u8).collect::<Vec<u8>>());
+        // Numbers of any kind near 1 (0x3f.. in every float type, 2^-4 as E8M0): only subnormals would take another time.
+        let bytes = |n: usize| Bytes::from((0..n).map(|i| [0x7b, 0x3c][i % 2]).collect::<Vec<u8>>());
         let (scale, bias) = format.beside();
         let parts = (bytes(size * packed), bytes(size * scale), bytes(size * bias));
         let m = match Matrix::new(format, rows, cols, parts.0, Some(parts.1), Some(parts.2)) {
@@ -66,5 +69,24 @@ fn main() {
         let (gb, g, flops) =
             (m.bytes() as f64 / decode / 1e9, weights / decode / 1e9, weights * 1024.0 / prefill / 1e9);
         println!("{name:58} {gb:12.1} {g:14.2} {flops:16.0}");
+    }
+    if wanted.is_empty() {
+        attention();
+    }
+}
+
+fn attention() {
+    let how = Attend { scale: 0.1, softcap: None, window: None, keep: 0, sinks: None };
+    for (tokens, entries) in [(1usize, 8192usize), (512, 512)] {
+        let cache = vec![half::f16::from_f32(0.1); entries * 8 * 128];
+        let q = vec![0.1f32; tokens * 32 * 128];
+        let mut out = vec![0.0f32; tokens * 32 * 128];
+        let keys: Vec<u32> = (0..entries as u32).collect();
+        let queries = &keys[entries - tokens..];
+        let rows = Rows::F16(&cache);
+        let time = seconds(|| attend(&q, 32, 128, queries, rows, rows, 8, 128, &keys, &how, &mut out));
+        let flops = 4.0 * 32.0 * 128.0 * (tokens * entries) as f64 * if tokens == 1 { 1.0 } else { 0.5 };
+        let (gb, flops) = (cache.len() as f64 * 4.0 / time / 1e9, flops / time / 1e9);
+        println!("attention, {tokens} tokens, {entries} keys: {:.2} ms, {gb:.1} GB/s, {flops:.0} GFLOP/s", time * 1e3);
     }
 }

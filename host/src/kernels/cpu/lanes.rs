@@ -115,6 +115,10 @@ pub trait Lanes: Copy + 'static {
     unsafe fn load_i8(p: *const u8) -> Self::I;
     /// `W` little-endian u32.
     unsafe fn load_u32(p: *const u8) -> Self::I;
+    /// `W` little-endian numbers of three bytes; reads four bytes a lane at most.
+    unsafe fn load_u24(p: *const u8) -> Self::I;
+    /// Bit number l of `word` in lane l.
+    unsafe fn bits(word: u32) -> Self::I;
     /// Logical shift right; n < 32.
     unsafe fn shr(v: Self::I, n: u32) -> Self::I;
     /// Shift left; n < 32.

@@ -9,7 +9,10 @@ use super::{
     matrix::Matrix,
     stream::{ABREAST, Padded, Spill, Stream, Streamed},
     tile::{Block, multiply},
-    unpack::{Bf16, Dense, F16, F32, Order, Q4_0, Q4_1, Q4K, Q6K, Q8_0, Raw, Unpack, Unpacked, Words},
+    unpack::{
+        Bf16, Dense, F16, F32, Order, Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0, Raw, Unpack, Unpacked,
+        Words,
+    },
 };
 use rayon::prelude::*;
 
@@ -44,23 +47,27 @@ impl Matrix {
         assert!(isa == Isa::best() || Isa::available().contains(&isa), "this machine has no {isa:?}");
         let raw = Raw::of(self);
         let call = Call { isa, rows: self.rows(), cols: self.cols(), tokens, x, order: Order::Plain };
-        let words = |bits: usize| Call { order: Order::Words { per: 32 / bits }, ..call };
         match self.format() {
             Format::Dense(Float::F32) => call.run(Dense(raw, F32), out),
             Format::Dense(Float::F16) => call.run(Dense(raw, F16), out),
             Format::Dense(Float::BF16) => call.run(Dense(raw, Bf16), out),
-            Format::Affine { bits: 2, .. } => words(2).run(Words::<2, false>::new(self), out),
-            Format::Affine { bits: 4, .. } | Format::Mxfp4 | Format::Nvfp4 => {
-                words(4).run(Words::<4, false>::new(self), out)
-            }
-            Format::Affine { bits: 8, .. } => words(8).run(Words::<8, false>::new(self), out),
-            Format::Mxfp8 => words(8).run(Words::<8, true>::new(self), out),
+            Format::Affine { bits: 2, .. } => call.words::<2, false>(self, out),
+            Format::Affine { bits: 3, .. } => call.words::<3, false>(self, out),
+            Format::Affine { bits: 4, .. } | Format::Mxfp4 | Format::Nvfp4 => call.words::<4, false>(self, out),
+            Format::Affine { bits: 6, .. } => call.words::<6, false>(self, out),
+            Format::Affine { bits: 8, .. } => call.words::<8, false>(self, out),
+            Format::Mxfp8 => call.words::<8, true>(self, out),
+            Format::Affine { .. } => call.run(Unpacked(self), out),
             Format::Q4_0 => call.run(Q4_0(raw), out),
             Format::Q4_1 => call.run(Q4_1(raw), out),
             Format::Q8_0 => call.run(Q8_0(raw), out),
+            Format::Q5_0 => call.run(Q5_0(raw), out),
+            Format::Q5_1 => call.run(Q5_1(raw), out),
+            Format::Q2K => call.run(Q2K(raw), out),
+            Format::Q3K => call.run(Q3K(raw), out),
             Format::Q4K => call.run(Q4K(raw), out),
+            Format::Q5K => call.run(Q5K(raw), out),
             Format::Q6K => call.run(Q6K(raw), out),
-            _ => call.run(Unpacked(self), out),
         }
     }
 }
@@ -91,6 +98,11 @@ struct Call<'a> {
 }
 
 impl Call<'_> {
+    fn words<const BITS: u32, const FLOAT8: bool>(self, m: &Matrix, out: &mut [f32]) {
+        let order = Order::Words { per: Words::<BITS, FLOAT8>::PER };
+        Call { order, ..self }.run(Words::<BITS, FLOAT8>::new(m), out);
+    }
+
     fn run<U: Unpack>(self, unpack: U, out: &mut [f32]) {
         // SAFETY: no pointers are involved.
         let padded = unsafe { dispatch(self.isa, Padded(unpack)) };

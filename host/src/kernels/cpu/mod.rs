@@ -2,17 +2,28 @@
 //! Each is written once over `lanes` and compiled for AVX-512, AVX2 and plain Rust (NEON on ARM); the machine picks at run
 //! time. No result depends on the number of threads.
 
+// Tiles of registers are indexed by constants on several arrays at once.
+#![allow(clippy::needless_range_loop)]
+
+pub mod attention;
 mod dequantize;
+pub mod elementwise;
 pub mod format;
 pub mod lanes;
 mod matmul;
 pub mod matrix;
+pub mod norm;
 mod quantize;
+pub mod rope;
 mod stream;
 mod tile;
 mod unpack;
 
+pub use attention::{Attend, Rows, attend};
+pub use elementwise::{argmax, gelu_tanh_mul, silu_mul, softmax_rows};
 pub use format::{Float, Format};
 pub use lanes::Isa;
 pub use matrix::Matrix;
+pub use norm::{layer_norm, rms_norm};
 pub use quantize::quantize_rows;
+pub use rope::{Angles, rope};

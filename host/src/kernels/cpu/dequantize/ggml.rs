@@ -81,6 +81,13 @@ pub(super) fn q2_k(block: &[u8; 84], out: &mut [f32; 256]) {
     }
 }
 
+/// Scale number `s` of sixteen in Q3_K's twelve bytes: the low four bits are half of byte s % 8, the high two a quarter of
+/// byte 8 + s % 4.
+#[inline(always)]
+pub(in super::super) fn six_bit_scale(packed: &[u8], s: usize) -> u8 {
+    packed[s % 8] >> (s / 8 * 4) & 15 | (packed[8 + s % 4] >> (s / 4 * 2) & 3) << 4
+}
+
 /// 32 bytes of third bits (inverted: a clear bit takes 4 away), 64 bytes, 12 bytes with 16 six-bit scales, d.
 pub(super) fn q3_k(block: &[u8; 110], out: &mut [f32; 256]) {
     let d = half_at(block, 108);
@@ -89,10 +96,7 @@ pub(super) fn q3_k(block: &[u8; 110], out: &mut [f32; 256]) {
         let (half, part, byte) = (i / 128, i % 128 / 32, i % 32);
         let q = block[32 + half * 32 + byte] >> (2 * part) & 3;
         let third = block[byte] >> (half * 4 + part) & 1;
-        // The low four bits of scale s are half of byte s % 8, the high two a quarter of byte 8 + s % 4.
-        let s = i / 16;
-        let low = packed[s % 8] >> (s / 8 * 4) & 15;
-        let scale = low | (packed[8 + s % 4] >> (s / 4 * 2) & 3) << 4;
+        let scale = six_bit_scale(packed, i / 16);
         *o = d * (f32::from(scale) - 32.0) * (f32::from(q) + f32::from(third) * 4.0 - 4.0);
     }
 }

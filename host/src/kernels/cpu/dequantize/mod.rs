@@ -6,7 +6,7 @@ mod ggml;
 mod mx;
 
 use super::format::Format;
-pub(super) use ggml::scale_and_min;
+pub(super) use ggml::{scale_and_min, six_bit_scale};
 pub(super) use mx::{E2M1, e4m3_to_f32, e8m0_to_f32};
 
 /// Unpacks one row. The slices are the row's own, of exactly the sizes that `format` asks for `out.len()` columns.

@@ -111,6 +111,17 @@ impl Lanes for Portable {
         from_fn(|i| u32::from_le_bytes(unsafe { bytes(p, i) }))
     }
     #[inline(always)]
+    unsafe fn load_u24(p: *const u8) -> [u32; 8] {
+        from_fn(|i| {
+            let [a, b, c] = unsafe { bytes(p, i) };
+            u32::from_le_bytes([a, b, c, 0])
+        })
+    }
+    #[inline(always)]
+    unsafe fn bits(word: u32) -> [u32; 8] {
+        from_fn(|i| word >> i & 1)
+    }
+    #[inline(always)]
     unsafe fn shr(v: [u32; 8], n: u32) -> [u32; 8] {
         from_fn(|i| v[i] >> n)
     }

@@ -37,6 +37,13 @@ macro_rules! lanes {
     )*};
 }
 
+/// Byte order that turns four three-byte numbers into four words.
+#[inline(always)]
+unsafe fn spread_u24() -> __m128i {
+    // SAFETY: SSE2 is part of x86-64.
+    unsafe { _mm_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1) }
+}
+
 impl Lanes for Avx512 {
     const W: usize = 16;
     const WIDE: bool = true;
@@ -67,6 +74,16 @@ impl Lanes for Avx512 {
         load_u8(p: *const u8) -> __m512i = _mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast()));
         load_i8(p: *const u8) -> __m512i = _mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()));
         load_u32(p: *const u8) -> __m512i = _mm512_loadu_si512(p.cast());
+        load_u24(p: *const u8) -> __m512i = {
+            // Each quarter gets the four words that hold its twelve bytes, then spreads them.
+            let from = _mm512_setr_epi32(0, 1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9, 9, 10, 11, 12);
+            let quarters = _mm512_permutexvar_epi32(from, _mm512_loadu_si512(p.cast()));
+            _mm512_shuffle_epi8(quarters, _mm512_broadcast_i32x4(spread_u24()))
+        };
+        bits(word: u32) -> __m512i = {
+            let lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+            Self::and(_mm512_srlv_epi32(_mm512_set1_epi32(word as i32), lane), 1)
+        };
         shr(v: __m512i, n: u32) -> __m512i = _mm512_srlv_epi32(v, _mm512_set1_epi32(n as i32));
         shl(v: __m512i, n: u32) -> __m512i = _mm512_sllv_epi32(v, _mm512_set1_epi32(n as i32));
         and(v: __m512i, mask: u32) -> __m512i = _mm512_and_si512(v, _mm512_set1_epi32(mask as i32));
@@ -120,6 +137,14 @@ impl Lanes for Avx2 {
         load_u8(p: *const u8) -> __m256i = _mm256_cvtepu8_epi32(_mm_loadl_epi64(p.cast()));
         load_i8(p: *const u8) -> __m256i = _mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()));
         load_u32(p: *const u8) -> __m256i = _mm256_loadu_si256(p.cast());
+        load_u24(p: *const u8) -> __m256i = {
+            let halves = _mm256_set_m128i(_mm_loadu_si128(p.add(12).cast()), _mm_loadu_si128(p.cast()));
+            _mm256_shuffle_epi8(halves, _mm256_broadcastsi128_si256(spread_u24()))
+        };
+        bits(word: u32) -> __m256i = {
+            let lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+            Self::and(_mm256_srlv_epi32(_mm256_set1_epi32(word as i32), lane), 1)
+        };
         shr(v: __m256i, n: u32) -> __m256i = _mm256_srlv_epi32(v, _mm256_set1_epi32(n as i32));
         shl(v: __m256i, n: u32) -> __m256i = _mm256_sllv_epi32(v, _mm256_set1_epi32(n as i32));
         and(v: __m256i, mask: u32) -> __m256i = _mm256_and_si256(v, _mm256_set1_epi32(mask as i32));

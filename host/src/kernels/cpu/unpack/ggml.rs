@@ -1,17 +1,18 @@
-//! GGUF blocks with kernels of their own: Q4_0, Q4_1, Q8_0, Q4_K, Q6_K. Blocks hold their scales, so a chunk is a block, and
-//! vectors come out in the order of the weights. Layouts: see `dequantize/ggml.rs`.
+//! GGUF blocks of 32. Blocks hold their scales, so a chunk is a block, and vectors come out in the order of the weights.
+//! Layouts: see `dequantize/ggml.rs`.
 
-use super::super::{dequantize::scale_and_min, lanes::Lanes};
+use super::super::lanes::Lanes;
 use super::{Raw, Sink, Unpack};
 
 /// One f16 inside a block.
 #[inline(always)]
-unsafe fn half_at<L: Lanes>(p: *const u8) -> f32 {
+pub(super) unsafe fn half_at<L: Lanes>(p: *const u8) -> f32 {
     // SAFETY: the caller vouches for two bytes at `p`.
     unsafe { L::half(u16::from_le_bytes(p.cast::<[u8; 2]>().read_unaligned())) }
 }
 
-const WHOLE: [f32; 16] = [0., 1., 2., 3., 4., 5., 6., 7., 8., 9., 10., 11., 12., 13., 14., 15.];
+/// Four bits as they are.
+pub(super) const WHOLE: [f32; 16] = [0., 1., 2., 3., 4., 5., 6., 7., 8., 9., 10., 11., 12., 13., 14., 15.];
 const CENTRED: [f32; 16] = [-8., -7., -6., -5., -4., -3., -2., -1., 0., 1., 2., 3., 4., 5., 6., 7.];
 
 /// Writes an unpacker whose chunk is a block of `$bytes` bytes with `$weights` weights.
@@ -44,6 +45,8 @@ macro_rules! blocks {
     )*};
 }
 
+pub(super) use blocks;
+
 blocks! {
     /// w = d (q - 8)
     Q4_0 = 32 weights in 18 bytes, q4_0;
@@ -51,10 +54,10 @@ blocks! {
     Q4_1 = 32 weights in 20 bytes, q4_1;
     /// w = d q
     Q8_0 = 32 weights in 34 bytes, q8_0;
-    /// w = d scale q - dmin min
-    Q4K = 256 weights in 144 bytes, q4_k;
-    /// w = d scale (q - 32)
-    Q6K = 256 weights in 210 bytes, q6_k;
+    /// w = d (q - 16)
+    Q5_0 = 32 weights in 22 bytes, q5_0;
+    /// w = d q + m
+    Q5_1 = 32 weights in 24 bytes, q5_1;
 }
 
 // SAFETY of the functions below: the caller vouches for one whole block at `p`.
@@ -107,42 +110,32 @@ unsafe fn q8_0<L: Lanes, S: Sink<L>>(p: *const u8, sink: &mut S) {
 }
 
 #[inline(always)]
-unsafe fn q4_k<L: Lanes, S: Sink<L>>(p: *const u8, sink: &mut S) {
+unsafe fn q5_0<L: Lanes, S: Sink<L>>(p: *const u8, sink: &mut S) {
     // SAFETY: see above.
     unsafe {
-        let (d, dmin) = (half_at::<L>(p), half_at::<L>(p.add(2)));
-        let packed = std::slice::from_raw_parts(p.add(4), 12);
-        let table = L::table(&WHOLE);
-        let n = 32 / L::W;
-        for g in 0..8 {
-            let (scale, min) = scale_and_min(packed, g);
-            let (scale, min) = (L::splat(d * f32::from(scale)), L::splat(-dmin * f32::from(min)));
-            for v in 0..n {
-                let q = L::shr(L::load_u8(p.add(16 + g / 2 * 32 + v * L::W)), g as u32 % 2 * 4);
-                sink.take(g * n + v, L::fma(L::lookup(table, q), scale, min));
-            }
-        }
+        let d = half_at::<L>(p);
+        five_bits::<L, S>(p.add(2), L::splat(d), L::splat(-16.0 * d), sink);
     }
 }
 
 #[inline(always)]
-unsafe fn q6_k<L: Lanes, S: Sink<L>>(p: *const u8, sink: &mut S) {
+unsafe fn q5_1<L: Lanes, S: Sink<L>>(p: *const u8, sink: &mut S) {
+    // SAFETY: see above.
+    unsafe { five_bits::<L, S>(p.add(4), L::splat(half_at::<L>(p)), L::splat(half_at::<L>(p.add(2))), sink) }
+}
+
+/// A word of fifth bits, then sixteen bytes: w = d q + m
+#[inline(always)]
+unsafe fn five_bits<L: Lanes, S: Sink<L>>(p: *const u8, d: L::F, m: L::F, sink: &mut S) {
     // SAFETY: see above.
     unsafe {
-        let d = half_at::<L>(p.add(208));
+        let fifth = u32::from_le_bytes(p.cast::<[u8; 4]>().read_unaligned());
         let n = 16 / L::W;
-        // Sixteen weights share a scale: two sixteenths of each part of 32, four parts of each half.
-        for sixteenth in 0..16 {
-            let (half, part, side) = (sixteenth / 8, sixteenth % 8 / 2, sixteenth % 2);
-            let scale = d * f32::from(*p.add(192 + sixteenth) as i8);
-            let (scale, centre) = (L::splat(scale), L::splat(-32.0 * scale));
+        for side in 0..2 {
             for v in 0..n {
-                let byte = side * 16 + v * L::W;
-                let low = L::load_u8(p.add(half * 64 + part % 2 * 32 + byte));
-                let high = L::load_u8(p.add(128 + half * 32 + byte));
-                let low = L::and(L::shr(low, part as u32 / 2 * 4), 15);
-                let high = L::shl(L::and(L::shr(high, part as u32 * 2), 3), 4);
-                sink.take(sixteenth * n + v, L::fma(L::to_float(L::or(low, high)), scale, centre));
+                let low = L::and(L::shr(L::load_u8(p.add(4 + v * L::W)), side * 4), 15);
+                let high = L::shl(L::bits(fifth >> (side as usize * 16 + v * L::W)), 4);
+                sink.take(side as usize * n + v, L::fma(L::to_float(L::or(low, high)), d, m));
             }
         }
     }

@@ -4,6 +4,7 @@
 
 mod dense;
 mod ggml;
+mod super_blocks;
 mod words;
 
 use super::{
@@ -11,7 +12,8 @@ use super::{
     matrix::{Matrix, row_bytes},
 };
 pub(super) use dense::{Bf16, Dense, F16, F32, Unpacked};
-pub(super) use ggml::{Q4_0, Q4_1, Q4K, Q6K, Q8_0};
+pub(super) use ggml::{Q4_0, Q4_1, Q5_0, Q5_1, Q8_0};
+pub(super) use super_blocks::{Q2K, Q3K, Q4K, Q5K, Q6K};
 pub(super) use words::Words;
 
 /// Where the weights of a row go, `W` at a time.

@@ -1,4 +1,4 @@
-//! MLX's word streams: affine 2, 4 and 8 bits, mxfp4, mxfp8 and nvfp4 are one kernel. `W` words are loaded, one to a lane;
+//! MLX's word streams: affine 2, 3, 4, 6 and 8 bits, mxfp4, mxfp8 and nvfp4 are one kernel. `W` words are loaded, one to a lane;
 //! shifting brings out one number of each word at a time, and a 16-entry table (or a conversion, for bytes) makes it a float.
 //! Scales and biases of a row are widened to f32 scratch first, and spread over the lanes whose words they govern.
 
@@ -18,8 +18,20 @@ const SLACK: usize = 16;
 enum Scale {
     /// Scales and biases.
     Affine(Float),
-    /// Scales of an mx format.
-    Small(fn(u8) -> f32),
+    /// Powers of two (mxfp4, mxfp8).
+    E8m0,
+    /// Small floats (nvfp4).
+    E4m3,
+}
+
+/// The low eight bits of each lane as E4M3: as in `e4m3_to_f32`, but for NaN, which no checkpoint holds.
+#[inline(always)]
+unsafe fn e4m3<L: Lanes>(v: L::I) -> L::F {
+    // SAFETY: the caller vouches for the instruction set.
+    unsafe {
+        let bits = L::or(L::shl(L::and(v, 0x7f), 20), L::shl(L::and(v, 0x80), 24));
+        L::mul(L::as_float(bits), L::splat(f32::from_bits(247 << 23)))
+    }
 }
 
 /// A matrix of words with `BITS`-bit numbers; `FLOAT8` numbers of eight bits are E4M3, others are unsigned.
@@ -47,8 +59,10 @@ pub(in super::super) struct Row {
 }
 
 impl<const BITS: u32, const FLOAT8: bool> Words<BITS, FLOAT8> {
-    /// Numbers of a word.
-    const PER: usize = (32 / BITS) as usize;
+    /// Bytes of a lane: three- and six-bit numbers fill three bytes without a rest.
+    const BYTES: usize = if BITS % 3 == 0 { 3 } else { 4 };
+    /// Numbers of a lane.
+    pub(in super::super) const PER: usize = Self::BYTES * 8 / BITS as usize;
 
     /// Valid while `m` is borrowed.
     pub(in super::super) fn new(m: &Matrix) -> Self {
@@ -56,8 +70,8 @@ impl<const BITS: u32, const FLOAT8: bool> Words<BITS, FLOAT8> {
         let whole: [f32; 16] = std::array::from_fn(|i| (i & ((1 << BITS.min(4)) - 1)) as f32);
         let (scale, table) = match m.format() {
             Format::Affine { scales, .. } => (Scale::Affine(scales), whole),
-            Format::Nvfp4 => (Scale::Small(e4m3_to_f32), E2M1),
-            _ => (Scale::Small(e8m0_to_f32), E2M1),
+            Format::Nvfp4 => (Scale::E4m3, E2M1),
+            _ => (Scale::E8m0, E2M1),
         };
         let beside_stride = row_bytes(m.format(), m.cols())[1];
         let beside = [scales.as_ptr(), biases.as_ptr()];
@@ -77,24 +91,25 @@ impl<const BITS: u32, const FLOAT8: bool> Words<BITS, FLOAT8> {
             let from = self.beside[which].add(r * self.beside_stride);
             let whole = groups - groups % L::W;
             let mut g = 0;
-            if let Scale::Affine(float) = self.scale {
-                while g < whole {
-                    let p = from.add(g * float.size());
-                    let v = match float {
-                        Float::F32 => L::load(p.cast()),
-                        Float::F16 => L::load_f16(p),
-                        Float::BF16 => L::load_bf16(p),
-                    };
-                    L::store(to.add(g), v);
-                    g += L::W;
-                }
+            while g < whole {
+                let v = match self.scale {
+                    Scale::Affine(Float::F32) => L::load(from.add(g * 4).cast()),
+                    Scale::Affine(Float::F16) => L::load_f16(from.add(g * 2)),
+                    Scale::Affine(Float::BF16) => L::load_bf16(from.add(g * 2)),
+                    // An exponent of 0 stands for 2^-127.
+                    Scale::E8m0 => L::max(L::as_float(L::shl(L::load_u8(from.add(g)), 23)), L::splat(e8m0_to_f32(0))),
+                    Scale::E4m3 => e4m3::<L>(L::load_u8(from.add(g))),
+                };
+                L::store(to.add(g), v);
+                g += L::W;
             }
             while g < groups {
                 *to.add(g) = match self.scale {
                     Scale::Affine(float) => {
                         float.read(std::slice::from_raw_parts(from.add(g * float.size()), float.size()))
                     }
-                    Scale::Small(widen) => widen(*from.add(g)),
+                    Scale::E8m0 => e8m0_to_f32(*from.add(g)),
+                    Scale::E4m3 => e4m3_to_f32(*from.add(g)),
                 };
                 g += 1;
             }
@@ -111,12 +126,9 @@ impl<const BITS: u32, const FLOAT8: bool> Words<BITS, FLOAT8> {
         unsafe {
             let v = L::shr(words, j as u32 * BITS);
             if FLOAT8 {
-                // As in `e4m3_to_f32`: one field further left, times 2^120; the sign stays on top.
-                let magnitude = L::shl(L::and(v, 0x7f), 20);
-                let v = L::as_float(L::or(magnitude, L::shl(L::and(v, 0x80), 24)));
-                L::mul(v, L::splat(f32::from_bits(247 << 23)))
-            } else if BITS == 8 {
-                L::to_float(L::and(v, 255))
+                e4m3::<L>(v)
+            } else if BITS > 4 {
+                L::to_float(L::and(v, (1 << BITS) - 1))
             } else {
                 L::lookup(table, v)
             }
@@ -159,14 +171,15 @@ impl<const BITS: u32, const FLOAT8: bool> Unpack for Words<BITS, FLOAT8> {
         let shift = sharing.min(L::W).trailing_zeros();
         // SAFETY: of the last chunk only the words that are there are read; scales have slack behind them.
         unsafe {
-            let from = row.words.add(c * L::W * 4);
-            let words = if words_left >= L::W {
-                L::load_u32(from)
+            let from = row.words.add(c * L::W * Self::BYTES);
+            let mut rest = [0u8; 64];
+            let from = if words_left * Self::BYTES >= L::W * 4 {
+                from
             } else {
-                let mut rest = [0u8; 64];
-                std::ptr::copy_nonoverlapping(from, rest.as_mut_ptr(), words_left * 4);
-                L::load_u32(rest.as_ptr())
+                std::ptr::copy_nonoverlapping(from, rest.as_mut_ptr(), words_left.min(L::W) * Self::BYTES);
+                rest.as_ptr()
             };
+            let words = if Self::BYTES == 3 { L::load_u24(from) } else { L::load_u32(from) };
             let table = L::table(&self.table);
             let scale = L::spread(row.scales.add(first), shift);
             if matches!(self.scale, Scale::Affine(_)) {

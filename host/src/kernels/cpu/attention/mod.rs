@@ -1,0 +1,244 @@
+//! Softmax attention over a cache of any type, without ever holding the matrix of scores. Heads and blocks of queries run in
+//! parallel; when there are few of them, stretches of keys do as well, and are merged in order.
+//! The blocks lie at fixed entries, so a query's result is the same bits alone, in a chunk of any size, on any threads.
+
+mod block;
+mod rows;
+
+pub use rows::Rows;
+
+use super::{
+    lanes::{Isa, dispatch},
+    tile::Block,
+};
+use block::{KEYS, State, Step};
+use rayon::prelude::*;
+use rows::Widen;
+
+/// Entries that are summed up on their own before they are merged; a multiple of [`KEYS`].
+const STRETCH: usize = 1024;
+/// Query rows (tokens x heads of a group) that share one widened block of keys.
+const ROWS: usize = 48;
+
+/// What a query sees, and how scores become weights.
+#[derive(Clone, Copy, Debug)]
+pub struct Attend<'a> {
+    /// Multiplies q · k.
+    pub scale: f32,
+    /// c: scores become c * tanh(score / c).
+    pub softcap: Option<f32>,
+    /// A key is seen for this many positions, its own included.
+    pub window: Option<usize>,
+    /// Keys at positions below this are seen beyond the window.
+    pub keep: usize,
+    /// `[q_heads]`: a logit that joins each softmax and is dropped.
+    pub sinks: Option<&'a [f32]>,
+}
+
+impl Attend<'_> {
+    /// Whether a query at position `p` sees a key at position `k`.
+    #[inline]
+    pub fn sees(&self, p: u32, k: u32) -> bool {
+        k <= p && (self.window.is_none_or(|window| ((p - k) as usize) < window) || (k as usize) < self.keep)
+    }
+}
+
+/// One call's shapes and inputs.
+#[derive(Clone, Copy)]
+struct Call<'a> {
+    isa: Isa,
+    q: &'a [f32],
+    q_heads: usize,
+    dim: usize,
+    query_positions: &'a [u32],
+    keys: Rows<'a>,
+    values: Rows<'a>,
+    kv_heads: usize,
+    v_dim: usize,
+    key_positions: &'a [u32],
+    how: &'a Attend<'a>,
+}
+
+/// out = softmax(scale q · k, over the keys that are seen) · v. `q` is `[tokens, q_heads, dim]`, keys `[entries, kv_heads, dim]`,
+/// values `[entries, kv_heads, v_dim]`, `out` `[tokens, q_heads, v_dim]`; query head h reads key head h / (q_heads / kv_heads).
+/// Entries may lie in any order (a ring): positions decide. A query that sees nothing gives zeros.
+///
+/// # Panics
+/// If the lengths do not agree, or `q_heads` is not a multiple of `kv_heads`.
+#[allow(clippy::too_many_arguments)]
+pub fn attend(
+    q: &[f32],
+    q_heads: usize,
+    dim: usize,
+    query_positions: &[u32],
+    keys: Rows<'_>,
+    values: Rows<'_>,
+    kv_heads: usize,
+    v_dim: usize,
+    key_positions: &[u32],
+    how: &Attend<'_>,
+    out: &mut [f32],
+) {
+    let (tokens, entries) = (query_positions.len(), key_positions.len());
+    assert!(
+        kv_heads > 0 && q_heads.is_multiple_of(kv_heads),
+        "attend: {q_heads} query heads over {kv_heads} key heads"
+    );
+    assert!(q.len() == tokens * q_heads * dim && out.len() == tokens * q_heads * v_dim, "attend: {tokens} tokens");
+    assert!(
+        keys.holds(entries * kv_heads, dim) && values.holds(entries * kv_heads, v_dim),
+        "attend: {entries} entries"
+    );
+    assert!(how.sinks.is_none_or(|sinks| sinks.len() == q_heads), "attend: one sink a query head");
+    let isa = Isa::best();
+    let call = Call { isa, q, q_heads, dim, query_positions, keys, values, kv_heads, v_dim, key_positions, how };
+    call.run(out);
+}
+
+/// A block of queries of one key head.
+#[derive(Clone, Copy)]
+struct Queries {
+    head: usize,
+    first: usize,
+    tokens: usize,
+}
+
+impl Call<'_> {
+    fn group(&self) -> usize {
+        self.q_heads / self.kv_heads
+    }
+
+    fn run(&self, out: &mut [f32]) {
+        let abreast = (ROWS / self.group()).max(1);
+        let starts = (0..self.query_positions.len()).step_by(abreast);
+        let blocks: Vec<Queries> = starts
+            .flat_map(|first| {
+                let tokens = abreast.min(self.query_positions.len() - first);
+                (0..self.kv_heads).map(move |head| Queries { head, first, tokens })
+            })
+            .collect();
+        let stretches = self.key_positions.len().div_ceil(STRETCH);
+        let work = self.q.len() * self.key_positions.len();
+        let states: Vec<State> = if work < 1 << 16 {
+            blocks.iter().map(|&b| self.all(b, stretches)).collect()
+        } else if stretches == 1 || blocks.len() >= 4 * rayon::current_num_threads() {
+            blocks.par_iter().map(|&b| self.all(b, stretches)).collect()
+        } else {
+            let tasks: Vec<(Queries, usize)> =
+                blocks.iter().flat_map(|&b| (0..stretches).map(move |s| (b, s))).collect();
+            let parts: Vec<State> = tasks.par_iter().map(|&(b, s)| self.stretch(b, s)).collect();
+            parts.chunks(stretches).map(|parts| merge(parts.iter().cloned())).collect()
+        };
+        for (block, state) in blocks.iter().zip(&states) {
+            self.finish(*block, state, out);
+        }
+    }
+
+    /// All keys, one stretch after the other.
+    fn all(&self, block: Queries, stretches: usize) -> State {
+        if stretches == 0 {
+            return State::new(block.tokens * self.group(), self.v_dim.next_multiple_of(16));
+        }
+        merge((0..stretches).map(|s| self.stretch(block, s)))
+    }
+
+    /// Keys of one stretch.
+    fn stretch(&self, block: Queries, stretch: usize) -> State {
+        let (group, rows) = (self.group(), block.tokens * self.group());
+        let (len, width) = (self.dim.next_multiple_of(16), self.v_dim.next_multiple_of(16));
+        let mut state = State::new(rows, width);
+        let end = self.key_positions.len().min((stretch + 1) * STRETCH);
+        let mut scratch = Vec::new();
+        let mut visible = vec![0u64; block.tokens];
+        for first in (stretch * STRETCH..end).step_by(KEYS) {
+            let keys = KEYS.min(end - first);
+            let positions = &self.key_positions[first..first + keys];
+            for (seen, &p) in visible.iter_mut().zip(&self.query_positions[block.first..]) {
+                let bits = positions.iter().enumerate().map(|(i, &k)| u64::from(self.how.sees(p, k)) << i);
+                *seen = bits.fold(0, |all, bit| all | bit);
+            }
+            if visible.iter().all(|&seen| seen == 0) {
+                continue;
+            }
+            // Queries, keys, values, scores.
+            if scratch.is_empty() {
+                scratch.resize(rows * len + KEYS * len + KEYS * width + rows * KEYS, 0.0);
+                self.scale_queries(block, len, &mut scratch);
+            }
+            let (queries, rest) = scratch.split_at_mut(rows * len);
+            let (wide_keys, rest) = rest.split_at_mut(KEYS * len);
+            let (wide_values, scores) = rest.split_at_mut(KEYS * width);
+            let widen = |rows, dim, stride, to: &mut [f32]| Widen {
+                rows,
+                dim,
+                heads: self.kv_heads,
+                head: block.head,
+                entries: (first, keys),
+                to: to.as_mut_ptr(),
+                stride,
+            };
+            // SAFETY: blocks are sized above; `attend` checked that the rows hold all entries.
+            unsafe {
+                dispatch(self.isa, widen(self.keys, self.dim, len, wide_keys));
+                dispatch(self.isa, widen(self.values, self.v_dim, width, wide_values));
+                dispatch(
+                    self.isa,
+                    Step {
+                        queries: Block { data: queries.as_ptr(), stride: len, rows },
+                        keys: Block { data: wide_keys.as_ptr(), stride: len, rows: keys },
+                        len,
+                        values: wide_values.as_ptr(),
+                        visible: &visible,
+                        heads: group,
+                        softcap: self.how.softcap,
+                        scores,
+                        state: &mut state,
+                    },
+                );
+            }
+        }
+        state
+    }
+
+    /// Queries of a block, `[tokens, group]` rows of `len`.
+    fn scale_queries(&self, block: Queries, len: usize, to: &mut [f32]) {
+        let group = self.group();
+        for (row, to) in to.chunks_exact_mut(len).take(block.tokens * group).enumerate() {
+            let at = (block.first + row / group) * self.q_heads + block.head * group + row % group;
+            for (to, x) in to.iter_mut().zip(&self.q[at * self.dim..(at + 1) * self.dim]) {
+                *to = x * self.how.scale;
+            }
+        }
+    }
+
+    /// Sums to averages, sinks included.
+    fn finish(&self, block: Queries, state: &State, out: &mut [f32]) {
+        let group = self.group();
+        for row in 0..block.tokens * group {
+            let head = block.head * group + row % group;
+            let at = (block.first + row / group) * self.q_heads + head;
+            let (mut mass, mut fade) = (state.mass[row], 1.0);
+            if let Some(sink) = self.how.sinks.and_then(|sinks| sinks.get(head)) {
+                let peak = state.peak[row].max(*sink);
+                if state.peak[row] > f32::NEG_INFINITY {
+                    fade = (state.peak[row] - peak).exp();
+                }
+                mass = mass * fade + (sink - peak).exp();
+            }
+            let share = if mass > 0.0 { fade / mass } else { 0.0 };
+            let sum = &state.sum[row * state.width..][..self.v_dim];
+            for (out, x) in out[at * self.v_dim..(at + 1) * self.v_dim].iter_mut().zip(sum) {
+                *out = x * share;
+            }
+        }
+    }
+}
+
+/// Stretches in order.
+fn merge(mut parts: impl Iterator<Item = State>) -> State {
+    let mut all = parts.next().unwrap_or_else(|| State::new(0, 0));
+    for part in parts {
+        all.merge(&part);
+    }
+    all
+}

@@ -1,0 +1,248 @@
+//! Attention against the textbook, in f64 and with the whole matrix of scores.
+
+use dylm::kernels::cpu::{Attend, Rows, attend, quantize_rows};
+
+struct Random(u64);
+
+impl Random {
+    fn bits(&mut self) -> u64 {
+        self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        self.0 >> 33
+    }
+    fn floats(&mut self, n: usize) -> Vec<f32> {
+        (0..n).map(|_| self.bits() as f32 / (1u64 << 30) as f32 - 1.0).collect()
+    }
+}
+
+/// One case's shapes.
+#[derive(Clone, Copy, Debug)]
+struct Case {
+    q_heads: usize,
+    kv_heads: usize,
+    dim: usize,
+    v_dim: usize,
+}
+
+const PLAIN: Attend<'_> = Attend { scale: 0.3, softcap: None, window: None, keep: 0, sinks: None };
+
+struct Inputs {
+    q: Vec<f32>,
+    k: Vec<f32>,
+    v: Vec<f32>,
+    queries: Vec<u32>,
+    keys: Vec<u32>,
+}
+
+/// `entries` keys at positions 0.., and queries at the last `tokens` of them.
+fn inputs(case: Case, tokens: usize, entries: usize, r: &mut Random) -> Inputs {
+    Inputs {
+        q: r.floats(tokens * case.q_heads * case.dim).iter().map(|x| x * 3.0).collect(),
+        k: r.floats(entries * case.kv_heads * case.dim),
+        v: r.floats(entries * case.kv_heads * case.v_dim),
+        queries: (entries as u32 - tokens as u32..entries as u32).collect(),
+        keys: (0..entries as u32).collect(),
+    }
+}
+
+fn textbook(case: Case, i: &Inputs, how: &Attend<'_>) -> Vec<f64> {
+    let Case { q_heads, kv_heads, dim, v_dim } = case;
+    let mut out = vec![0.0; i.queries.len() * q_heads * v_dim];
+    for (t, &p) in i.queries.iter().enumerate() {
+        for head in 0..q_heads {
+            let kv = head / (q_heads / kv_heads);
+            let mut weights = vec![0.0; i.keys.len()];
+            let mut mass = how.sinks.map_or(0.0, |sinks| f64::from(sinks[head]).exp());
+            for (e, &at) in i.keys.iter().enumerate() {
+                let near =
+                    how.window.is_none_or(|w| i64::from(p) - i64::from(at) < w as i64) || (at as usize) < how.keep;
+                if at > p || !near {
+                    continue;
+                }
+                let q = &i.q[(t * q_heads + head) * dim..][..dim];
+                let k = &i.k[(e * kv_heads + kv) * dim..][..dim];
+                let dot: f64 = q.iter().zip(k).map(|(&q, &k)| f64::from(q) * f64::from(k)).sum();
+                let score = dot * f64::from(how.scale);
+                let score = how.softcap.map_or(score, |c| f64::from(c) * (score / f64::from(c)).tanh());
+                weights[e] = score.exp();
+                mass += weights[e];
+            }
+            for (e, weight) in weights.iter().enumerate().filter(|(_, w)| **w > 0.0) {
+                for l in 0..v_dim {
+                    let v = f64::from(i.v[(e * kv_heads + kv) * v_dim + l]);
+                    out[(t * q_heads + head) * v_dim + l] += weight / mass * v;
+                }
+            }
+        }
+    }
+    out
+}
+
+fn run(case: Case, i: &Inputs, keys: Rows<'_>, values: Rows<'_>, how: &Attend<'_>) -> Vec<f32> {
+    let Case { q_heads, kv_heads, dim, v_dim } = case;
+    let mut out = vec![f32::NAN; i.queries.len() * q_heads * v_dim];
+    attend(&i.q, q_heads, dim, &i.queries, keys, values, kv_heads, v_dim, &i.keys, how, &mut out);
+    out
+}
+
+fn check(case: Case, i: &Inputs, how: &Attend<'_>, what: &str) {
+    let got = run(case, i, Rows::F32(&i.k), Rows::F32(&i.v), how);
+    for (at, (got, want)) in got.iter().zip(textbook(case, i, how)).enumerate() {
+        assert!((f64::from(*got) - want).abs() < 2e-5, "{what}, {case:?}: output {at} is {got}, not {want}");
+    }
+}
+
+const CASES: [Case; 6] = [
+    Case { q_heads: 4, kv_heads: 4, dim: 20, v_dim: 20 },
+    Case { q_heads: 9, kv_heads: 3, dim: 64, v_dim: 64 },
+    Case { q_heads: 8, kv_heads: 1, dim: 33, v_dim: 80 },
+    Case { q_heads: 16, kv_heads: 2, dim: 80, v_dim: 33 },
+    Case { q_heads: 3, kv_heads: 1, dim: 256, v_dim: 256 },
+    Case { q_heads: 64, kv_heads: 1, dim: 24, v_dim: 16 },
+];
+
+#[test]
+fn attention_is_that_of_the_textbook_for_every_shape() {
+    let mut r = Random(1);
+    for case in CASES {
+        for (tokens, entries) in [(1, 1), (1, 70), (2, 130), (7, 7), (50, 64), (33, 150), (1, 2500), (3, 2100)] {
+            let i = inputs(case, tokens, entries, &mut r);
+            check(case, &i, &PLAIN, &format!("{tokens} of {entries}"));
+        }
+    }
+}
+
+#[test]
+fn windows_kept_keys_sinks_and_caps_change_what_the_textbook_says_they_do() {
+    let mut r = Random(2);
+    for case in CASES {
+        let sinks: Vec<f32> = r.floats(case.q_heads);
+        for (tokens, entries) in [(1, 90), (40, 90), (3, 1300)] {
+            let i = inputs(case, tokens, entries, &mut r);
+            check(case, &i, &Attend { window: Some(1), ..PLAIN }, "window of one");
+            check(case, &i, &Attend { window: Some(17), ..PLAIN }, "window");
+            check(case, &i, &Attend { window: Some(17), keep: 4, ..PLAIN }, "window and kept keys");
+            check(case, &i, &Attend { softcap: Some(2.0), ..PLAIN }, "softcap");
+            check(case, &i, &Attend { sinks: Some(&sinks), ..PLAIN }, "sinks");
+            let all = Attend { sinks: Some(&sinks), softcap: Some(1.5), window: Some(33), keep: 2, ..PLAIN };
+            check(case, &i, &all, "everything");
+        }
+    }
+}
+
+#[test]
+fn entries_may_lie_in_any_order_and_queries_may_be_ragged() {
+    let mut r = Random(3);
+    let case = CASES[1];
+    let mut i = inputs(case, 6, 200, &mut r);
+    i.keys.rotate_left(77);
+    i.queries = vec![0, 5, 199, 30, 31, 150];
+    check(case, &i, &PLAIN, "ring");
+    check(case, &i, &Attend { window: Some(40), keep: 3, ..PLAIN }, "ring with a window");
+}
+
+#[test]
+fn a_query_that_sees_nothing_gives_zeros() {
+    let mut r = Random(4);
+    let case = CASES[1];
+    let sinks = r.floats(case.q_heads);
+    for entries in [0, 100, 1500] {
+        let mut i = inputs(case, 0, entries, &mut r);
+        i.q = r.floats(2 * case.q_heads * case.dim);
+        i.queries = vec![3, 4];
+        i.keys = vec![9; entries];
+        for sinks in [None, Some(&sinks[..])] {
+            let out = run(case, &i, Rows::F32(&i.k), Rows::F32(&i.v), &Attend { sinks, ..PLAIN });
+            assert!(out.iter().all(|x| *x == 0.0), "{entries} entries");
+        }
+    }
+}
+
+#[test]
+fn huge_scores_do_not_overflow() {
+    let mut r = Random(5);
+    let case = CASES[1];
+    let i = inputs(case, 5, 100, &mut r);
+    let out = run(case, &i, Rows::F32(&i.k), Rows::F32(&i.v), &Attend { scale: 1e6, ..PLAIN });
+    assert!(out.iter().all(|x| x.is_finite() && x.abs() <= 1.0));
+}
+
+#[test]
+fn small_types_give_what_their_widened_numbers_give() {
+    let mut r = Random(6);
+    for case in [CASES[1], CASES[2], Case { q_heads: 4, kv_heads: 2, dim: 64, v_dim: 128 }] {
+        let mut i = inputs(case, 3, 150, &mut r);
+        let narrow = |x: &[f32]| x.iter().map(|&x| half::f16::from_f32(x)).collect::<Vec<_>>();
+        let (k, v) = (narrow(&i.k), narrow(&i.v));
+        (i.k, i.v) = (k.iter().map(|x| x.to_f32()).collect(), v.iter().map(|x| x.to_f32()).collect());
+        let want = run(case, &i, Rows::F32(&i.k), Rows::F32(&i.v), &PLAIN);
+        assert_eq!(run(case, &i, Rows::F16(&k), Rows::F16(&v), &PLAIN), want);
+
+        let narrow = |x: &[f32]| x.iter().map(|&x| half::bf16::from_f32(x)).collect::<Vec<_>>();
+        let (k, v) = (narrow(&i.k), narrow(&i.v));
+        (i.k, i.v) = (k.iter().map(|x| x.to_f32()).collect(), v.iter().map(|x| x.to_f32()).collect());
+        let want = run(case, &i, Rows::F32(&i.k), Rows::F32(&i.v), &PLAIN);
+        assert_eq!(run(case, &i, Rows::BF16(&k), Rows::BF16(&v), &PLAIN), want);
+
+        if case.dim % 32 == 0 {
+            for (bits, bound) in [(8, 0.01), (6, 0.04), (4, 0.2)] {
+                let pack = |x: &[f32]| {
+                    let (mut data, mut scales, mut biases) = (Vec::new(), Vec::new(), Vec::new());
+                    quantize_rows(x, bits, 32, &mut data, &mut scales, &mut biases);
+                    (data, scales, biases)
+                };
+                let (k, v) = (pack(&i.k), pack(&i.v));
+                let rows = |(data, scales, biases)| Rows::Affine { data, scales, biases, bits, group: 32 };
+                let got = run(case, &i, rows((&k.0, &k.1, &k.2)), rows((&v.0, &v.1, &v.2)), &PLAIN);
+                let worst = got.iter().zip(&want).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+                assert!(worst < bound && worst > 0.0, "{bits} bits: off by {worst}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_query_gives_the_same_bits_alone_in_chunks_and_on_any_number_of_threads() {
+    let mut r = Random(7);
+    for case in [CASES[1], CASES[3]] {
+        let entries = 2300;
+        let tokens = 120;
+        let i = inputs(case, tokens, entries, &mut r);
+        let whole = run(case, &i, Rows::F32(&i.k), Rows::F32(&i.v), &PLAIN);
+        for chunk in [1, 7, 64] {
+            let mut got = Vec::new();
+            for first in (0..tokens).step_by(chunk) {
+                let last = tokens.min(first + chunk);
+                // Only what a cache would hold by then.
+                let held = entries - tokens + last;
+                let part = Inputs {
+                    q: i.q[first * case.q_heads * case.dim..last * case.q_heads * case.dim].to_vec(),
+                    k: i.k[..held * case.kv_heads * case.dim].to_vec(),
+                    v: i.v[..held * case.kv_heads * case.v_dim].to_vec(),
+                    queries: i.queries[first..last].to_vec(),
+                    keys: i.keys[..held].to_vec(),
+                };
+                got.extend(run(case, &part, Rows::F32(&part.k), Rows::F32(&part.v), &PLAIN));
+            }
+            assert!(got == whole, "{case:?} in chunks of {chunk}");
+        }
+        for threads in [1, 5] {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let got = pool.install(|| run(case, &i, Rows::F32(&i.k), Rows::F32(&i.v), &PLAIN));
+            assert!(got == whole, "{case:?} on {threads} threads");
+        }
+    }
+}
+
+/// The instruction set is chosen once a process, so the others are tested in processes of their own.
+#[test]
+fn all_of_this_holds_with_the_lesser_instruction_sets() {
+    if std::env::var_os("DYLM_ISA").is_some() {
+        return;
+    }
+    for isa in dylm::kernels::cpu::Isa::available() {
+        let run =
+            std::process::Command::new(std::env::current_exe().unwrap()).env("DYLM_ISA", format!("{isa:?}")).output();
+        let run = run.unwrap();
+        assert!(run.status.success(), "{isa:?}:\n{}", String::from_utf8_lossy(&run.stdout));
+    }
+}
