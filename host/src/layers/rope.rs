@@ -181,7 +181,7 @@ impl Rope {
             let rows = x.narrow(0, start, span.len)?;
             start += span.len;
             let inv_freq = self.frequencies((span.offset + span.len).max(span.horizon));
-            let positions: Vec<u32> = (span.offset..span.offset + span.len).map(|p| p as u32).collect();
+            let positions: Vec<f32> = (span.offset..span.offset + span.len).map(|p| p as f32).collect();
             turned.push(if place.native {
                 let mut numbers = with_f32(&rows, <[f32]>::to_vec)?;
                 cpu::rope(&mut numbers, &positions, heads, head_dim, &inv_freq, interleaved, self.amplitude);
@@ -199,13 +199,13 @@ impl Rope {
     fn rotate_by_candle(
         &self,
         x: &Tensor,
-        positions: &[u32],
+        positions: &[f32],
         inv_freq: &[f32],
         interleaved: bool,
     ) -> candle_core::Result<Tensor> {
         let (tokens, heads, head_dim) = x.dims3()?;
         let half = self.dims / 2;
-        let angle = |&p: &u32| inv_freq.iter().map(move |&f| (p as f64 * f as f64) as f32);
+        let angle = |&p: &f32| inv_freq.iter().map(move |&f| (p as f64 * f as f64) as f32);
         let angles: Vec<f32> = positions.iter().flat_map(angle).collect();
         let angles = Tensor::from_vec(angles, (tokens, 1, half), x.device())?;
         let amplitude = self.amplitude as f64;
