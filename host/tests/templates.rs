@@ -168,12 +168,35 @@ fn a_template_that_reads_files_or_pythons_insides_finds_none() {
 
 #[test]
 fn a_value_nested_without_end_is_refused_or_dropped_without_overflowing_the_stack() {
-    let nest = "{% set ns = namespace(l=[]) %}{% for i in range(10000) %}{% for j in range(10000) %}{% set ns.l = [ns.l] %}{% endfor %}{% endfor %}";
-    refused(nest, "steps");
-    let printed = "{% set ns = namespace(l=[]) %}{% for i in range(40000) %}{% set ns.l = [ns.l] %}{% endfor %}";
-    let _ = render(&format!("{printed}{{{{ ns.l }}}}"));
-    let _ = render(&format!("{printed}{{{{ ns.l == [ns.l] }}}}"));
-    refused(&format!("{printed}{{{{ ns.l | tojson }}}}"), "nested too deep");
+    // Many levels a step, so that memory, not fuel, is what ends it.
+    let list = format!("{}ns.l{}", "[".repeat(40), "]".repeat(40));
+    let nest = |rounds: usize| {
+        format!(
+            "{{% set ns = namespace(l=[]) %}}{{% for i in range({rounds}) %}}{{% set ns.l = {list} %}}{{% endfor %}}"
+        )
+    };
+    refused(&nest(100_000), "memory");
+    let uses = [
+        "",
+        "{{ ns.l }}",
+        "{{ ns.l == [ns.l] }}",
+        "{{ ns.l | string }}",
+        "{{ {ns.l: 1} }}",
+        "{{ [ns.l, ns.l] | sort }}",
+        "{{ ns.l.foo.bar }}",
+        "{{ ns.l + 1 }}",
+    ];
+    let long = vec![Message::new("user", "x".repeat(1000)); 3000];
+    for messages in [&long[..1], &long] {
+        for rounds in [1000, 2500, 4500] {
+            for after in uses {
+                let rendered = tokenizer_with(&(nest(rounds) + after)).render_chat(messages, &ChatOptions::default());
+                // The depths are really reached.
+                assert!(rendered.is_ok() || !after.is_empty() || rounds > 2500, "{rendered:?}");
+            }
+        }
+    }
+    refused(&(nest(10) + "{{ ns.l | tojson }}"), "nested too deep");
 }
 
 #[test]
