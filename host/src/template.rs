@@ -26,10 +26,10 @@ const MAX_SOURCE: usize = 1 << 20;
 /// Steps of the engine that every render may take, and steps on top for each value in its input.
 const FUEL: u64 = 500_000;
 const FUEL_PER_VALUE: u64 = 5_000;
-const MAX_FUEL: u64 = 20_000_000;
+const MAX_FUEL: u64 = 10_000_000;
 /// Bytes that every render may hold; on top, so many times its input.
 const MEMORY: usize = 64 << 20;
-const MEMORY_PER_BYTE: usize = 32;
+const MEMORY_PER_BYTE: usize = 16;
 /// Bytes that every render may write; on top, so many times its input.
 const OUTPUT: usize = 4 << 20;
 const OUTPUT_PER_BYTE: usize = 4;

@@ -12,14 +12,16 @@ use std::sync::{Arc, Mutex};
 use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 
-/// Stack of a bounded thread, in bytes. Values that a template nests (`[[[..]]]`) are dropped recursively; fuel bounds their depth.
-/// Only touched pages cost memory.
-const STACK: usize = if cfg!(target_pointer_width = "64") { 512 << 20 } else { 64 << 20 };
+/// Charged for every allocation beside its size. What a template nests (`[[[..]]]`) is dropped, printed and compared recursively, so
+/// the number of levels must be bounded, and each takes two allocations.
+const OVERHEAD: usize = 256;
+/// Bytes of stack for each byte of memory: 2 KiB for each of those levels. Only touched pages cost memory.
+const STACK_PER_BYTE: usize = if cfg!(target_pointer_width = "64") { 4 } else { 1 };
 
 /// What one piece of work may use.
 #[derive(Debug, Clone, Copy)]
 pub struct Bounds {
-    /// Bytes held at any one moment.
+    /// Bytes held at any one moment, with 256 added for every allocation.
     pub memory: usize,
     /// Wall clock.
     pub time: Duration,
@@ -97,30 +99,30 @@ fn charge_to(account: &Account, bytes: usize) {
 // SAFETY: every call is passed on to `System` unchanged; the bookkeeping around it allocates nothing and never unwinds.
 unsafe impl GlobalAlloc for Metered {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        Self::charge(layout.size());
+        Self::charge(layout.size() + OVERHEAD);
         // SAFETY: the caller's contract is `System`'s.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        Self::charge(layout.size());
+        Self::charge(layout.size() + OVERHEAD);
         // SAFETY: the caller's contract is `System`'s.
         unsafe { System.alloc_zeroed(layout) }
     }
 
     unsafe fn realloc(&self, at: *mut u8, layout: Layout, size: usize) -> *mut u8 {
         // Old and new may exist at once.
-        Self::charge(size);
+        Self::charge(size.saturating_add(OVERHEAD));
         // SAFETY: the caller's contract is `System`'s.
         let moved = unsafe { System.realloc(at, layout, size) };
-        Self::refund(if moved.is_null() { size } else { layout.size() });
+        Self::refund(OVERHEAD + if moved.is_null() { size } else { layout.size() });
         moved
     }
 
     unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
         // SAFETY: the caller's contract is `System`'s.
         unsafe { System.dealloc(at, layout) };
-        Self::refund(layout.size());
+        Self::refund(layout.size() + OVERHEAD);
     }
 }
 
@@ -147,7 +149,7 @@ pub fn run<T: Send + 'static>(bounds: Bounds, work: impl FnOnce() -> T + Send + 
     let (theirs, slot) = (account.clone(), outcome.clone());
     thread::Builder::new()
         .name("bounded".into())
-        .stack_size(STACK)
+        .stack_size(bounds.memory.saturating_mul(STACK_PER_BYTE))
         .spawn(move || {
             let result = catch_unwind(AssertUnwindSafe(|| {
                 ACCOUNT.with(|a| a.set(Arc::as_ptr(&theirs)));

@@ -18,6 +18,9 @@ const JSON_DEPTH: usize = 200;
 pub(super) fn install(env: &mut Environment<'static>) {
     env.set_unknown_method_callback(call_method);
     env.add_filter("tojson", tojson);
+    // Python's None is neither, its strings and mappings are both; a slice is an iterator here and a list there.
+    env.add_test("iterable", is_container);
+    env.add_test("sequence", is_container);
     env.add_function("raise_exception", |message: String| -> Result<Value, Error> {
         Err(Error::new(ErrorKind::InvalidOperation, format!("{RAISED}{message}")))
     });
@@ -26,6 +29,11 @@ pub(super) fn install(env: &mut Environment<'static>) {
 
 fn wrong(text: impl Into<String>) -> Error {
     Error::new(ErrorKind::InvalidOperation, text.into())
+}
+
+fn is_container(value: &Value) -> bool {
+    use ValueKind::{Iterable, Map, Seq, String, Undefined};
+    matches!(value.kind(), Undefined | String | Seq | Iterable | Map)
 }
 
 fn strftime_now(format: &str) -> Result<String, Error> {

@@ -3,7 +3,7 @@
 //! taken out of the rendered text again. The text is then encoded in one piece by the tokenizer's own stages, in which an added token
 //! does not match where its characters are the conversation's. A conversation without such text never comes here.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 
 use serde_json::Value as Json;
 use tokenizers::normalizer::Range;
@@ -59,6 +59,10 @@ pub(super) struct Controls {
     verbatim: Table,
     normalized: Table,
     special: Table,
+    /// The longer halves of special tokens, from either side, and the length of the longest.
+    heads: HashSet<Box<[u8]>>,
+    tails: HashSet<Box<[u8]>>,
+    longest: usize,
 }
 
 /// The two marks around control text.
@@ -95,10 +99,22 @@ impl Controls {
                 Entry { text: text.get().to_owned(), id, flags: token.clone() }
             }))
         };
+        let special = entries(|t| t.special, false);
+        let (mut heads, mut tails, mut longest) = (HashSet::new(), HashSet::new(), 0);
+        for token in special.0.iter().flatten().map(|e| e.text.as_bytes()) {
+            longest = longest.max(token.len());
+            for half in token.len().div_ceil(2)..token.len() {
+                heads.insert(token[..half].into());
+                tails.insert(token[token.len() - half..].into());
+            }
+        }
         Controls {
             verbatim: entries(|t| !t.normalized, false),
             normalized: entries(|t| t.normalized, true),
-            special: entries(|t| t.special, false),
+            special,
+            heads,
+            tails,
+            longest,
         }
     }
 
@@ -117,23 +133,11 @@ impl Controls {
     /// several texts could otherwise complete it.
     fn edges(&self, text: &str) -> (Option<usize>, Option<usize>) {
         let (start, end) = (text.len() - text.trim_start().len(), text.trim_end().len());
-        if start >= end {
-            return (None, None);
-        }
-        let body = &text.as_bytes()[start..end];
-        let (mut first, mut last) = (None, None);
-        for entry in self.special.0.iter().flatten() {
-            let token = entry.text.as_bytes();
-            for half in token.len().div_ceil(2).max(1)..token.len() {
-                if body.starts_with(&token[token.len() - half..]) && text.is_char_boundary(start) {
-                    first = Some(start);
-                }
-                if body.ends_with(&token[..half]) {
-                    last = Some(end);
-                }
-            }
-        }
-        (first, last)
+        let body = text.as_bytes().get(start..end).unwrap_or_default();
+        let reach = self.longest.min(body.len());
+        let first = (1..=reach).any(|n| self.tails.contains(&body[..n]));
+        let last = (1..=reach).any(|n| self.heads.contains(&body[body.len() - n..]));
+        (first.then_some(start), last.then_some(end))
     }
 
     /// `text` with marks around every control token that it spells.
