@@ -1,6 +1,10 @@
 //! Chat templates against what transformers renders (tests/fixtures/templates, each a template in the manner of a model family), and
 //! the template engine against templates that mean harm.
 
+/// What the binary installs: without it the probes that take memory would take all of it.
+#[global_allocator]
+static METERED: dylm::template::bounded::Metered = dylm::template::bounded::Metered;
+
 use std::time::{Duration, Instant};
 
 use dylm::tokenizer::{ChatOptions, Message, Tokenizer};

@@ -53,11 +53,9 @@ thread_local! {
     static ACCOUNT: Cell<*const Account> = const { Cell::new(ptr::null()) };
 }
 
-/// The system's allocator, which meters the threads of [`run`] and leaves all others alone.
+/// The system's allocator, which meters the threads of [`run`] and leaves all others alone. The binary installs it; a program that uses
+/// this library and renders templates that it does not trust should too, else only time bounds them, not memory.
 pub struct Metered;
-
-#[global_allocator]
-static METERED: Metered = Metered;
 
 impl Metered {
     #[inline]
