@@ -1,4 +1,5 @@
-//! What the end-to-end tests share: checkpoints small enough to be generated on the spot.
+//! What the end-to-end tests share: checkpoints small enough to be generated on the spot, and the real one.
 
+pub mod smollm2;
 pub mod tiny;
 mod tiny_tokenizer;

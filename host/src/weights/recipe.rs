@@ -245,7 +245,8 @@ pub fn float(dtype: Dtype) -> Option<Float> {
     }
 }
 
-fn format_of(dtype: Dtype) -> Option<Format> {
+/// How a matrix of this type is laid out; `None` for types that no layer computes with.
+pub fn format_of(dtype: Dtype) -> Option<Format> {
     Some(match dtype {
         Dtype::Q4_0 => Format::Q4_0,
         Dtype::Q4_1 => Format::Q4_1,

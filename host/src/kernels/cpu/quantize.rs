@@ -119,16 +119,16 @@ fn small_floats(w: &[f32], format: Format) -> Row {
     row
 }
 
-/// The nearest four-bit float; halfway goes to the even code; beyond 6 stays 6.
+/// The nearest four-bit float; halfway goes to the smaller one, as mlx.core.quantize does on a CPU; beyond 6 stays 6.
 fn f32_to_e2m1(x: f32) -> u8 {
     let a = x.abs();
-    // Thresholds between neighbours; where the upper neighbour's code is even, halfway belongs to it.
+    // Thresholds between neighbours.
     let code = u8::from(a > 0.25)
-        + u8::from(a >= 0.75)
+        + u8::from(a > 0.75)
         + u8::from(a > 1.25)
-        + u8::from(a >= 1.75)
+        + u8::from(a > 1.75)
         + u8::from(a > 2.5)
-        + u8::from(a >= 3.5)
+        + u8::from(a > 3.5)
         + u8::from(a > 5.0);
     // A negative zero becomes a plain one.
     if code == 0 { 0 } else { code | u8::from(x < 0.0) << 3 }
