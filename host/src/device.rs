@@ -18,6 +18,9 @@ pub enum DeviceChoice {
     Cuda,
     /// Apple's GPU; builds on macOS have it.
     Metal,
+    /// The CPU by candle's ops alone: how the path of a GPU is tested where there is none.
+    #[doc(hidden)]
+    CpuByCandle,
 }
 
 /// `--dtype`.
@@ -48,6 +51,7 @@ pub struct Placement {
 impl Placement {
     /// Opens the device. `checkpoint` is the type that `auto` means.
     pub fn new(device: DeviceChoice, dtype: DtypeChoice, checkpoint: DType) -> Result<Self> {
+        let native = device != DeviceChoice::CpuByCandle;
         let device = open(device)?;
         let dtype = match dtype {
             DtypeChoice::Auto => checkpoint,
@@ -55,12 +59,7 @@ impl Placement {
             DtypeChoice::Bfloat16 => DType::BF16,
             DtypeChoice::Float16 => DType::F16,
         };
-        Ok(Placement { native: device.is_cpu(), device, dtype })
-    }
-
-    /// The CPU without dylm's own kernels: how a GPU's path is tested where there is no GPU.
-    pub fn candle_on_cpu() -> Self {
-        Placement { device: Device::Cpu, dtype: DType::F32, native: false }
+        Ok(Placement { native: native && device.is_cpu(), device, dtype })
     }
 
     /// The type of activations.
@@ -77,7 +76,7 @@ fn open(choice: DeviceChoice) -> Result<Device> {
         ))
     };
     match choice {
-        DeviceChoice::Cpu => Ok(Device::Cpu),
+        DeviceChoice::Cpu | DeviceChoice::CpuByCandle => Ok(Device::Cpu),
         DeviceChoice::Cuda => Device::new_cuda(0).map_err(|e| missing("cuda", e)),
         DeviceChoice::Metal => Device::new_metal(0).map_err(|e| missing("metal", e)),
         DeviceChoice::Auto if cfg!(feature = "cuda") => Ok(Device::new_cuda(0).unwrap_or(Device::Cpu)),

@@ -101,7 +101,8 @@ fn write(gguf: &Path, form: Form, to: &Path) -> Result<()> {
             }
         }
     }
-    let views = files.iter().map(|(name, (dtype, shape, bytes))| Ok((name, TensorView::new(*dtype, shape.clone(), bytes)?)));
+    let views =
+        files.iter().map(|(name, (dtype, shape, bytes))| Ok((name, TensorView::new(*dtype, shape.clone(), bytes)?)));
     safetensors::serialize_to_file(views.collect::<Result<Vec<_>>>()?, None, &to.join("model.safetensors"))?;
     Ok(())
 }

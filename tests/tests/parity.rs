@@ -56,8 +56,13 @@ fn hold(path: &Path, name: &str) {
             let ((best, best_logit), (second, second_logit)) = best_two(row);
             let error = first.max(last) * best_logit.abs();
             if best != expected {
-                println!("{name} prompt {p} step {step}: {best} has {best_logit}, {second} has {second_logit}, the reference chose {expected}");
-                assert!(second == expected && best_logit - second_logit < error, "{name}, prompt {p}, step {step}: {best}, not {expected}");
+                println!(
+                    "{name} prompt {p} step {step}: {best} has {best_logit}, {second} has {second_logit}, the reference chose {expected}"
+                );
+                assert!(
+                    second == expected && best_logit - second_logit < error,
+                    "{name}, prompt {p}, step {step}: {best}, not {expected}"
+                );
             }
         }
     }
@@ -113,10 +118,15 @@ fn in_bf16_logits_are_no_further_off_than_transformers_own_bf16_run() {
         let ours = forced(&lm, reference);
         let (_, our_error) = errors(&ours[0], reference, &reference.logits_prompt);
         // Both files store every 48th token; the likeliest ones differ, so compare what both have.
-        let both: Vec<(usize, usize)> =
-            reference.tokens.iter().enumerate().filter_map(|(i, t)| Some((i, bf16.tokens.iter().position(|u| u == t)?))).collect();
+        let both: Vec<(usize, usize)> = reference
+            .tokens
+            .iter()
+            .enumerate()
+            .filter_map(|(i, t)| Some((i, bf16.tokens.iter().position(|u| u == t)?)))
+            .collect();
         let scale = reference.logits_prompt.iter().fold(0f32, |m, x| m.max(x.abs()));
-        let squares: f32 = both.iter().map(|&(i, j)| (reference.logits_prompt[i] - bf16.logits_prompt[j]).powi(2)).sum();
+        let squares: f32 =
+            both.iter().map(|&(i, j)| (reference.logits_prompt[i] - bf16.logits_prompt[j]).powi(2)).sum();
         let their_error = (squares / both.len() as f32).sqrt() / scale;
         println!("bf16: off by {our_error:.1e}, transformers by {their_error:.1e}");
         assert!(our_error <= 1.5 * their_error, "{our_error} against {their_error}");
