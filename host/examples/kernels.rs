@@ -72,7 +72,24 @@ fn main() {
     }
     if wanted.is_empty() {
         attention();
+        [affine(4), affine(8), Format::Dense(Float::BF16), Format::Mxfp4].into_iter().for_each(token);
     }
+}
+
+/// All matrices that SmolLM2-135M multiplies for one token.
+fn token(format: Format) {
+    let matrix = |rows: usize, cols: usize| {
+        let w: Vec<f32> = (0..rows * cols).map(|i| (i % 1009) as f32 / 1009.0 - 0.5).collect();
+        Matrix::quantize(&w, rows, cols, format)
+    };
+    let shapes = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)];
+    let layers: Result<Vec<Matrix>, _> = (0..30).flat_map(|_| shapes).map(|(rows, cols)| matrix(rows, cols)).collect();
+    let (Ok(mut all), Ok(head)) = (layers, matrix(49152, 576)) else { return };
+    all.push(head);
+    let (x, mut out) = (vec![0.5f32; 1536], vec![0.0f32; 49152]);
+    let time = seconds(|| all.iter().for_each(|m| m.matmul(&x[..m.cols()], &mut out[..m.rows()])));
+    let pooled = rayon::scope(|_| seconds(|| all.iter().for_each(|m| m.matmul(&x[..m.cols()], &mut out[..m.rows()]))));
+    println!("SmolLM2-135M in {format:?}: {:.0} tokens/s, {:.0} from inside the pool", 1.0 / time, 1.0 / pooled);
 }
 
 fn attention() {

@@ -9,7 +9,7 @@ pub mod attention;
 mod dequantize;
 pub mod elementwise;
 pub mod format;
-pub mod lanes;
+mod lanes;
 mod matmul;
 pub mod matrix;
 pub mod norm;

@@ -60,7 +60,7 @@ pub(in super::super) struct Row {
 
 impl<const BITS: u32, const FLOAT8: bool> Words<BITS, FLOAT8> {
     /// Bytes of a lane: three- and six-bit numbers fill three bytes without a rest.
-    const BYTES: usize = if BITS % 3 == 0 { 3 } else { 4 };
+    const BYTES: usize = if BITS.is_multiple_of(3) { 3 } else { 4 };
     /// Numbers of a lane.
     pub(in super::super) const PER: usize = Self::BYTES * 8 / BITS as usize;
 
