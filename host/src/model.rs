@@ -22,6 +22,7 @@ use crate::{
     weights::{
         checkpoint::Checkpoint,
         load::Loader,
+        names::plain_names,
         plan::{Report, Wanted},
         recipe::{Pantry, float},
     },
@@ -154,29 +155,6 @@ impl Plan {
         adapters.refuse_unused()?;
         Ok(Model { config: self.config, place, object: self.object, wanted: self.wanted, layers })
     }
-}
-
-/// The names that plugins use: those of a language model alone, where the checkpoint is of a larger one that wraps it.
-fn plain_names(checkpoint: Checkpoint) -> Result<Checkpoint> {
-    let wrapper =
-        checkpoint.names().any(|n| n.starts_with("language_model.") || n.starts_with("model.language_model."));
-    checkpoint.rename(|name| {
-        // Tables that old exporters stored and every loader computes.
-        if name.ends_with("rotary_emb.inv_freq") {
-            return None;
-        }
-        if !wrapper {
-            return Some(name.to_owned());
-        }
-        let text = name.strip_prefix("language_model.").or_else(|| name.strip_prefix("model.language_model."));
-        match text {
-            Some(text) if name.starts_with("model.") => Some(format!("model.{text}")),
-            Some(text) => Some(text.to_owned()),
-            None if name.starts_with("lm_head.") => Some(name.to_owned()),
-            // What is left of a wrapper is its towers and projectors.
-            None => None,
-        }
-    })
 }
 
 impl Model {

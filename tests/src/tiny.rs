@@ -49,9 +49,9 @@ pub struct Checkpoint {
 pub struct Expected {
     /// Token ids.
     pub prompt: Vec<u32>,
-    /// The six greedy tokens after the prompt, fed one by one through the cache.
+    /// The six greedy tokens (two with an adapter) after the prompt, fed one by one through the cache.
     pub steps: Vec<u32>,
-    /// `[7][vocab]`, to six decimals: row 0 follows the prompt, row `i` follows `steps[i - 1]`.
+    /// `[7][vocab]` (`[3][vocab]` with an adapter), to six decimals: row 0 follows the prompt, row `i` follows `steps[i - 1]`.
     pub logits: Vec<Vec<f32>>,
     /// The same rows without a cache, where that is known to give something else: rotary frequencies that depend on the
     /// length so far leave cached keys rotated by the frequencies of their own time.
@@ -79,24 +79,21 @@ pub fn write(entry: &Path, out: &Path) -> Result<()> {
     write_as(entry, out, WeightDtype::F32)
 }
 
+/// The folder of an adapter for one of the entries: `llama-lora` or `llama-dora`. [`Expected::read`] reads what is expected with it.
+pub fn adapter(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/adapter").join(name)
+}
+
+/// Writes `adapter_config.json` and `adapters.safetensors` of an [`adapter`] into `out`, which must exist.
+pub fn write_adapter(adapter: &Path, out: &Path) -> Result<()> {
+    Checkpoint::read(adapter)?.write(&out.join("adapters.safetensors"), WeightDtype::F32)?;
+    std::fs::copy(adapter.join("adapter_config.json"), out.join("adapter_config.json"))?;
+    Ok(())
+}
+
 /// [`write`], with the weights in `dtype`.
 pub fn write_as(entry: &Path, out: &Path, dtype: WeightDtype) -> Result<()> {
-    let checkpoint = Checkpoint::read(entry)?;
-    let mut stored = Vec::with_capacity(checkpoint.tensors.len());
-    for tensor in &checkpoint.tensors {
-        let values = tensor.values(checkpoint.seed);
-        let bytes: Vec<u8> = match dtype {
-            WeightDtype::F32 => values.flat_map(f32::to_le_bytes).collect(),
-            WeightDtype::Bf16 => values.flat_map(|value| bf16_bits(value).to_le_bytes()).collect(),
-        };
-        stored.push((tensor, bytes));
-    }
-    let kind = if dtype == WeightDtype::F32 { Dtype::F32 } else { Dtype::BF16 };
-    let views =
-        stored.iter().map(|(tensor, bytes)| Ok((&tensor.name, TensorView::new(kind, tensor.shape.clone(), bytes)?)));
-    let views = views.collect::<Result<Vec<_>>>()?;
-    let metadata = [("format".to_owned(), "pt".to_owned())].into();
-    safetensors::serialize_to_file(views, Some(metadata), &out.join("model.safetensors"))?;
+    Checkpoint::read(entry)?.write(&out.join("model.safetensors"), dtype)?;
 
     let mut config = read_json(&entry.join("config.json"))?;
     crate::tiny_tokenizer::write(&config, out)?;
@@ -124,6 +121,26 @@ impl Checkpoint {
             })
         })?;
         Ok(Self { seed: json["seed"].as_u64().ok_or("tensors.json: no seed")?, tensors })
+    }
+
+    fn write(&self, file: &Path, dtype: WeightDtype) -> Result<()> {
+        let mut stored = Vec::with_capacity(self.tensors.len());
+        for tensor in &self.tensors {
+            let values = tensor.values(self.seed);
+            let bytes: Vec<u8> = match dtype {
+                WeightDtype::F32 => values.flat_map(f32::to_le_bytes).collect(),
+                WeightDtype::Bf16 => values.flat_map(|value| bf16_bits(value).to_le_bytes()).collect(),
+            };
+            stored.push((tensor, bytes));
+        }
+        let kind = if dtype == WeightDtype::F32 { Dtype::F32 } else { Dtype::BF16 };
+        let views = stored
+            .iter()
+            .map(|(tensor, bytes)| Ok((&tensor.name, TensorView::new(kind, tensor.shape.clone(), bytes)?)))
+            .collect::<Result<Vec<_>>>()?;
+        let metadata = [("format".to_owned(), "pt".to_owned())].into();
+        safetensors::serialize_to_file(views, Some(metadata), file)?;
+        Ok(())
     }
 }
 

@@ -49,6 +49,14 @@ impl Weight {
         }
     }
 
+    /// Inputs.
+    pub fn cols(&self) -> usize {
+        match self {
+            Weight::Packed(m) => m.cols(),
+            Weight::Dense(t) => t.dims()[1],
+        }
+    }
+
     /// x `[.., inputs]` -> `x · Wᵀ` `[.., outputs]`
     pub fn matmul(&self, x: &Tensor) -> candle_core::Result<Tensor> {
         let mut dims = x.dims().to_vec();

@@ -63,6 +63,16 @@ impl Checkpoint {
         Ok(checkpoint)
     }
 
+    /// Opens one safetensors file of a folder; `None` where there is none.
+    pub fn open_in(folder: &Folder, name: &str) -> Result<Option<Self>> {
+        if folder.resolve(name)?.is_none() {
+            return Ok(None);
+        }
+        let mut checkpoint = Checkpoint::default();
+        checkpoint.add_shard(folder, name)?;
+        Ok(Some(checkpoint))
+    }
+
     fn add_shard(&mut self, folder: &Folder, shard: &str) -> Result<()> {
         let path = folder.path().join(shard);
         let Some(file) = folder.open_file(shard)? else {

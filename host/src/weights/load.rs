@@ -9,8 +9,10 @@ use crate::{
     adapter::Adapters,
     device::Placement,
     error::Result,
+    kernels::cpu::Matrix,
     layers::{
         Layer,
+        adapted::Adapter,
         embedding::Embedding,
         experts::{Expert, Experts},
         linear::Linear,
@@ -37,16 +39,13 @@ impl Loader<'_> {
             Wanted::Linear { weight, bias, .. } => {
                 let placed = Weight::place(self.pantry.matrix(weight)?, self.place)?;
                 let bias = bias.as_ref().map(|b| self.tensor(b, self.place.activations())).transpose()?;
-                let adapter = match weight.path() {
-                    Some(path) => self.adapters.linear(path, &placed, self.place)?,
-                    None => None,
-                };
+                let adapter = self.linear_adapter(weight, &placed)?;
                 Layer::Linear(Linear { weight: placed, bias, adapter })
             }
             Wanted::Embedding { weight, .. } => {
                 let placed = Weight::place(self.pantry.matrix(weight)?, self.place)?;
                 let adapter = match weight.path() {
-                    Some(path) => self.adapters.embedding(path, self.place)?,
+                    Some(path) => self.adapters.embedding(path, &placed, self.place)?,
                     None => None,
                 };
                 Layer::Embedding(Embedding { weight: placed, adapter })
@@ -75,6 +74,20 @@ impl Loader<'_> {
         })
     }
 
+    /// The adapter of a layer that is a stored weight, or rows of one. Of other transforms an adapter knows nothing.
+    fn linear_adapter(&self, recipe: &Recipe, placed: &Weight) -> Result<Option<Adapter>> {
+        match recipe {
+            Recipe::Rows(whole, from, to) => match (whole.path(), self.pantry.shape(whole)?.first()) {
+                (Some(path), Some(&of)) => self.adapters.linear_rows(path, *from..*to, of, placed, self.place),
+                _ => Ok(None),
+            },
+            recipe => match recipe.path() {
+                Some(path) => self.adapters.linear(path, placed, self.place),
+                None => Ok(None),
+            },
+        }
+    }
+
     fn tensor(&self, recipe: &Recipe, dtype: DType) -> Result<Tensor> {
         let numbers = self.pantry.floats(recipe)?;
         let count = numbers.len();
@@ -93,9 +106,17 @@ impl Loader<'_> {
                 (0..experts).filter_map(|e| all.slice_rows(e * rows..(e + 1) * rows)).collect()
             }
         };
-        let linear = |(expert, matrix)| {
-            let adapter = self.adapters.expert(recipe.path().unwrap_or_default(), expert, self.place)?;
-            Ok(Linear { weight: Weight::place(matrix, self.place)?, bias: None, adapter })
+        let linear = |(expert, matrix): (usize, Matrix)| {
+            let weight = Weight::place(matrix, self.place)?;
+            let path = match recipe {
+                Recipe::Stack(parts) => parts.get(expert).and_then(|part| part.path()),
+                stacked => stacked.path(),
+            };
+            let adapter = match path {
+                Some(path) => self.adapters.expert(path, (expert, experts), &weight, self.place)?,
+                None => None,
+            };
+            Ok(Linear { weight, bias: None, adapter })
         };
         matrices.into_iter().enumerate().map(linear).collect()
     }

@@ -4,6 +4,7 @@ pub mod bytes;
 pub mod checkpoint;
 pub mod gguf;
 pub mod load;
+pub mod names;
 pub mod plan;
 pub mod recipe;
 pub mod safetensors;
