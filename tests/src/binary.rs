@@ -1,0 +1,21 @@
+//! The real binary, as a user runs it.
+
+use std::{path::PathBuf, process::Command};
+
+/// The folder that cargo builds into: binaries, and plugins beside them.
+pub fn target() -> PathBuf {
+    let test = std::env::current_exe().expect("a test has a file");
+    let folder = test.ancestors().find(|folder| folder.join(name()).is_file());
+    folder.expect("the binary dylm is built (cargo build --workspace)").to_owned()
+}
+
+fn name() -> String {
+    format!("dylm{}", std::env::consts::EXE_SUFFIX)
+}
+
+/// `dylm`, with no arguments yet and without the caller's own settings.
+pub fn dylm() -> Command {
+    let mut command = Command::new(target().join(name()));
+    command.env_remove("DYLM_PLUGINS").env_remove("HF_TOKEN").env("NO_COLOR", "1");
+    command
+}
