@@ -156,7 +156,9 @@ impl Call<'_> {
             }
         };
         let tasks = self.rows.div_ceil(rows);
-        if tasks == 1 || self.rows * self.cols * self.tokens <= TASK {
+        // Entering the pool from outside wakes a thread and waits for it: tens of microseconds that a small product has not.
+        let alone = if rayon::current_thread_index().is_some() { TASK } else { 4 * TASK };
+        if tasks == 1 || self.rows * self.cols * self.tokens <= alone {
             let mut scratch = Vec::new();
             (0..tasks).for_each(|i| task(&mut scratch, i));
         } else {
