@@ -210,7 +210,8 @@ impl Model {
             start = end;
         }
         let before: Vec<usize> = inputs.iter().map(|i| i.state.offset).collect();
-        let logits = self.run(inputs, ids, rows);
+        // On a thread of the pool: kernels that fan out from there need not wake another one first.
+        let logits = rayon::scope(|_| self.run(inputs, ids, rows));
         match logits {
             Ok(mut logits) => {
                 for input in inputs.iter_mut() {

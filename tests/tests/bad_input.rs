@@ -1,4 +1,4 @@
-//! Models that are wrong, through the real binary: each time one sentence that names what is wrong, exit code 1, no panic, no signal.
+//! Models that are wrong, through the real binary: each time one sentence that names what is wrong, an exit code, no panic, no signal.
 
 use serde_json::{Value, json};
 use std::{
@@ -24,7 +24,8 @@ fn run(folder: &Path, flags: &[&str]) -> Output {
 fn refuses(folder: &Path, flags: &[&str], words: &[&str]) -> String {
     let output = run(folder, flags);
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert_eq!(output.status.code(), Some(1), "{said}");
+    // 1 for a bad model, 2 for the name of none.
+    assert!(matches!(output.status.code(), Some(1 | 2)), "{:?}: {said}", output.status);
     assert!(said.starts_with("error: "), "{said}");
     assert!(!said.contains("panicked") && !said.contains("RUST_BACKTRACE"), "{said}");
     for word in words {

@@ -134,7 +134,9 @@ fn a_limited_cache_gives_the_same_logits_however_the_text_is_cut() {
         assert!(worst(&cut, &whole) < 1e-5, "{name}: {}", worst(&cut, &whole));
         let entries = state.layers.iter().map(|l| l.positions.len()).max().unwrap();
         assert!(entries < 1200, "{name} still holds {entries} entries");
-        assert!(whole != chunked(&lm, &CacheOptions::default(), &text, &[700]).0, "{name}: the limit had no effect");
+        // Mistral's own window is the narrower one.
+        let unlimited = chunked(&lm, &CacheOptions::default(), &text, &[700]).0;
+        assert_eq!(whole == unlimited, name == "mistral", "{name}");
     }
 }
 
