@@ -1,12 +1,25 @@
 //! dylm (dynamic-library language models): loads a Hugging Face or MLX checkpoint and generates text; the architecture is a plugin.
 //!
-//! ```no_run
-//! let model = dylm::load(Some("HuggingFaceTB/SmolLM2-135M-Instruct"), &Default::default())?;
-//! let text = dylm::generate(&model, "The capital of France is", &Default::default())?;
+//! ```
+//! # let (model_folder, plugins) = tests::binary::tiny_model_and_plugins("llama");
+//! # let (model_folder, options) = (model_folder.path(), dylm::LoadOptions { plugins: vec![plugins], ..Default::default() });
+//! // A folder, a .gguf file, a Hub id such as "HuggingFaceTB/SmolLM2-135M-Instruct", or None for the default model.
+//! let model = dylm::load(model_folder.to_str(), &options)?;
+//! let text = dylm::generate(&model, "The capital of France is", &dylm::GenerateOptions::default())?;
 //!
-//! for response in dylm::stream_generate(&model, "Once upon a time", &Default::default())? {
+//! // The same, token by token, sampled; seeds make it reproducible.
+//! let sampling = dylm::Sampling { temp: 0.7, seed: Some(1), ..Default::default() };
+//! let options = dylm::GenerateOptions { max_tokens: 20, sampling, ..Default::default() };
+//! for response in dylm::stream_generate(&model, "Once upon a time", &options)? {
 //!     print!("{}", response?.text);
 //! }
+//!
+//! // A conversation goes through the model's chat template.
+//! let ask = dylm::ChatOptions { add_generation_prompt: true, ..Default::default() };
+//! let prompt = model.tokenizer.encode_chat(&[dylm::Message::new("user", "Hello")], &ask)?;
+//! let mut answer = dylm::Generation::new(&model, &prompt, &options, None, None)?;
+//! let text = answer.by_ref().map(|response| Ok(response?.text)).collect::<dylm::Result<String>>()?;
+//! println!("{text}\n{}", answer.statistics());
 //! # Ok::<(), dylm::Error>(())
 //! ```
 //!
@@ -47,6 +60,7 @@ pub mod weights;
 pub use error::{Error, Result};
 pub use generate::{GenerateOptions, Generation, Response};
 pub use load::{LanguageModel, LoadOptions, load};
+pub use sampler::Sampling;
 pub use template::{ChatOptions, Message};
 
 /// Continues a text and returns the continuation. For a conversation, encode it first: [`tokenizer::Tokenizer::encode_chat`].

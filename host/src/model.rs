@@ -29,7 +29,7 @@ use crate::{
 };
 use candle_core::{DType, Tensor};
 use rayon::prelude::*;
-use std::{cell::RefCell, path::PathBuf};
+use std::{cell::RefCell, collections::HashMap, path::PathBuf};
 
 /// A model that an architecture has described and no weights have been read for.
 pub struct Plan {
@@ -286,6 +286,7 @@ impl Engine<'_> {
             place: self.place,
             parts,
             caches,
+            angles: HashMap::new(),
         };
         let call = Call::Running(RefCell::new(running));
         let Call::Running(cell) = &call else { unreachable!("made as Running above") };

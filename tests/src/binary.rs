@@ -9,6 +9,16 @@ pub fn target() -> PathBuf {
     folder.expect("the binary dylm is built (cargo build --workspace)").to_owned()
 }
 
+/// A tiny checkpoint, written out, and the folder of the built plugins: for an example in documentation, which runs from a folder of
+/// rustdoc's own.
+pub fn tiny_model_and_plugins(name: &str) -> (tempfile::TempDir, PathBuf) {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    crate::tiny::write(&crate::tiny::fixtures().join(name), folder.path()).expect("the fixtures are whole");
+    let target = std::env::var_os("CARGO_TARGET_DIR").map(PathBuf::from);
+    let target = target.unwrap_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../target"));
+    (folder, target.join("debug"))
+}
+
 fn name() -> String {
     format!("dylm{}", std::env::consts::EXE_SUFFIX)
 }

@@ -1,7 +1,11 @@
 //! Routed experts: each token runs through a few of many small feed-forward blocks. Tokens are gathered by expert, so that every chosen
 //! expert's weights are read once and no other's are touched.
 
-use super::linear::Linear;
+use super::{
+    linear::Linear,
+    slices::{filled, with_f32},
+};
+use crate::kernels::cpu;
 use candle_core::{DType, Tensor};
 
 /// One expert.
@@ -23,12 +27,37 @@ pub enum Activation {
     Geglu,
 }
 
+impl Activation {
+    /// With dylm's own kernel; both of one shape.
+    pub fn on_cpu(self, gate: &Tensor, up: &Tensor) -> candle_core::Result<Tensor> {
+        let joined = with_f32(gate, |gate| {
+            with_f32(up, |up| {
+                filled(gate.len(), |out| match self {
+                    Activation::Swiglu => cpu::silu_mul(gate, up, out),
+                    Activation::Geglu => cpu::gelu_tanh_mul(gate, up, out),
+                })
+            })
+        })???;
+        joined.reshape(gate.shape())
+    }
+
+    /// With candle's ops, on any device.
+    pub fn by_candle(self, gate: &Tensor, up: &Tensor) -> candle_core::Result<Tensor> {
+        match self {
+            Activation::Swiglu => gate.silu()?.broadcast_mul(up),
+            Activation::Geglu => gate.gelu()?.broadcast_mul(up),
+        }
+    }
+}
+
 /// All experts of one layer.
 pub struct Experts {
     /// In the router's order.
     pub experts: Vec<Expert>,
     /// The same for all.
     pub activation: Activation,
+    /// Whether dylm's own kernel joins gate and up.
+    pub native: bool,
 }
 
 impl Experts {
@@ -53,9 +82,10 @@ impl Experts {
             let shares = Tensor::from_vec(shares, (count, 1), x.device())?.to_dtype(x.dtype())?;
             let input = x.index_select(&rows, 0)?;
             let (gate, up) = (expert.gate.forward(&input)?, expert.up.forward(&input)?);
-            let inner = match self.activation {
-                Activation::Swiglu => (gate.silu()? * up)?,
-                Activation::Geglu => (gate.gelu()? * up)?,
+            let inner = if self.native {
+                self.activation.on_cpu(&gate, &up)?
+            } else {
+                self.activation.by_candle(&gate, &up)?
             };
             sum = sum.index_add(&rows, &expert.down.forward(&inner)?.broadcast_mul(&shares)?, 0)?;
         }

@@ -2,7 +2,7 @@
 //! <https://arxiv.org/abs/2104.09864>; YaRN: <https://arxiv.org/abs/2309.00071>; LongRoPE: <https://arxiv.org/abs/2402.13753>
 
 use super::slices::with_f32;
-use crate::{device::Placement, kernels::cpu};
+use crate::kernels::cpu;
 use candle_core::{D, DType, Tensor};
 use serde_json::Value;
 use std::{borrow::Cow, f64::consts::TAU};
@@ -162,33 +162,49 @@ pub struct Span {
     pub horizon: usize,
 }
 
+impl Span {
+    fn positions(&self) -> Vec<f32> {
+        (self.offset..self.offset + self.len).map(|p| p as f32).collect()
+    }
+}
+
 impl Rope {
-    /// Turns x `[tokens, heads, head_dim]`; the tokens are those of `spans`, one after the other.
-    pub fn rotate(
-        &self,
+    /// Cosines and sines of a step's tokens, one set a sequence, for all layers with this rope.
+    pub fn angles(&self, spans: &[Span]) -> Vec<cpu::Angles> {
+        let of = |span: &Span| {
+            let inv_freq = self.frequencies((span.offset + span.len).max(span.horizon));
+            cpu::Angles::new(&span.positions(), &inv_freq, self.amplitude)
+        };
+        spans.iter().map(of).collect()
+    }
+
+    /// Turns x `[tokens, heads, head_dim]` with dylm's own kernel; `angles` are those of `spans`.
+    pub fn rotate_on_cpu(
         x: &Tensor,
         spans: &[Span],
+        angles: &[cpu::Angles],
         interleaved: bool,
-        place: &Placement,
     ) -> candle_core::Result<Tensor> {
-        if self.dims == 0 {
-            return Ok(x.clone());
-        }
         let (_, heads, head_dim) = x.dims3()?;
+        let mut numbers = with_f32(x, <[f32]>::to_vec)?;
+        let mut rest = numbers.as_mut_slice();
+        for (span, angles) in spans.iter().zip(angles) {
+            let (rows, after) = rest.split_at_mut(span.len * heads * head_dim);
+            angles.rotate(rows, heads, head_dim, interleaved);
+            rest = after;
+        }
+        Tensor::from_vec(numbers, x.shape(), x.device())
+    }
+
+    /// The same by candle's ops, on any device.
+    pub fn rotate(&self, x: &Tensor, spans: &[Span], interleaved: bool) -> candle_core::Result<Tensor> {
         let mut turned = Vec::with_capacity(spans.len());
         let mut start = 0;
         for span in spans {
             let rows = x.narrow(0, start, span.len)?;
             start += span.len;
             let inv_freq = self.frequencies((span.offset + span.len).max(span.horizon));
-            let positions: Vec<f32> = (span.offset..span.offset + span.len).map(|p| p as f32).collect();
-            turned.push(if place.native {
-                let mut numbers = with_f32(&rows, <[f32]>::to_vec)?;
-                cpu::rope(&mut numbers, &positions, heads, head_dim, &inv_freq, interleaved, self.amplitude);
-                Tensor::from_vec(numbers, rows.shape(), x.device())?
-            } else {
-                self.rotate_by_candle(&rows, &positions, &inv_freq, interleaved)?
-            });
+            turned.push(self.rotate_by_candle(&rows, &span.positions(), &inv_freq, interleaved)?);
         }
         match turned.len() {
             1 => Ok(turned.remove(0)),

@@ -10,7 +10,7 @@ use crate::{
 };
 use plugin_api::abi::{self, Slot, SourceId};
 use serde_json::Value as Json;
-use std::sync::Arc;
+use std::{collections::HashMap, sync::Arc};
 
 /// More slots than any model has.
 const MOST_SLOTS: usize = 1_000_000;
@@ -22,6 +22,7 @@ pub struct Building<'a> {
     /// config.json.
     pub config: &'a Json,
     sources: Vec<Arc<Recipe>>,
+    ropes: HashMap<(u64, u64, String), Slot>,
     /// The slots, in order.
     pub wanted: Vec<Wanted>,
     /// Prefixes of tensors that the architecture leaves alone.
@@ -37,6 +38,7 @@ impl<'a> Building<'a> {
             pantry,
             config,
             sources: Vec::new(),
+            ropes: HashMap::new(),
             wanted: Vec::new(),
             ignored: Vec::new(),
             complaints: Vec::new(),
@@ -161,18 +163,22 @@ impl<'a> Building<'a> {
         self.slot(Wanted::Parameter { source, dims: dims.iter().map(|&d| d as usize).collect() })
     }
 
+    /// Layers that ask for the same rope share it, and with it a step's angles.
     pub fn rope_layer(&mut self, dims: u64, base: f64, scaling: &str) -> Slot {
+        let key = (dims, base.to_bits(), scaling.to_owned());
+        if let Some(slot) = self.ropes.get(&key) {
+            return *slot;
+        }
         let scaling = if scaling.is_empty() { Ok(Json::Null) } else { serde_json::from_str(scaling) };
         let rope = scaling
             .map_err(|e| format!("config.json: rope_scaling: {e}"))
             .and_then(|scaling| Rope::new(dims.min(1 << 20) as usize, base, &scaling, self.config));
         let rope = rope.unwrap_or_else(|complaint| {
-            // Every layer asks for the same rope; one complaint is enough.
-            if !self.complaints.contains(&complaint) {
-                self.complaints.push(complaint);
-            }
+            self.complaints.push(complaint);
             Rope::none()
         });
-        self.slot(Wanted::Rope(rope))
+        let slot = self.slot(Wanted::Rope(rope));
+        self.ropes.insert(key, slot);
+        slot
     }
 }

@@ -8,11 +8,12 @@ use super::{
 use crate::{
     cache::State,
     device::Placement,
-    layers::{Layer, attention, rope},
+    kernels::cpu::Angles,
+    layers::{Layer, attention, experts::Activation, rope},
     weights::plan::Wanted,
 };
 use plugin_api::abi::{AttendSpec, Handle, Slot};
-use std::ops::Range;
+use std::{collections::HashMap, ops::Range};
 
 /// A sequence's share of a step.
 pub struct Part<'a> {
@@ -36,6 +37,8 @@ pub struct Running<'a> {
     pub parts: Vec<Part<'a>>,
     /// Windows and kinds of the declared caches, for the dry run.
     pub caches: usize,
+    /// Angles of this step's tokens, by rope.
+    pub angles: HashMap<u32, Vec<Angles>>,
 }
 
 impl Running<'_> {
@@ -135,19 +138,34 @@ impl Running<'_> {
 
     pub fn rotate(&mut self, slot: Slot, x: Handle, interleaved: bool) -> Outcome {
         let x = self.arena.get(x)?;
-        let Wanted::Rope(rope) = self.wanted(slot)? else { return Err(fault!("this layer has no rope")) };
+        let Some(Wanted::Rope(rope)) = self.wanted.get(slot.0 as usize) else {
+            return Err(fault!("this layer has no rope"));
+        };
         let dims = x.dims()?.to_vec();
         if dims.len() != 3 || dims[2] < rope.dims {
             return Err(fault!("{dims:?} is not [tokens, heads, at least {}]", rope.dims));
         }
-        let rope = rope.clone();
+        if rope.dims == 0 {
+            return Ok(x);
+        }
         let spans = self.parts.iter().map(|p| rope::Span {
             offset: p.state.offset,
             len: p.tokens.len(),
             horizon: p.state.horizon,
         });
-        let (spans, place) = (spans.collect::<Vec<_>>(), self.place);
-        x.make(dims, |x| rope.rotate(x, &spans, interleaved, place))
+        let spans = spans.collect::<Vec<_>>();
+        if !self.place.native {
+            return x.make(dims, |x| rope.rotate(x, &spans, interleaved));
+        }
+        let angles = self.angles.entry(slot.0).or_insert_with(|| rope.angles(&spans));
+        x.make(dims, |x| rope::Rope::rotate_on_cpu(x, &spans, angles, interleaved))
+    }
+
+    /// `silu(gate) * up` or `gelu_tanh(gate) * up`.
+    pub fn gate(&mut self, gate: Handle, up: Handle, activation: Activation) -> Outcome {
+        let (gate, up) = (self.arena.get(gate)?, self.arena.get(up)?);
+        let native = self.place.native && gate.dims()? == up.dims()?;
+        gate.zip(&up, |gate, up| if native { activation.on_cpu(gate, up) } else { activation.by_candle(gate, up) })
     }
 
     pub fn attend(&mut self, cache: u32, q: Handle, k: Handle, v: Handle, spec: &AttendSpec) -> Outcome {

@@ -8,6 +8,7 @@ use super::{
     running::Running,
     value::{Fault, Outcome, Value, fault},
 };
+use crate::layers::experts::Activation;
 use abi_stable::{
     StableAbi,
     prefix_type::PrefixTypeTrait,
@@ -149,6 +150,8 @@ implement! {
         concat(parts: RSlice<'_, Handle>): |r| {
             Value::concat(&parts.iter().map(|&p| r.arena.get(p)).collect::<Outcome<Vec<_>>>()?)
         };
+        swiglu(gate: Handle, up: Handle): |r| r.gate(gate, up, Activation::Swiglu);
+        geglu(gate: Handle, up: Handle): |r| r.gate(gate, up, Activation::Geglu);
         unflatten(x: Handle, n: u64): |r| r.arena.get(x)?.unflatten(n as usize);
         affine(x: Handle, scale: f64, offset: f64): |r| r.arena.get(x)?.map(|x| x.affine(scale, offset));
         clamp(x: Handle, low: f64, high: f64): |r| r.arena.get(x)?.map(|x| x.clamp(low, high));
@@ -185,8 +188,6 @@ implement! {
         minimum: |a, b| a.zip(&b, |a, b| a.broadcast_minimum(b));
         greater: |a, b| a.greater(&b);
         matmul: |a, b| a.matmul(&b);
-        swiglu: |a, b| a.swiglu(&b);
-        geglu: |a, b| a.geglu(&b);
         gather: |a, b| a.gather(&b);
     }
     other { retain, release, topk, }

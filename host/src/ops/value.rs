@@ -230,16 +230,6 @@ impl Value {
         self.map(|t| t.relu()? + (t.abs()?.neg()?.exp()? + 1.0)?.log()?)
     }
 
-    /// `silu(gate) * up`
-    pub fn swiglu(&self, up: &Value) -> Outcome {
-        self.zip(up, |gate, up| gate.silu()?.broadcast_mul(up))
-    }
-
-    /// `gelu_tanh(gate) * up`
-    pub fn geglu(&self, up: &Value) -> Outcome {
-        self.zip(up, |gate, up| gate.gelu()?.broadcast_mul(up))
-    }
-
     /// 1 where a > b, else 0, in the numbers' own type.
     pub fn greater(&self, other: &Value) -> Outcome {
         self.zip(other, |a, b| a.broadcast_gt(b)?.to_dtype(a.dtype()))

@@ -65,7 +65,7 @@ impl Loader<'_> {
                     (self.split(gate, *experts)?, self.split(up, *experts)?, self.split(down, *experts)?);
                 let join = |((gate, up), down)| Expert { gate, up, down };
                 let experts = gate.into_iter().zip(up).zip(down).map(join).collect();
-                Layer::Experts(Experts { experts, activation: *activation })
+                Layer::Experts(Experts { experts, activation: *activation, native: self.place.native })
             }
             Wanted::Parameter { source, dims } => {
                 Layer::Parameter(self.tensor(source, self.place.activations())?.reshape(dims.as_slice())?)
