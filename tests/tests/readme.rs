@@ -1,6 +1,6 @@
 //! Holds README.md to the code: what it lists is there, and what is there it lists. Its Rust is compiled by this crate's doctests.
 
-use std::{env, fs, path::Path, process::Command};
+use std::{fs, path::Path};
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap()
@@ -29,11 +29,7 @@ fn the_readme_lists_every_model_type_of_every_plugin() {
 
 #[test]
 fn the_readme_lists_every_command() {
-    let exe = env::current_exe().unwrap();
-    let dylm = exe.parent().unwrap().parent().unwrap().join(format!("dylm{}", env::consts::EXE_SUFFIX));
-    let out = Command::new(&dylm).arg("--help").output().unwrap_or_else(|e| {
-        panic!("{}: {e}; build it first: cargo build --workspace", dylm.display());
-    });
+    let out = tests::binary::dylm().arg("--help").output().unwrap();
     let help = String::from_utf8(out.stdout).unwrap();
     let commands = help.split_once("Commands:\n").unwrap().1.split("\n\n").next().unwrap();
     let names: Vec<&str> = commands.lines().filter_map(|line| line.split_whitespace().next()).collect();
