@@ -95,7 +95,8 @@ pub fn open_peft(config: &Value, tensors: &[Named]) -> dylm::Result<Adapters> {
 
 /// dylm's kernels, and candle alone, as on a GPU.
 pub fn places() -> [Placement; 2] {
-    [Placement::new(DeviceChoice::Cpu, DtypeChoice::Float32, DType::F32).unwrap(), Placement::candle_on_cpu()]
+    [DeviceChoice::Cpu, DeviceChoice::CpuByCandle]
+        .map(|device| Placement::new(device, DtypeChoice::Float32, DType::F32).unwrap())
 }
 
 /// Dense, and packed in four bits.
