@@ -4,3 +4,8 @@ pub mod binary;
 pub mod smollm2;
 pub mod tiny;
 mod tiny_tokenizer;
+
+/// README.md, so that its Rust is compiled with the doctests.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+pub struct Readme;

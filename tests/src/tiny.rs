@@ -91,7 +91,7 @@ pub fn write_adapter(adapter: &Path, out: &Path) -> Result<()> {
     Ok(())
 }
 
-/// [`write`], with the weights in `dtype`.
+/// [`write()`], with the weights in `dtype`.
 pub fn write_as(entry: &Path, out: &Path, dtype: WeightDtype) -> Result<()> {
     Checkpoint::read(entry)?.write(&out.join("model.safetensors"), dtype)?;
 

@@ -1,11 +1,7 @@
 //! Models that are wrong, through the real binary: each time one sentence that names what is wrong, an exit code, no panic, no signal.
 
 use serde_json::{Value, json};
-use std::{
-    fs,
-    path::Path,
-    process::Output,
-};
+use std::{fs, path::Path, process::Output};
 use tempfile::TempDir;
 use tests::tiny;
 
@@ -17,7 +13,11 @@ fn model(name: &str) -> TempDir {
 
 fn run(folder: &Path, flags: &[&str]) -> Output {
     let model = folder.to_str().unwrap();
-    tests::binary::dylm().args(["generate", "--model", model, "-m", "5", "--prompt", "ab"]).args(flags).output().unwrap()
+    tests::binary::dylm()
+        .args(["generate", "--model", model, "-m", "5", "--prompt", "ab"])
+        .args(flags)
+        .output()
+        .unwrap()
 }
 
 /// Fails, says all of `words` in what it says, and says no more than a sentence (a report on tensors may have a line for each).
@@ -102,7 +102,9 @@ fn a_config_that_is_not_json_or_lacks_a_key() {
 
 #[test]
 fn sizes_that_make_no_sense() {
-    for (key, value) in [("num_attention_heads", json!(0)), ("num_hidden_layers", json!(1_000_000_000)), ("hidden_size", json!(-4))] {
+    for (key, value) in
+        [("num_attention_heads", json!(0)), ("num_hidden_layers", json!(1_000_000_000)), ("hidden_size", json!(-4))]
+    {
         let folder = model("llama");
         edit(folder.path(), "config.json", |c| c[key] = value);
         refuses(folder.path(), &[], &["config.json"]);
@@ -141,7 +143,11 @@ fn missing_extra_and_misshapen_tensors_come_in_one_report() {
     let said = refuses(
         folder.path(),
         &[],
-        &["model.norm.weight: not in the checkpoint", "model.layers.0.surprise: not used", "model.layers.1.mlp.up_proj.weight: config says ["],
+        &[
+            "model.norm.weight: not in the checkpoint",
+            "model.layers.0.surprise: not used",
+            "model.layers.1.mlp.up_proj.weight: config says [",
+        ],
     );
     assert_eq!(said.lines().count(), 4, "{said}");
 }
@@ -156,7 +162,9 @@ fn a_group_size_that_no_format_has() {
 #[test]
 fn logits_that_are_not_numbers() {
     let folder = model("llama");
-    let lm_head = |header: &Value| header.get("lm_head.weight").unwrap_or(&header["model.embed_tokens.weight"])["data_offsets"][0].as_u64();
+    let lm_head = |header: &Value| {
+        header.get("lm_head.weight").unwrap_or(&header["model.embed_tokens.weight"])["data_offsets"][0].as_u64()
+    };
     edit_shard(folder.path(), |header, data| {
         let at = lm_head(header).unwrap() as usize;
         data[at..at + 4].copy_from_slice(&f32::NAN.to_le_bytes());
@@ -185,8 +193,14 @@ fn a_folder_that_is_not_there() {
 #[test]
 fn senseless_flags_are_wrong_usage() {
     let folder = model("llama");
-    let senseless: [&[&str]; 6] =
-        [&["--top-p", "1.5"], &["--temp", "-1"], &["--kv-bits", "7"], &["--max-kv-size", "2"], &["--logit-bias", "x"], &["--chat-template-config", "{"]];
+    let senseless: [&[&str]; 6] = [
+        &["--top-p", "1.5"],
+        &["--temp", "-1"],
+        &["--kv-bits", "7"],
+        &["--max-kv-size", "2"],
+        &["--logit-bias", "x"],
+        &["--chat-template-config", "{"],
+    ];
     for flags in senseless {
         let output = run(folder.path(), flags);
         assert_eq!(output.status.code(), Some(2), "{flags:?}: {}", String::from_utf8_lossy(&output.stderr));

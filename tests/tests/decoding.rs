@@ -55,7 +55,10 @@ fn a_draft_changes_no_greedy_token() {
             assert_eq!(drafted.iter().map(|r| r.token).collect::<Vec<_>>(), plain);
             if std::ptr::eq(draft, &lm) {
                 // Its own draft is always right: of every k + 1 tokens only the last is not drafted.
-                assert!(drafted.iter().filter(|r| r.from_draft).count() >= 40 * num_draft_tokens / (num_draft_tokens + 1) - 1);
+                assert!(
+                    drafted.iter().filter(|r| r.from_draft).count()
+                        >= 40 * num_draft_tokens / (num_draft_tokens + 1) - 1
+                );
             }
         }
     }
@@ -74,7 +77,8 @@ fn a_drafted_text_of_one_seed_is_reproducible() {
 #[test]
 fn a_draft_works_over_sliding_windows() {
     let lm = load("gemma3_text");
-    let drafted: Vec<u32> = Generation::new(&lm, &PROMPT, &options(), None, Some(&lm)).unwrap().map(|r| r.unwrap().token).collect();
+    let drafted: Vec<u32> =
+        Generation::new(&lm, &PROMPT, &options(), None, Some(&lm)).unwrap().map(|r| r.unwrap().token).collect();
     assert_eq!(drafted, ids(&lm, &options()));
 }
 
@@ -106,7 +110,9 @@ fn chunked(lm: &LanguageModel, cache: &CacheOptions, tokens: &[u32], sizes: &[us
     let (mut rows, mut rest) = (Vec::new(), tokens);
     for &size in sizes.iter().cycle() {
         let (chunk, after) = rest.split_at(size.min(rest.len()));
-        rows.extend(lm.model.step(&mut [Input { state: &mut state, tokens: chunk, want: Want::All }]).unwrap().remove(0));
+        rows.extend(
+            lm.model.step(&mut [Input { state: &mut state, tokens: chunk, want: Want::All }]).unwrap().remove(0),
+        );
         rest = after;
         if rest.is_empty() {
             return (rows, state);
@@ -157,7 +163,8 @@ fn an_eight_bit_cache_stays_near_the_exact_one() {
     let lm = load("gemma3_text");
     let text: Vec<u32> = (0..60u32).map(|i| (i * 11) % 90).collect();
     let exact = chunked(&lm, &CacheOptions::default(), &text, &[60]).0;
-    let packed = |bits| CacheOptions { kv_bits: Some(bits), kv_group_size: 32, quantized_kv_start: 10, ..Default::default() };
+    let packed =
+        |bits| CacheOptions { kv_bits: Some(bits), kv_group_size: 32, quantized_kv_start: 10, ..Default::default() };
     let (eight, state) = chunked(&lm, &packed(8), &text, &[12, 5]);
     let error = worst(&eight, &exact);
     println!("8 bits: {error:.1e}, 4 bits: {:.1e}", worst(&chunked(&lm, &packed(4), &text, &[12, 5]).0, &exact));
@@ -179,7 +186,8 @@ fn a_known_beginning_is_not_read_again() {
     second.prefill(&mut |done, _| read = read.min(total - done)).unwrap();
     assert!(read <= 5, "{read} of {total} tokens were read again");
     let reused: Vec<u32> = second.map(|r| r.unwrap().token).collect();
-    let afresh: Vec<u32> = Generation::new(&lm, &longer, &options(), None, None).unwrap().map(|r| r.unwrap().token).collect();
+    let afresh: Vec<u32> =
+        Generation::new(&lm, &longer, &options(), None, None).unwrap().map(|r| r.unwrap().token).collect();
     assert_eq!(reused, afresh);
 }
 

@@ -63,6 +63,7 @@ impl Isa {
 /// # Safety
 /// All methods: the instruction set is available, and pointers are valid for as many elements as the method says.
 /// Pointers need no alignment.
+#[allow(clippy::missing_safety_doc)] // said once, above, for all methods
 pub trait Lanes: Copy + 'static {
     /// Lanes of a vector; a power of two, at most 16.
     const W: usize;
