@@ -8,12 +8,22 @@ use crate::{
         recipe::{Pantry, Recipe},
     },
 };
-use plugin_api::abi::{self, Slot, SourceId};
+use plugin_api::abi::{self, Slot, SourceId, SpecRef};
 use serde_json::Value as Json;
 use std::{collections::HashMap, sync::Arc};
 
 /// More slots than any model has.
 const MOST_SLOTS: usize = 1_000_000;
+
+/// A source goes through a handful of transforms; reading one walks through them, with the stack for its limit.
+const DEEPEST: usize = 64;
+
+struct Source {
+    recipe: Arc<Recipe>,
+    depth: usize,
+    /// Recipes in it, counted as often as they occur.
+    parts: usize,
+}
 
 /// Everything a plugin said while it built a model.
 pub struct Building<'a> {
@@ -21,7 +31,8 @@ pub struct Building<'a> {
     pub pantry: &'a Pantry,
     /// config.json.
     pub config: &'a Json,
-    sources: Vec<Arc<Recipe>>,
+    sources: Vec<Source>,
+    expert_sources: usize,
     ropes: HashMap<(u64, u64, String), Slot>,
     /// The slots, in order.
     pub wanted: Vec<Wanted>,
@@ -38,6 +49,7 @@ impl<'a> Building<'a> {
             pantry,
             config,
             sources: Vec::new(),
+            expert_sources: 0,
             ropes: HashMap::new(),
             wanted: Vec::new(),
             ignored: Vec::new(),
@@ -45,16 +57,26 @@ impl<'a> Building<'a> {
         }
     }
 
-    fn put(&mut self, recipe: Recipe) -> SourceId {
-        if self.sources.len() >= MOST_SLOTS {
+    /// Adds a recipe made of other sources.
+    fn put(&mut self, recipe: Recipe, of: &[SourceId]) -> SourceId {
+        let of = of.iter().filter_map(|id| self.sources.get((id.0 as usize).checked_sub(1)?));
+        let (depth, parts) =
+            of.fold((0, 1usize), |(depth, parts), s| (s.depth.max(depth), parts.saturating_add(s.parts)));
+        if depth >= DEEPEST || parts > MOST_SLOTS {
+            self.complain(format!("{}: the plugin puts too many transforms on one tensor", recipe.name()));
             return SourceId::NONE;
         }
-        self.sources.push(Arc::new(recipe));
+        if self.sources.len() >= MOST_SLOTS {
+            self.complain(format!("the plugin asks for more than {MOST_SLOTS} tensors"));
+            return SourceId::NONE;
+        }
+        self.sources.push(Source { recipe: Arc::new(recipe), depth: depth + 1, parts });
         SourceId(self.sources.len() as u32)
     }
 
     fn slot(&mut self, wanted: Wanted) -> Slot {
         if self.wanted.len() >= MOST_SLOTS {
+            self.complain(format!("the plugin asks for more than {MOST_SLOTS} layers"));
             return Slot(u32::MAX);
         }
         self.wanted.push(wanted);
@@ -63,9 +85,9 @@ impl<'a> Building<'a> {
 
     fn recipe(&mut self, id: SourceId) -> Arc<Recipe> {
         match (id.0 as usize).checked_sub(1).and_then(|i| self.sources.get(i)) {
-            Some(recipe) => recipe.clone(),
+            Some(source) => source.recipe.clone(),
             None => {
-                self.complaints.push("the plugin used a source that it was never given".into());
+                self.complain("the plugin used a source that it was never given".into());
                 Arc::new(Recipe::Stored("a source that was never given".into()))
             }
         }
@@ -75,12 +97,20 @@ impl<'a> Building<'a> {
         (id != SourceId::NONE).then(|| (*self.recipe(id)).clone())
     }
 
+    /// Notes a complaint, once: every layer may have the same one.
+    pub fn complain(&mut self, complaint: String) {
+        const MOST: usize = 1000;
+        if self.complaints.len() < MOST && !self.complaints.contains(&complaint) {
+            self.complaints.push(complaint);
+        }
+    }
+
     pub fn has(&self, name: &str) -> bool {
         self.pantry.checkpoint.get(name).is_some()
     }
 
     pub fn source(&mut self, name: &str) -> SourceId {
-        self.put(Recipe::Stored(name.to_owned()))
+        self.put(Recipe::Stored(name.to_owned()), &[])
     }
 
     pub fn transform(&mut self, source: SourceId, kind: u32, ints: &[u64], factor: f64) -> SourceId {
@@ -93,19 +123,19 @@ impl<'a> Building<'a> {
             (abi::TRANSFORM_TRANSPOSE, []) => Recipe::Transpose(inner),
             (abi::TRANSFORM_RESHAPE, dims) => Recipe::Reshape(inner, dims.to_vec()),
             _ => {
-                self.complaints.push(format!(
+                self.complain(format!(
                     "{}: the plugin asks for transform {kind}, which this dylm does not have",
                     inner.name()
                 ));
                 return source;
             }
         };
-        self.put(recipe)
+        self.put(recipe, &[source])
     }
 
     pub fn stack(&mut self, sources: &[SourceId]) -> SourceId {
         let parts = sources.iter().map(|&s| self.recipe(s)).collect();
-        self.put(Recipe::Stack(parts))
+        self.put(Recipe::Stack(parts), sources)
     }
 
     pub fn linear_layer(&mut self, weight: SourceId, bias: SourceId, inputs: u64, outputs: u64) -> Slot {
@@ -120,26 +150,38 @@ impl<'a> Building<'a> {
 
     pub fn norm_layer(&mut self, kind: u32, weight: SourceId, bias: SourceId, dim: u64, eps: f64) -> Slot {
         if !matches!(kind, abi::NORM_RMS | abi::NORM_LAYER) {
-            self.complaints.push(format!("the plugin asks for norm {kind}, which this dylm does not have"));
+            self.complain(format!("the plugin asks for norm {kind}, which this dylm does not have"));
         }
         let (weight, bias) = (self.some(weight), self.some(bias));
         self.slot(Wanted::Norm { centred: kind == abi::NORM_LAYER, weight, bias, dim: dim as usize, eps: eps as f32 })
     }
 
     /// Experts come stacked (MLX's `switch_mlp`) or one by one; where neither is there, the report names the latter.
-    pub fn experts_layer(&mut self, prefix: &str, spec: &abi::ExpertsSpec) -> Slot {
+    pub fn experts_layer(&mut self, prefix: &str, spec: SpecRef<'_>) -> Slot {
+        let Some(spec) = spec.read::<abi::ExpertsSpec>() else {
+            self.complain(format!(
+                "{prefix}: the plugin asks for experts in a way that this dylm does not know; update dylm"
+            ));
+            return Slot(u32::MAX);
+        };
         let activation = match spec.activation {
             abi::EXPERTS_SWIGLU => Activation::Swiglu,
             abi::EXPERTS_GEGLU => Activation::Geglu,
             other => {
-                self.complaints.push(format!(
+                self.complain(format!(
                     "{prefix}: the plugin asks for experts of kind {other}, which this dylm does not have"
                 ));
                 Activation::Swiglu
             }
         };
         let stacked = self.has(&format!("{prefix}switch_mlp.gate_proj.weight"));
-        let experts = spec.experts.min(MOST_SLOTS as u64) as usize;
+        let experts = usize::try_from(spec.experts).unwrap_or(usize::MAX);
+        // Each expert is three sources, which count like all others.
+        self.expert_sources = self.expert_sources.saturating_add(experts.saturating_mul(3));
+        if self.expert_sources > MOST_SLOTS {
+            self.complain(format!("{prefix}: {experts} experts are more than any model has"));
+            return Slot(u32::MAX);
+        }
         let recipe = |part: &str| match stacked {
             true => Recipe::Stored(format!("{prefix}switch_mlp.{part}.weight")),
             false => Recipe::Stack(
@@ -174,7 +216,7 @@ impl<'a> Building<'a> {
             .map_err(|e| format!("config.json: rope_scaling: {e}"))
             .and_then(|scaling| Rope::new(dims.min(1 << 20) as usize, base, &scaling, self.config));
         let rope = rope.unwrap_or_else(|complaint| {
-            self.complaints.push(complaint);
+            self.complain(complaint);
             Rope::none()
         });
         let slot = self.slot(Wanted::Rope(rope));

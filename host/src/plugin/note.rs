@@ -2,10 +2,10 @@
 //! crash on: truncated ones, libraries of another machine, texts.
 
 use crate::error::{Error, Result};
-use object::{Object, ObjectSection};
+use object::{Object, ObjectSection, ObjectSegment};
 use plugin_api::abi::{
     self,
-    note::{SECTION_ELF, SECTION_MACHO, SECTION_PE},
+    note::{HEADER_ELF, SECTION_ELF, SECTION_MACHO, SECTION_PE, VENDOR},
 };
 use serde::{Deserialize, Serialize};
 use std::path::Path;
@@ -58,17 +58,14 @@ impl Note {
         let bytes = std::fs::read(path).map_err(Error::io(path))?;
         let file = object::File::parse(&*bytes)
             .map_err(|e| refuse(format!("is not a library, or only a part of one ({e}); build or copy it again")))?;
-        // Sections that reach past the end are how a truncated file shows.
-        for section in file.sections() {
-            if let Some((start, len)) = section.file_range()
-                && start.checked_add(len).is_none_or(|end| end > bytes.len() as u64)
-            {
-                return Err(refuse(format!(
-                    "is truncated: it has {} bytes and a section that ends at {}; copy it again",
-                    bytes.len(),
-                    start + len
-                )));
-            }
+        // Parts that reach past the end are how a truncated file shows. Segments are what the loader maps, and touching one that is not
+        // there is a signal, not an error.
+        let sections = file.sections().filter_map(|s| s.file_range());
+        let ends =
+            sections.chain(file.segments().map(|s| s.file_range())).map(|(start, len)| start.saturating_add(len));
+        if let Some(end) = ends.max().filter(|&end| end > bytes.len() as u64) {
+            let len = bytes.len();
+            return Err(refuse(format!("is truncated: it has {len} bytes of at least {end}; copy it again")));
         }
         if file.architecture() != machine() {
             return Err(refuse(format!("is built for {:?}, this machine is {:?}", file.architecture(), machine())));
@@ -78,7 +75,12 @@ impl Note {
             refuse("is a library, but no dylm plugin: it has no note (was it built with export_plugin!?)".into())
         })?;
         let data = section.data().map_err(|e| refuse(format!("its note cannot be read: {e}")))?;
-        Note::parse(data).map_err(|e| refuse(format!("its note cannot be read: {e}")))
+        let text = match file.format() {
+            object::BinaryFormat::Elf => inside_elf(data, file.is_little_endian())
+                .ok_or_else(|| refuse("its note is damaged; build or copy it again".into()))?,
+            _ => data,
+        };
+        Note::parse(text).map_err(|e| refuse(format!("its note cannot be read: {e}; build or copy it again")))
     }
 
     /// From the section's bytes, which a linker may have padded.
@@ -110,6 +112,17 @@ impl Note {
         }
         None
     }
+}
+
+/// The text of an ELF note: see `plugin_api::abi::note::Note`.
+fn inside_elf(data: &[u8], little: bool) -> Option<&[u8]> {
+    let word = |at: usize| {
+        let bytes = data.get(at..at + 4)?.try_into().ok()?;
+        Some(if little { u32::from_le_bytes(bytes) } else { u32::from_be_bytes(bytes) } as usize)
+    };
+    let (name_size, text_size, kind) = (word(0)?, word(4)?, word(8)?);
+    let ours = name_size == 5 && kind == 1 && data.get(12..HEADER_ELF)? == VENDOR;
+    data.get(HEADER_ELF..HEADER_ELF.checked_add(text_size)?).filter(|_| ours)
 }
 
 fn machine() -> object::Architecture {
