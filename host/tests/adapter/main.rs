@@ -17,24 +17,24 @@ use serde_json::{Value, json};
 use std::{collections::BTreeMap, path::Path};
 use tempfile::TempDir;
 
-pub const RANK: usize = 4;
-pub const SCALE: f64 = 2.5;
+const RANK: usize = 4;
+const SCALE: f64 = 2.5;
 
 /// A tensor of a crafted file.
 #[derive(Clone)]
-pub struct Named {
-    pub name: String,
-    pub shape: Vec<usize>,
-    pub values: Vec<f32>,
+struct Named {
+    name: String,
+    shape: Vec<usize>,
+    values: Vec<f32>,
 }
 
 /// The numbers that every test uses for `name`: those of tests/fixtures/make_tiny.py's rule, center 0 and width 2.
-pub fn numbers(name: &str, count: usize) -> Vec<f32> {
+fn numbers(name: &str, count: usize) -> Vec<f32> {
     uniform(7, name, count, 0.0, 1.0)
 }
 
 /// The rule of tests/fixtures/make_tiny.py.
-pub fn uniform(seed: u64, name: &str, count: usize, center: f64, scale: f64) -> Vec<f32> {
+fn uniform(seed: u64, name: &str, count: usize, center: f64, scale: f64) -> Vec<f32> {
     const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
     let start =
         name.bytes().fold(0xcbf2_9ce4_8422_2325, |h: u64, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3)) ^ seed;
@@ -48,19 +48,19 @@ pub fn uniform(seed: u64, name: &str, count: usize, center: f64, scale: f64) -> 
 }
 
 /// Numbers under a name of a file.
-pub fn named(name: &str, shape: &[usize]) -> Named {
+fn named(name: &str, shape: &[usize]) -> Named {
     Named { name: name.into(), shape: shape.into(), values: numbers(name, shape.iter().product()) }
 }
 
 /// A folder with an adapter_config.json and a file of f32 tensors.
-pub fn folder(config: &Value, file: &str, tensors: &[Named]) -> TempDir {
+fn folder(config: &Value, file: &str, tensors: &[Named]) -> TempDir {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("adapter_config.json"), config.to_string()).unwrap();
     write_tensors(&dir.path().join(file), tensors);
     dir
 }
 
-pub fn write_tensors(path: &Path, tensors: &[Named]) {
+fn write_tensors(path: &Path, tensors: &[Named]) {
     let bytes: Vec<Vec<u8>> = tensors.iter().map(|t| t.values.iter().flat_map(|x| x.to_le_bytes()).collect()).collect();
     let view = |(t, bytes): (&Named, &Vec<u8>)| -> (String, Vec<usize>, Vec<u8>) {
         (t.name.clone(), t.shape.clone(), bytes.clone())
@@ -74,83 +74,83 @@ pub fn write_tensors(path: &Path, tensors: &[Named]) {
 }
 
 /// mlx-lm's configuration.
-pub fn mlx_config(kind: &str) -> Value {
+fn mlx_config(kind: &str) -> Value {
     json!({"fine_tune_type": kind, "num_layers": 2, "lora_parameters": {"rank": RANK, "scale": SCALE, "dropout": 0.0}})
 }
 
 /// PEFT's configuration with the same scale.
-pub fn peft_config() -> Value {
+fn peft_config() -> Value {
     json!({"peft_type": "LORA", "r": RANK, "lora_alpha": RANK as f64 * SCALE, "fan_in_fan_out": false, "rank_pattern": {}})
 }
 
 /// An adapter in mlx-lm's layout.
-pub fn open_mlx(kind: &str, tensors: &[Named]) -> dylm::Result<Adapters> {
+fn open_mlx(kind: &str, tensors: &[Named]) -> dylm::Result<Adapters> {
     Adapters::open(folder(&mlx_config(kind), "adapters.safetensors", tensors).path())
 }
 
 /// An adapter in PEFT's layout.
-pub fn open_peft(config: &Value, tensors: &[Named]) -> dylm::Result<Adapters> {
+fn open_peft(config: &Value, tensors: &[Named]) -> dylm::Result<Adapters> {
     Adapters::open(folder(config, "adapter_model.safetensors", tensors).path())
 }
 
 /// dylm's kernels, and candle alone, as on a GPU.
-pub fn places() -> [Placement; 2] {
+fn places() -> [Placement; 2] {
     [Placement::new(DeviceChoice::Cpu, DtypeChoice::Float32, DType::F32).unwrap(), Placement::candle_on_cpu()]
 }
 
 /// Dense, and packed in four bits.
-pub fn formats() -> [Format; 2] {
+fn formats() -> [Format; 2] {
     [Format::Dense(Float::F32), Format::Affine { bits: 4, group: 32, scales: Float::F32 }]
 }
 
-pub fn weight(values: &[f32], rows: usize, cols: usize, format: Format, place: &Placement) -> Weight {
+fn weight(values: &[f32], rows: usize, cols: usize, format: Format, place: &Placement) -> Weight {
     Weight::place(Matrix::quantize(values, rows, cols, format).unwrap(), place).unwrap()
 }
 
 /// What the weight really holds, once packed.
-pub fn held(weight: &Weight) -> Vec<f32> {
+fn held(weight: &Weight) -> Vec<f32> {
     weight.numbers().unwrap().flatten_all().unwrap().to_vec1().unwrap()
 }
 
-pub fn linear(adapters: &Adapters, path: &str, weight: Weight, bias: Option<&[f32]>, place: &Placement) -> Linear {
+fn linear(adapters: &Adapters, path: &str, weight: Weight, bias: Option<&[f32]>, place: &Placement) -> Linear {
     let adapter = adapters.linear(path, &weight, place).unwrap();
     let bias = bias.map(|b| Tensor::new(b, &Device::Cpu).unwrap());
     Linear { weight, bias, adapter }
 }
 
-pub fn embedding(adapters: &Adapters, path: &str, weight: Weight, place: &Placement) -> Embedding {
+fn embedding(adapters: &Adapters, path: &str, weight: Weight, place: &Placement) -> Embedding {
     let adapter = adapters.embedding(path, &weight, place).unwrap();
     Embedding { weight, adapter }
 }
 
-pub fn tensor(values: &[f32], shape: &[usize]) -> Tensor {
+fn tensor(values: &[f32], shape: &[usize]) -> Tensor {
     Tensor::from_slice(values, shape, &Device::Cpu).unwrap()
 }
 
-pub fn run(layer: &Linear, x: &[f32]) -> Vec<f32> {
+fn run(layer: &Linear, x: &[f32]) -> Vec<f32> {
     let cols = layer.weight.cols();
     flat(layer.forward(&tensor(x, &[x.len() / cols, cols])).unwrap())
 }
 
-pub fn flat(t: Tensor) -> Vec<f32> {
+fn flat(t: Tensor) -> Vec<f32> {
     t.flatten_all().unwrap().to_vec1().unwrap()
 }
 
 /// `x · wᵀ` in f64: x `[.., cols]`, w `[rows, cols]`.
-pub fn product(x: &[f32], w: &[f64], cols: usize) -> Vec<f64> {
+fn product(x: &[f32], w: &[f64], cols: usize) -> Vec<f64> {
     let dot = |x: &[f32], w: &[f64]| x.iter().zip(w).map(|(x, w)| f64::from(*x) * w).sum::<f64>();
     x.chunks(cols).flat_map(|x| w.chunks(cols).map(move |w| dot(x, w))).collect()
 }
 
 /// `w + scale (a b)ᵀ` in f64: w `[rows, cols]`, a `[cols, rank]`, b `[rank, rows]`.
-pub fn adapted(w: &[f32], a: &[f32], b: &[f32], rows: usize, cols: usize, scale: f64) -> Vec<f64> {
+fn adapted(w: &[f32], a: &[f32], b: &[f32], rows: usize, cols: usize, scale: f64) -> Vec<f64> {
     let rank = a.len() / cols;
     let low =
         |r: usize, c: usize| (0..rank).map(|k| f64::from(a[c * rank + k]) * f64::from(b[k * rows + r])).sum::<f64>();
     (0..rows * cols).map(|i| f64::from(w[i]) + scale * low(i / cols, i % cols)).collect()
 }
 
-pub fn assert_near(found: &[f32], expected: &[f64], what: &str) {
+fn assert_near(found: &[f32], expected: &[f64], what: &str) {
     assert_eq!(found.len(), expected.len(), "{what}");
     let size = expected.iter().fold(1e-6f64, |m, x| m.max(x.abs()));
     for (i, (found, expected)) in found.iter().zip(expected).enumerate() {
