@@ -78,7 +78,7 @@ impl Found {
         for (factor, axis_from_end) in [(&a, 1 + usize::from(a.turned)), (&b, 2 - usize::from(b.turned))] {
             let shape = &factor.tensor.shape;
             let found = shape.len().checked_sub(axis_from_end).and_then(|axis| shape.get(axis));
-            if found != Some(&rank) {
+            if shape.len() < 2 || found != Some(&rank) {
                 return Err(Error::Adapter(format!(
                     "{}: adapter has {shape:?}, which is not of rank {rank} as adapter_config.json says",
                     factor.name

@@ -95,8 +95,7 @@ fn open_peft(config: &Value, tensors: &[Named]) -> dylm::Result<Adapters> {
 
 /// dylm's kernels, and candle alone, as on a GPU.
 fn places() -> [Placement; 2] {
-    [DeviceChoice::Cpu, DeviceChoice::CpuByCandle]
-        .map(|device| Placement::new(device, DtypeChoice::Float32, DType::F32).unwrap())
+    [Placement::new(DeviceChoice::Cpu, DtypeChoice::Float32, DType::F32).unwrap(), Placement::candle_on_cpu()]
 }
 
 /// Dense, and packed in four bits.
