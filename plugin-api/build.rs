@@ -6,7 +6,7 @@ fn main() {
     let rustc = env::var("RUSTC").unwrap_or_else(|_| "rustc".into());
     let version = Command::new(rustc).arg("--version").output().ok();
     let version = version.map(|o| String::from_utf8_lossy(&o.stdout).trim().to_owned()).unwrap_or_default();
-    println!("cargo:rustc-env=DYLM_RUSTC={}", version.replace(['"', '\\'], ""));
+    println!("cargo:rustc-env=DYLM_RUSTC={version}");
     println!("cargo:rustc-env=DYLM_TARGET={}", env::var("TARGET").unwrap_or_default());
     println!("cargo:rerun-if-changed=build.rs");
 }

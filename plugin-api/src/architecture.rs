@@ -2,7 +2,7 @@
 
 use crate::{
     Rope, Tensor, Weights,
-    abi::{At, AttendSpec, CACHE_KEY_VALUE, CacheSpec, Handle},
+    abi::{At, AttendSpec, CACHE_KEY_VALUE, CacheSpec, Handle, SpecRef},
     config::FromConfig,
     tensor::Call,
 };
@@ -22,9 +22,11 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// A model architecture: the equations of a paper over layers that the host owns.
 ///
+/// `Send`, since a model may be built on one thread and run on another; a [`Tensor`] is not, so none can be kept between steps.
+///
 /// Replay contract: `forward` and `head` are pure functions of their arguments' shapes. They read no values, no clock and no files, and
 /// for equal token counts they issue equal ops, so that the host may record a step once and replay it.
-pub trait Architecture: Sized + 'static {
+pub trait Architecture: Sized + Send + 'static {
     /// The `model_type`s of config.json that this architecture serves; the first one names the library file.
     const MODEL_TYPES: &'static [&'static str];
     /// The keys it reads, declared with [`config!`](crate::config!).
@@ -56,7 +58,7 @@ pub enum Cache {
 impl Cache {
     pub(crate) fn spec(self) -> CacheSpec {
         let Cache::KeyValue { window } = self;
-        CacheSpec { size: size_of::<CacheSpec>() as u32, kind: CACHE_KEY_VALUE, window: window.unwrap_or(0) as u64 }
+        CacheSpec { kind: CACHE_KEY_VALUE, flags: 0, window: window.unwrap_or(0) as u64, dims: [0; 6] }
     }
 }
 
@@ -104,13 +106,21 @@ impl Layer {
     pub fn attend(&mut self, q: Tensor, k: Tensor, v: Tensor, how: &Attend) -> Tensor {
         let call = Call::current();
         let spec = AttendSpec {
-            size: size_of::<AttendSpec>() as u32,
             flags: 0,
             scale: how.scale,
             softcap: how.softcap.unwrap_or(0.0),
+            reserved: 0,
             window: how.window.unwrap_or(0) as u64,
             sinks: how.sinks.map_or(Handle::NONE, Tensor::handle),
         };
-        Tensor::own(call.ops.attend()(call.ctx, self.cache, q.handle(), k.handle(), v.handle(), &spec, At::caller()))
+        Tensor::own(call.ops.attend()(
+            call.ctx,
+            self.cache,
+            q.handle(),
+            k.handle(),
+            v.handle(),
+            SpecRef::new(&spec),
+            At::caller(),
+        ))
     }
 }

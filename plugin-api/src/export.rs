@@ -18,7 +18,8 @@ use abi_stable::{
     std_types::{RErr, ROk, RResult, RStr, RString, RVec},
 };
 use std::{
-    cell::RefCell,
+    any::Any,
+    cell::Cell,
     panic::{self, AssertUnwindSafe},
     sync::Once,
 };
@@ -28,7 +29,14 @@ fn error(code: u32, message: impl Into<RString>) -> PluginError {
 }
 
 thread_local! {
-    static LAST_PANIC: RefCell<Option<String>> = const { RefCell::new(None) };
+    static LAST_PANIC: Cell<Option<String>> = const { Cell::new(None) };
+}
+
+/// A panic in this very place would end the process, and what was thrown may itself panic when it is dropped.
+fn discard(thrown: Box<dyn Any + Send>) {
+    if let Err(worse) = panic::catch_unwind(AssertUnwindSafe(|| drop(thrown))) {
+        std::mem::forget(worse);
+    }
 }
 
 /// Runs `f`; a panic becomes an error that keeps its text and place. The plugin's own copy of the panic hook is silenced, once: it would
@@ -39,14 +47,21 @@ fn catch<T>(name: &str, f: impl FnOnce() -> Result<T, PluginError>) -> RResult<T
         panic::set_hook(Box::new(|info| {
             let text = info.payload_as_str().unwrap_or("a panic without text").to_owned();
             let place = info.location().map(|l| format!(" (at {}:{})", l.file(), l.line())).unwrap_or_default();
-            LAST_PANIC.with(|p| *p.borrow_mut() = Some(text + &place));
+            // Not there any more while a thread ends.
+            let _ = LAST_PANIC.try_with(|p| p.set(Some(text + &place)));
         }));
     });
+    // The text of a panic that the plugin caught by itself is not the text of the next one.
+    let _ = LAST_PANIC.try_with(Cell::take);
     match panic::catch_unwind(AssertUnwindSafe(f)) {
         Ok(Ok(value)) => ROk(value),
         Ok(Err(e)) => RErr(e),
-        Err(_) => {
-            let text = LAST_PANIC.with(|p| p.borrow_mut().take()).unwrap_or_default();
+        Err(thrown) => {
+            let text = LAST_PANIC.try_with(Cell::take).ok().flatten();
+            discard(thrown);
+            // What assert_eq! says has several lines.
+            let text = text.as_deref().unwrap_or("a panic without text");
+            let text = text.lines().map(str::trim).collect::<Vec<_>>().join(", ");
             RErr(error(ERROR_PANIC, format!("the plugin {name} panicked: {text}")))
         }
     }
@@ -57,7 +72,7 @@ fn check_ops(name: &str, host: &Host) -> Result<(), PluginError> {
     exported_check_layout_compatibility(<OpsRef as StableAbi>::LAYOUT, host.layout).into_result().map_err(|long| PluginError {
         code: ERROR_ABI,
         message: format!(
-            "the plugin {name} was built for a newer dylm than this one (ABI {}.{}): update dylm, or rebuild the plugin",
+            "the plugin {name} expects ops that this dylm (ABI {}.{}) lacks or has in another form; update dylm, or rebuild the plugin",
             abi::MAJOR,
             abi::MINOR
         )
@@ -179,11 +194,11 @@ macro_rules! export_plugin {
             #[cfg_attr(target_vendor = "apple", unsafe(link_section = "__DATA,__dylm"))]
             #[cfg_attr(windows, unsafe(link_section = ".dylm"))]
             #[cfg_attr(not(any(windows, target_vendor = "apple")), unsafe(link_section = ".note.dylm"))]
-            static NOTE: [u8; LENGTH] = $crate::abi::note::write(&FACTS);
+            static NOTE: $crate::abi::note::Note<LENGTH> = $crate::abi::note::Note::new(&FACTS);
 
             extern "C" fn root_module() -> $crate::abi_stable::library::RootModuleResult {
                 fn factory() -> $crate::abi::root::FactoryRef {
-                    $crate::export::Exported::<$architecture>::factory(std::str::from_utf8(&NOTE).unwrap_or_default())
+                    $crate::export::Exported::<$architecture>::factory(NOTE.text())
                 }
                 $crate::abi_stable::library::__call_root_module_loader(factory)
             }

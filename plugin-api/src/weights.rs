@@ -3,7 +3,7 @@
 
 use crate::{
     Embedding, Experts, LayerNorm, Linear, Parameter, Result, RmsNorm, Rope,
-    abi::{self, At, ExpertsSpec, Slot, SourceId},
+    abi::{self, At, ExpertsSpec, Slot, SourceId, SpecRef},
     config::RopeScaling,
     tensor::Call,
 };
@@ -95,13 +95,14 @@ impl Weights {
     pub fn experts(&self, experts: usize, dim: usize, hidden: usize) -> Experts {
         let call = Call::current();
         let spec = ExpertsSpec {
-            size: size_of::<ExpertsSpec>() as u32,
             activation: abi::EXPERTS_SWIGLU,
+            reserved: 0,
             experts: experts as u64,
             dim: dim as u64,
             hidden: hidden as u64,
         };
-        Experts(call.ops.experts_layer()(call.ctx, RStr::from_str(&self.prefix), &spec, At::caller()))
+        let prefix = RStr::from_str(&self.prefix);
+        Experts(call.ops.experts_layer()(call.ctx, prefix, SpecRef::new(&spec), At::caller()))
     }
 
     /// A tensor used as it is.

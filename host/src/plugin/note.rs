@@ -5,7 +5,7 @@ use crate::error::{Error, Result};
 use object::{Object, ObjectSection};
 use plugin_api::abi::{
     self,
-    note::{SECTION_ELF, SECTION_MACHO, SECTION_PE},
+    note::{HEADER_ELF, SECTION_ELF, SECTION_MACHO, SECTION_PE, VENDOR},
 };
 use serde::{Deserialize, Serialize};
 use std::path::Path;
@@ -78,7 +78,12 @@ impl Note {
             refuse("is a library, but no dylm plugin: it has no note (was it built with export_plugin!?)".into())
         })?;
         let data = section.data().map_err(|e| refuse(format!("its note cannot be read: {e}")))?;
-        Note::parse(data).map_err(|e| refuse(format!("its note cannot be read: {e}")))
+        let text = match file.format() {
+            object::BinaryFormat::Elf => inside_elf(data, file.is_little_endian())
+                .ok_or_else(|| refuse("its note is damaged; build or copy it again".into()))?,
+            _ => data,
+        };
+        Note::parse(text).map_err(|e| refuse(format!("its note cannot be read: {e}; build or copy it again")))
     }
 
     /// From the section's bytes, which a linker may have padded.
@@ -110,6 +115,17 @@ impl Note {
         }
         None
     }
+}
+
+/// The text of an ELF note: see `plugin_api::abi::note::Note`.
+fn inside_elf(data: &[u8], little: bool) -> Option<&[u8]> {
+    let word = |at: usize| {
+        let bytes = data.get(at..at + 4)?.try_into().ok()?;
+        Some(if little { u32::from_le_bytes(bytes) } else { u32::from_be_bytes(bytes) } as usize)
+    };
+    let (name_size, text_size, kind) = (word(0)?, word(4)?, word(8)?);
+    let ours = name_size == 5 && kind == 1 && data.get(12..HEADER_ELF)? == VENDOR;
+    data.get(HEADER_ELF..HEADER_ELF.checked_add(text_size)?).filter(|_| ours)
 }
 
 fn machine() -> object::Architecture {

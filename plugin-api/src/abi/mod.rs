@@ -4,6 +4,9 @@
 pub mod note;
 pub mod ops;
 pub mod root;
+pub mod spec;
+
+pub use spec::{AttendSpec, ExpertsSpec, SpecRef};
 
 use abi_stable::{StableAbi, std_types::RStr};
 
@@ -75,40 +78,6 @@ impl At {
     }
 }
 
-/// How `attend` scores and which keys it sees. Grows at its end only; `size` says how much the caller knew.
-#[repr(C)]
-#[derive(StableAbi, Clone, Copy)]
-pub struct AttendSpec {
-    /// `size_of` this struct as the caller was compiled.
-    pub size: u32,
-    /// 1 sees later tokens of the same step too (a bidirectional block); 0 is causal.
-    pub flags: u32,
-    /// Multiplies q·k.
-    pub scale: f32,
-    /// `softcap * tanh(score / softcap)`; 0 for none.
-    pub softcap: f32,
-    /// Keys seen, counting the query's own; 0 for all.
-    pub window: u64,
-    /// One logit per query head that joins the softmax and is dropped; none if `Handle::NONE`.
-    pub sinks: Handle,
-}
-
-/// The shape of a block of routed experts. Grows at its end only.
-#[repr(C)]
-#[derive(StableAbi, Clone, Copy)]
-pub struct ExpertsSpec {
-    /// `size_of` this struct as the caller was compiled.
-    pub size: u32,
-    /// How gate and up are joined, one of the `EXPERTS_*` constants.
-    pub activation: u32,
-    /// How many experts there are.
-    pub experts: u64,
-    /// Width of the model.
-    pub dim: u64,
-    /// Width inside an expert.
-    pub hidden: u64,
-}
-
 /// `down(silu(gate x) * up x)`
 pub const EXPERTS_SWIGLU: u32 = 0;
 /// `down(gelu_tanh(gate x) * up x)`
@@ -130,16 +99,19 @@ pub const TRANSFORM_TRANSPOSE: u32 = 3;
 /// The same elements in the shape `ints`.
 pub const TRANSFORM_RESHAPE: u32 = 4;
 
-/// What one layer must remember between steps. Grows at its end only.
+/// What one layer must remember between steps. Frozen: models hand these over as a list, whose stride both sides must agree on. A later
+/// kind of memory gets a number and finds room in `dims`.
 #[repr(C)]
 #[derive(StableAbi, Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CacheSpec {
-    /// `size_of` this struct as the caller was compiled.
-    pub size: u32,
     /// One of the `CACHE_*` constants.
     pub kind: u32,
+    /// None is defined yet: 0.
+    pub flags: u32,
     /// Keys that ever matter, counting the query's own; 0 for all.
     pub window: u64,
+    /// The shape of a state, for kinds that have one; 0 elsewhere.
+    pub dims: [u64; 6],
 }
 
 /// Keys and values.

@@ -6,7 +6,7 @@
 //!
 //! Threads: a building op may be called while `create` runs, a running op while `forward` or `head` runs, on that thread only.
 
-use super::{At, AttendSpec, Ctx, ExpertsSpec, Handle, Pair, Slot, SourceId};
+use super::{At, Ctx, Handle, Pair, Slot, SourceId, SpecRef};
 use abi_stable::{
     StableAbi,
     std_types::{RSlice, RStr},
@@ -56,8 +56,8 @@ macro_rules! ops_1_0 {
         fn embedding_layer(weight: SourceId, vocab: u64, dim: u64) -> Slot;
         /// A `NORM_*` over the last axis; weight and bias `[dim]`, each optional.
         fn norm_layer(kind: u32, weight: SourceId, bias: SourceId, dim: u64, eps: f64) -> Slot;
-        /// Routed experts below `prefix`, in any of the layouts that checkpoints use.
-        fn experts_layer(prefix: RStr<'_>, spec: &ExpertsSpec) -> Slot;
+        /// Routed experts below `prefix`, in any of the layouts that checkpoints use; `spec` is an `ExpertsSpec`.
+        fn experts_layer(prefix: RStr<'_>, spec: SpecRef<'_>) -> Slot;
         /// A tensor used as it is.
         fn parameter_layer(source: SourceId, dims: RSlice<'_, u64>) -> Slot;
         /// Rotary angles for the first `dims` lanes of a head; `scaling` is config.json's `rope_scaling` as JSON, or empty.
@@ -88,8 +88,9 @@ macro_rules! ops_1_0 {
         // ---- ops that know the sequence ----
         /// x `[tokens, heads, head_dim]` turned by each token's position; flag 1 = neighbouring lanes pair up.
         fn rotate(slot: Slot, x: Handle, flags: u32) -> Handle;
-        /// q `[tokens, heads, d]`, k `[tokens, kv_heads, d]`, v `[tokens, kv_heads, e]` -> `[tokens, heads, e]`; k and v join the cache.
-        fn attend(cache: u32, q: Handle, k: Handle, v: Handle, spec: &AttendSpec) -> Handle;
+        /// q `[tokens, heads, d]`, k `[tokens, kv_heads, d]`, v `[tokens, kv_heads, e]` -> `[tokens, heads, e]`; k and v join the cache, once a
+        /// step; `spec` is an `AttendSpec`.
+        fn attend(cache: u32, q: Handle, k: Handle, v: Handle, spec: SpecRef<'_>) -> Handle;
 
         // ---- shapes ----
         /// `[tokens, heads * head_dim]` -> `[tokens, heads, head_dim]`
