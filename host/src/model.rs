@@ -86,7 +86,7 @@ impl Plan {
         let pantry = Pantry { checkpoint: plain_names(checkpoint)?, quantization: config.quantization().cloned() };
         let json = serde_json::Value::Object(config.json().clone());
         let call = Call::Building(RefCell::new(Building::new(&pantry, &json)));
-        let object = library.create(call.ctx(), &config.text())?;
+        let object = library.create(&call, &config.text())?;
         let Call::Building(building) = call else { unreachable!("made as Building above") };
         let Building { wanted, ignored, complaints, .. } = building.into_inner();
         let report = Report::new(&wanted, &pantry, &ignored, complaints);
@@ -278,34 +278,42 @@ impl Engine<'_> {
         select: impl FnOnce(&Value) -> Result<Option<Value>>,
     ) -> Result<Option<Value>> {
         let dry = matches!(tokens, Value::Planned(_));
-        let caches = self.object.caches.len();
+        let dims = tokens.dims().map(<[usize]>::to_vec).unwrap_or_default();
         let running = Running {
             arena: Arena::default(),
+            tokens: dims.first().copied().unwrap_or_default(),
+            fed: vec![false; self.object.caches.len()],
+            misuse: None,
             wanted: self.wanted,
             layers: self.layers,
             place: self.place,
             parts,
-            caches,
             angles: HashMap::new(),
         };
         let call = Call::Running(RefCell::new(running));
         let Call::Running(cell) = &call else { unreachable!("made as Running above") };
 
         let tokens = cell.borrow_mut().arena.put(tokens);
-        let hidden = self.object.forward(call.ctx(), tokens)?;
+        let hidden = self.object.forward(&call, tokens)?;
         let hidden = take(cell, hidden, "forward")?;
         let Some(chosen) = (if dry { Some(hidden) } else { select(&hidden)? }) else { return Ok(None) };
         let chosen = cell.borrow_mut().arena.put(chosen);
-        let logits = self.object.head(call.ctx(), chosen)?;
+        let logits = self.object.head(&call, chosen)?;
         Ok(Some(take(cell, logits, "head")?))
     }
 }
 
 /// The value that a plugin returned, or the first failure on the way to it.
 fn take(running: &RefCell<Running>, handle: plugin_api::abi::Handle, what: &str) -> Result<Value> {
-    match running.borrow_mut().arena.get(handle) {
+    let mut running = running.borrow_mut();
+    if let Some(misuse) = running.misuse.take() {
+        return Err(Error::plugin(misuse));
+    }
+    match running.arena.get(handle) {
         Ok(Value::Failed(first)) => Err(Error::plugin(first.to_string())),
         Ok(value) => Ok(value),
-        Err(_) => Err(Error::plugin(format!("the plugin's {what} returned no tensor of this step"))),
+        Err(_) => Err(Error::plugin(format!(
+            "the plugin's {what} returned no tensor of this step (but one kept from another step, dropped twice, or made up)"
+        ))),
     }
 }

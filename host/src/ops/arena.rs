@@ -1,12 +1,16 @@
-//! Handles -> values. A handle is an index and a generation, so that a forged, stale or twice-dropped one is an error and never a crash;
-//! the arena lives for one step, and with it everything that a plugin forgot to release.
+//! Handles -> values. A handle is a step, a place and how often that place was taken before, so that a forged, stale or twice-dropped one is
+//! an error and never a crash; the arena lives for one step, and with it everything that a plugin forgot to release.
 
 use super::value::{Outcome, Value, fault};
 use plugin_api::abi::Handle;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+// A handle's bits, from the lowest: place + 1, uses of that place, step. No two tensors share a handle within 2^28 steps, which are weeks.
+const PLACE_BITS: u32 = 24;
+const USE_BITS: u32 = 12;
 
 struct Entry {
-    generation: u32,
+    uses: u64,
     owners: u32,
     value: Option<Value>,
 }
@@ -15,38 +19,39 @@ struct Entry {
 pub struct Arena {
     entries: Vec<Entry>,
     free: Vec<u32>,
-    first_generation: u32,
+    step: u64,
 }
 
-/// Generations go on from step to step, so that a handle kept from an earlier step is told from today's.
-static GENERATION: AtomicU32 = AtomicU32::new(1);
+static STEP: AtomicU64 = AtomicU64::new(1);
 
 impl Default for Arena {
     fn default() -> Self {
-        let first_generation = GENERATION.fetch_add(1, Ordering::Relaxed).max(1);
-        Arena { entries: Vec::with_capacity(32), free: Vec::new(), first_generation }
+        let step = STEP.fetch_add(1, Ordering::Relaxed);
+        Arena { entries: Vec::with_capacity(32), free: Vec::new(), step }
     }
 }
 
 impl Arena {
-    /// A handle with one owner.
+    /// A handle with one owner; none when there are 16 million tensors already.
     pub fn put(&mut self, value: Value) -> Handle {
-        let index = match self.free.pop() {
-            Some(index) => index,
-            None => {
-                self.entries.push(Entry { generation: self.first_generation, owners: 0, value: None });
-                (self.entries.len() - 1) as u32
+        let place = match self.free.pop() {
+            Some(place) => place as usize,
+            None if self.entries.len() + 1 < 1 << PLACE_BITS => {
+                self.entries.push(Entry { uses: 0, owners: 0, value: None });
+                self.entries.len() - 1
             }
+            None => return Handle::NONE,
         };
-        let entry = &mut self.entries[index as usize];
+        let entry = &mut self.entries[place];
         (entry.owners, entry.value) = (1, Some(value));
-        Handle((entry.generation as u64) << 32 | (index as u64 + 1))
+        Handle((self.step << USE_BITS | entry.uses) << PLACE_BITS | (place as u64 + 1))
     }
 
     fn entry(&mut self, handle: Handle) -> Option<&mut Entry> {
-        let index = (handle.0 as u32).checked_sub(1)?;
-        let entry = self.entries.get_mut(index as usize)?;
-        (entry.generation == (handle.0 >> 32) as u32 && entry.owners > 0).then_some(entry)
+        let place = (handle.0 & ((1 << PLACE_BITS) - 1)).checked_sub(1)?;
+        let taken = self.step << USE_BITS;
+        let entry = self.entries.get_mut(place as usize)?;
+        ((taken | entry.uses) << PLACE_BITS | (place + 1) == handle.0 && entry.owners > 0).then_some(entry)
     }
 
     /// The value behind a handle.
@@ -58,7 +63,7 @@ impl Arena {
     /// One more owner; a bad handle stays bad.
     pub fn retain(&mut self, handle: Handle) -> Handle {
         if let Some(entry) = self.entry(handle) {
-            entry.owners += 1;
+            entry.owners = entry.owners.saturating_add(1);
         }
         handle
     }
@@ -69,8 +74,11 @@ impl Arena {
         entry.owners -= 1;
         if entry.owners == 0 {
             entry.value = None;
-            entry.generation = entry.generation.wrapping_add(1 << 16).max(1);
-            self.free.push(handle.0 as u32 - 1);
+            entry.uses += 1;
+            // A place whose count is used up is not taken again.
+            if entry.uses < 1 << USE_BITS {
+                self.free.push((handle.0 & ((1 << PLACE_BITS) - 1)) as u32 - 1);
+            }
         }
     }
 }
@@ -118,5 +126,17 @@ mod tests {
         arena.retain(a);
         arena.release(a);
         assert!(arena.get(a).is_ok());
+    }
+
+    #[test]
+    fn no_two_tensors_of_a_step_share_a_handle() {
+        let mut arena = Arena::default();
+        let mut seen = std::collections::HashSet::new();
+        for _ in 0..10_000 {
+            let handle = arena.put(value(1));
+            assert!(seen.insert(handle.0));
+            arena.release(handle);
+            assert!(arena.get(handle).is_err());
+        }
     }
 }

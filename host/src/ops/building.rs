@@ -8,7 +8,7 @@ use crate::{
         recipe::{Pantry, Recipe},
     },
 };
-use plugin_api::abi::{self, Slot, SourceId};
+use plugin_api::abi::{self, Slot, SourceId, SpecRef};
 use serde_json::Value as Json;
 use std::{collections::HashMap, sync::Arc};
 
@@ -23,6 +23,7 @@ pub struct Building<'a> {
     pub config: &'a Json,
     sources: Vec<Arc<Recipe>>,
     ropes: HashMap<(u64, u64, String), Slot>,
+    expert_sources: usize,
     /// The slots, in order.
     pub wanted: Vec<Wanted>,
     /// Prefixes of tensors that the architecture leaves alone.
@@ -39,6 +40,7 @@ impl<'a> Building<'a> {
             config,
             sources: Vec::new(),
             ropes: HashMap::new(),
+            expert_sources: 0,
             wanted: Vec::new(),
             ignored: Vec::new(),
             complaints: Vec::new(),
@@ -47,6 +49,7 @@ impl<'a> Building<'a> {
 
     fn put(&mut self, recipe: Recipe) -> SourceId {
         if self.sources.len() >= MOST_SLOTS {
+            self.complain(format!("the plugin asks for more than {MOST_SLOTS} tensors"));
             return SourceId::NONE;
         }
         self.sources.push(Arc::new(recipe));
@@ -55,6 +58,7 @@ impl<'a> Building<'a> {
 
     fn slot(&mut self, wanted: Wanted) -> Slot {
         if self.wanted.len() >= MOST_SLOTS {
+            self.complain(format!("the plugin asks for more than {MOST_SLOTS} layers"));
             return Slot(u32::MAX);
         }
         self.wanted.push(wanted);
@@ -65,7 +69,7 @@ impl<'a> Building<'a> {
         match (id.0 as usize).checked_sub(1).and_then(|i| self.sources.get(i)) {
             Some(recipe) => recipe.clone(),
             None => {
-                self.complaints.push("the plugin used a source that it was never given".into());
+                self.complain("the plugin used a source that it was never given".into());
                 Arc::new(Recipe::Stored("a source that was never given".into()))
             }
         }
@@ -73,6 +77,14 @@ impl<'a> Building<'a> {
 
     fn some(&mut self, id: SourceId) -> Option<Recipe> {
         (id != SourceId::NONE).then(|| (*self.recipe(id)).clone())
+    }
+
+    /// Notes a complaint, once: every layer may have the same one.
+    pub fn complain(&mut self, complaint: String) {
+        const MOST: usize = 1000;
+        if self.complaints.len() < MOST && !self.complaints.contains(&complaint) {
+            self.complaints.push(complaint);
+        }
     }
 
     pub fn has(&self, name: &str) -> bool {
@@ -93,7 +105,7 @@ impl<'a> Building<'a> {
             (abi::TRANSFORM_TRANSPOSE, []) => Recipe::Transpose(inner),
             (abi::TRANSFORM_RESHAPE, dims) => Recipe::Reshape(inner, dims.to_vec()),
             _ => {
-                self.complaints.push(format!(
+                self.complain(format!(
                     "{}: the plugin asks for transform {kind}, which this dylm does not have",
                     inner.name()
                 ));
@@ -120,26 +132,38 @@ impl<'a> Building<'a> {
 
     pub fn norm_layer(&mut self, kind: u32, weight: SourceId, bias: SourceId, dim: u64, eps: f64) -> Slot {
         if !matches!(kind, abi::NORM_RMS | abi::NORM_LAYER) {
-            self.complaints.push(format!("the plugin asks for norm {kind}, which this dylm does not have"));
+            self.complain(format!("the plugin asks for norm {kind}, which this dylm does not have"));
         }
         let (weight, bias) = (self.some(weight), self.some(bias));
         self.slot(Wanted::Norm { centred: kind == abi::NORM_LAYER, weight, bias, dim: dim as usize, eps: eps as f32 })
     }
 
     /// Experts come stacked (MLX's `switch_mlp`) or one by one; where neither is there, the report names the latter.
-    pub fn experts_layer(&mut self, prefix: &str, spec: &abi::ExpertsSpec) -> Slot {
+    pub fn experts_layer(&mut self, prefix: &str, spec: SpecRef<'_>) -> Slot {
+        let Some(spec) = spec.read::<abi::ExpertsSpec>() else {
+            self.complain(format!(
+                "{prefix}: the plugin asks for experts in a way that this dylm does not know; update dylm"
+            ));
+            return Slot(u32::MAX);
+        };
         let activation = match spec.activation {
             abi::EXPERTS_SWIGLU => Activation::Swiglu,
             abi::EXPERTS_GEGLU => Activation::Geglu,
             other => {
-                self.complaints.push(format!(
+                self.complain(format!(
                     "{prefix}: the plugin asks for experts of kind {other}, which this dylm does not have"
                 ));
                 Activation::Swiglu
             }
         };
         let stacked = self.has(&format!("{prefix}switch_mlp.gate_proj.weight"));
-        let experts = spec.experts.min(MOST_SLOTS as u64) as usize;
+        let experts = usize::try_from(spec.experts).unwrap_or(usize::MAX);
+        // Each expert is three sources, which count like all others.
+        self.expert_sources = self.expert_sources.saturating_add(experts.saturating_mul(3));
+        if self.expert_sources > MOST_SLOTS {
+            self.complain(format!("{prefix}: {experts} experts are more than any model has"));
+            return Slot(u32::MAX);
+        }
         let recipe = |part: &str| match stacked {
             true => Recipe::Stored(format!("{prefix}switch_mlp.{part}.weight")),
             false => Recipe::Stack(
@@ -174,7 +198,7 @@ impl<'a> Building<'a> {
             .map_err(|e| format!("config.json: rope_scaling: {e}"))
             .and_then(|scaling| Rope::new(dims.min(1 << 20) as usize, base, &scaling, self.config));
         let rope = rope.unwrap_or_else(|complaint| {
-            self.complaints.push(complaint);
+            self.complain(complaint);
             Rope::none()
         });
         let slot = self.slot(Wanted::Rope(rope));

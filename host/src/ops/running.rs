@@ -12,7 +12,7 @@ use crate::{
     layers::{Layer, attention, experts::Activation, rope},
     weights::plan::Wanted,
 };
-use plugin_api::abi::{AttendSpec, Handle, Slot};
+use plugin_api::abi::{AttendSpec, Handle, Slot, SpecRef};
 use std::{collections::HashMap, ops::Range};
 
 /// A sequence's share of a step.
@@ -35,8 +35,12 @@ pub struct Running<'a> {
     pub place: &'a Placement,
     /// The sequences of the step.
     pub parts: Vec<Part<'a>>,
-    /// Windows and kinds of the declared caches, for the dry run.
-    pub caches: usize,
+    /// Tokens of the step, of all sequences.
+    pub tokens: usize,
+    /// Which of the declared caches this step has fed: a second time would put the same positions there again.
+    pub fed: Vec<bool>,
+    /// What the plugin did that no tensor could say: a building op in `forward`.
+    pub misuse: Option<String>,
     /// Angles of this step's tokens, by rope.
     pub angles: HashMap<u32, Vec<Angles>>,
 }
@@ -142,8 +146,8 @@ impl Running<'_> {
             return Err(fault!("this layer has no rope"));
         };
         let dims = x.dims()?.to_vec();
-        if dims.len() != 3 || dims[2] < rope.dims {
-            return Err(fault!("{dims:?} is not [tokens, heads, at least {}]", rope.dims));
+        if dims.len() != 3 || dims[0] != self.tokens || dims[2] < rope.dims {
+            return Err(fault!("{dims:?} is not [{} tokens, heads, at least {}]", self.tokens, rope.dims));
         }
         if rope.dims == 0 {
             return Ok(x);
@@ -168,7 +172,10 @@ impl Running<'_> {
         gate.zip(&up, |gate, up| if native { activation.on_cpu(gate, up) } else { activation.by_candle(gate, up) })
     }
 
-    pub fn attend(&mut self, cache: u32, q: Handle, k: Handle, v: Handle, spec: &AttendSpec) -> Outcome {
+    pub fn attend(&mut self, cache: u32, q: Handle, k: Handle, v: Handle, spec: SpecRef<'_>) -> Outcome {
+        let spec = spec.read::<AttendSpec>().filter(|spec| spec.flags == 0);
+        let spec =
+            spec.ok_or_else(|| fault!("the plugin asks for a kind of attention that this dylm does not know"))?;
         let (q, k, v) = (self.arena.get(q)?, self.arena.get(k)?, self.arena.get(v)?);
         let sinks = if spec.sinks == Handle::NONE { None } else { Some(self.arena.get(spec.sinks)?) };
         let (&[tokens, heads, d], &[k_tokens, kv_heads, k_d], &[v_tokens, v_heads, e]) =
@@ -192,8 +199,15 @@ impl Running<'_> {
         {
             return Err(fault!("sinks {:?} for {heads} heads", sinks.dims()?));
         }
-        if cache as usize >= self.caches {
-            return Err(fault!("cache {cache} of {}", self.caches));
+        if cache as usize >= self.fed.len() {
+            return Err(fault!("cache {cache} of {}", self.fed.len()));
+        }
+        if tokens != self.tokens {
+            return Err(fault!("{tokens} tokens in a step of {}", self.tokens));
+        }
+        match self.fed.get_mut(cache as usize) {
+            Some(fed) if !*fed => *fed = true,
+            _ => return Err(fault!("cache {cache} is fed twice in one step")),
         }
         let (Value::Real(q), Value::Real(k), Value::Real(v)) = (&q, &k, &v) else {
             return Ok(Value::planned(&[tokens, heads, e]));

@@ -1,7 +1,7 @@
 //! The op table itself: one `extern "C"` function for each op, between the handles outside and the values inside.
 //!
-//! Three things happen here for every op: a panic of the host stops here, a first failure gets its op's name and the plugin's place, and
-//! an op called at the wrong time (a running op while building) is refused.
+//! Four things happen here for every op: a panic of the host stops here, a first failure gets its op's name and the plugin's place, an op
+//! called at the wrong time (a running op while building) is refused, and so is a context that is not the one lent to this thread.
 
 use super::{
     building::Building,
@@ -15,15 +15,18 @@ use abi_stable::{
     std_types::{RSlice, RStr},
 };
 use plugin_api::abi::{
-    At, AttendSpec, Ctx, ExpertsSpec, Handle, Pair, Slot, SourceId,
-    ops::{Ops, OpsRef},
+    At, Ctx, Handle, Pair, Slot, SourceId, SpecRef,
+    ops::{Ops, OpsRef, appended},
     root::Host,
 };
 use std::{
-    cell::RefCell,
+    cell::{Cell, RefCell},
     panic::{AssertUnwindSafe, catch_unwind},
     rc::Rc,
-    sync::OnceLock,
+    sync::{
+        OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 /// What a context points to.
@@ -34,29 +37,54 @@ pub enum Call<'a> {
     Running(RefCell<Running<'a>>),
 }
 
+thread_local! {
+    static LENT: Cell<*const ()> = const { Cell::new(std::ptr::null()) };
+}
+
 impl Call<'_> {
-    /// The pointer that goes out to the plugin; it must not be used after `self` is gone.
-    pub fn ctx(&self) -> Ctx {
-        Ctx(std::ptr::from_ref(self).cast())
+    /// Lets a plugin use this call as its context: on this thread, while `f` runs.
+    pub fn lend<T>(&self, f: impl FnOnce(Ctx) -> T) -> T {
+        struct Restore(*const ());
+        impl Drop for Restore {
+            fn drop(&mut self) {
+                LENT.set(self.0);
+            }
+        }
+        let here = std::ptr::from_ref(self).cast();
+        let _restore = Restore(LENT.replace(here));
+        f(Ctx(here))
     }
 }
 
-/// # Safety
-/// `ctx` came from `Call::ctx` and that call still runs: the host makes it for each call of a plugin, and a plugin has no other.
-unsafe fn call<'a>(ctx: Ctx) -> &'a Call<'a> {
-    // SAFETY: the caller's promise.
-    unsafe { &*ctx.0.cast::<Call<'a>>() }
+/// Runs `f` with the call behind a context; without one if the context was kept from an earlier call, taken to another thread or made up.
+fn with_call<T>(ctx: Ctx, f: impl FnOnce(Option<&Call<'_>>) -> T) -> T {
+    if ctx.0.is_null() || LENT.get() != ctx.0 {
+        return f(None);
+    }
+    // SAFETY: `lend` put this pointer there from a `&Call` on this thread, and takes it away before that borrow ends.
+    f(Some(unsafe { &*ctx.0.cast::<Call<'_>>() }))
 }
 
 /// Runs a running op; whatever goes wrong becomes a failed tensor that says what and where.
 fn run(ctx: Ctx, op: &str, slot: Option<Slot>, at: At, f: impl FnOnce(&mut Running) -> Outcome) -> Handle {
-    // SAFETY: see `call`.
-    let Call::Running(running) = (unsafe { call(ctx) }) else { return Handle::NONE };
-    let Ok(mut running) = running.try_borrow_mut() else { return Handle::NONE };
-    let outcome = catch_unwind(AssertUnwindSafe(|| f(&mut running)))
-        .unwrap_or_else(|panic| Err(fault!("the host panicked: {}", text_of(&*panic))));
-    let value = settle(&running, op, slot, at, outcome);
-    running.arena.put(value)
+    with_running(ctx, op, at, |running| {
+        let outcome = catch_unwind(AssertUnwindSafe(|| f(running)))
+            .unwrap_or_else(|panic| Err(fault!("the host panicked: {}", text_of(&*panic))));
+        let value = settle(running, op, slot, at, outcome);
+        running.arena.put(value)
+    })
+    .unwrap_or(Handle::NONE)
+}
+
+fn with_running<T>(ctx: Ctx, op: &str, at: At, f: impl FnOnce(&mut Running) -> T) -> Option<T> {
+    with_call(ctx, |call| match call? {
+        Call::Running(running) => Some(f(&mut *running.try_borrow_mut().ok()?)),
+        Call::Building(building) => {
+            let building = &mut *building.try_borrow_mut().ok()?;
+            building.complain(format!("{op}: called while the model was being built (at {}:{})", at.file, at.line));
+            None
+        }
+    })
 }
 
 /// The text of a panic.
@@ -79,12 +107,22 @@ fn settle(running: &Running, op: &str, slot: Option<Slot>, at: At, outcome: Outc
     }
 }
 
-/// Runs a building op; outside of `create` nothing happens.
-fn build<T>(ctx: Ctx, otherwise: T, f: impl FnOnce(&mut Building) -> T) -> T {
-    // SAFETY: see `call`.
-    let Call::Building(building) = (unsafe { call(ctx) }) else { return otherwise };
-    let Ok(mut building) = building.try_borrow_mut() else { return otherwise };
-    catch_unwind(AssertUnwindSafe(|| f(&mut building))).unwrap_or(otherwise)
+/// Runs a building op; outside of `create` it fails the step.
+fn build<T>(ctx: Ctx, op: &str, otherwise: T, at: At, f: impl FnOnce(&mut Building) -> T) -> T {
+    let built = with_call(ctx, |call| match call? {
+        Call::Building(building) => {
+            let building = &mut *building.try_borrow_mut().ok()?;
+            catch_unwind(AssertUnwindSafe(|| f(building)))
+                .map_err(|panic| building.complain(format!("{op}: the host panicked: {}", text_of(&*panic))))
+                .ok()
+        }
+        Call::Running(running) => {
+            let misuse = format!("{op}: called while the model was running (at {}:{})", at.file, at.line);
+            running.try_borrow_mut().ok()?.misuse.get_or_insert(misuse);
+            None
+        }
+    });
+    built.unwrap_or(otherwise)
 }
 
 /// Declares the functions and collects them into the table, so that an op is written in one place.
@@ -97,7 +135,7 @@ macro_rules! implement {
         binary { $($zname:ident: |$za:ident, $zb:ident| $zbody:expr;)* }
         other { $($oname:ident,)* }
     ) => {
-        $(extern "C" fn $bname(ctx: Ctx, $($barg: $bty,)* _: At) $(-> $bret)? { build(ctx, $otherwise, |$b| $bbody) })*
+        $(extern "C" fn $bname(ctx: Ctx, $($barg: $bty,)* at: At) $(-> $bret)? { build(ctx, stringify!($bname), $otherwise, at, |$b| $bbody) })*
         $(extern "C" fn $sname(ctx: Ctx, $sslot: Slot, $($sarg: $sty,)* at: At) -> Handle { run(ctx, stringify!($sname), Some($sslot), at, |$s| $sbody) })*
         $(extern "C" fn $rname(ctx: Ctx, $($rarg: $rty,)* at: At) -> Handle { run(ctx, stringify!($rname), None, at, |$r| $rbody) })*
         $(extern "C" fn $uname(ctx: Ctx, x: Handle, at: At) -> Handle {
@@ -111,6 +149,16 @@ macro_rules! implement {
             static TABLE: OnceLock<OpsRef> = OnceLock::new();
             *TABLE.get_or_init(|| Ops { $($bname,)* $($sname,)* $($rname,)* $($uname,)* $($zname,)* $($oname,)* }.leak_into_prefix())
         }
+
+        /// The table of a host to come: the same ops, and one more.
+        fn longer_ops() -> appended::OpsRef {
+            static TABLE: OnceLock<appended::OpsRef> = OnceLock::new();
+            *TABLE.get_or_init(|| {
+                let newer_than_the_plugin = neg;
+                appended::Ops { $($bname,)* $($sname,)* $($rname,)* $($uname,)* $($zname,)* $($oname,)* newer_than_the_plugin }
+                    .leak_into_prefix()
+            })
+        }
     };
 }
 
@@ -122,14 +170,14 @@ implement! {
             |b| b.transform(source, kind, ints.as_slice(), factor);
         stack(sources: RSlice<'_, SourceId>) -> SourceId: SourceId::NONE, |b| b.stack(sources.as_slice());
         ignore(prefix: RStr<'_>): (), |b| b.ignored.push(prefix.as_str().to_owned());
-        complain(message: RStr<'_>): (), |b| b.complaints.push(message.as_str().to_owned());
+        complain(message: RStr<'_>): (), |b| b.complain(message.as_str().to_owned());
         linear_layer(weight: SourceId, bias: SourceId, inputs: u64, outputs: u64) -> Slot: Slot(u32::MAX),
             |b| b.linear_layer(weight, bias, inputs, outputs);
         fuse(_slots: RSlice<'_, Slot>): (), |_b| ();
         embedding_layer(weight: SourceId, vocab: u64, dim: u64) -> Slot: Slot(u32::MAX), |b| b.embedding_layer(weight, vocab, dim);
         norm_layer(kind: u32, weight: SourceId, bias: SourceId, dim: u64, eps: f64) -> Slot: Slot(u32::MAX),
             |b| b.norm_layer(kind, weight, bias, dim, eps);
-        experts_layer(prefix: RStr<'_>, spec: &ExpertsSpec) -> Slot: Slot(u32::MAX), |b| b.experts_layer(&prefix, spec);
+        experts_layer(prefix: RStr<'_>, spec: SpecRef<'_>) -> Slot: Slot(u32::MAX), |b| b.experts_layer(&prefix, spec);
         parameter_layer(source: SourceId, dims: RSlice<'_, u64>) -> Slot: Slot(u32::MAX), |b| b.parameter_layer(source, dims.as_slice());
         rope_layer(dims: u64, base: f64, scaling: RStr<'_>) -> Slot: Slot(u32::MAX), |b| b.rope_layer(dims, base, &scaling);
     }
@@ -144,7 +192,7 @@ implement! {
     }
     run {
         fail(message: RStr<'_>): |_r| Err(fault!("{message}"));
-        attend(cache: u32, q: Handle, k: Handle, v: Handle, spec: &AttendSpec): |r| r.attend(cache, q, k, v, spec);
+        attend(cache: u32, q: Handle, k: Handle, v: Handle, spec: SpecRef<'_>): |r| r.attend(cache, q, k, v, spec);
         split_heads(x: Handle, head_dim: u64): |r| r.arena.get(x)?.split_heads(head_dim as usize);
         narrow(x: Handle, start: u64, len: u64): |r| r.arena.get(x)?.narrow(start as usize, len as usize);
         concat(parts: RSlice<'_, Handle>): |r| {
@@ -193,23 +241,13 @@ implement! {
     other { retain, release, topk, }
 }
 
-extern "C" fn retain(ctx: Ctx, x: Handle, _: At) -> Handle {
-    // SAFETY: see `call`.
-    if let Call::Running(running) = unsafe { call(ctx) }
-        && let Ok(mut running) = running.try_borrow_mut()
-    {
-        running.arena.retain(x);
-    }
+extern "C" fn retain(ctx: Ctx, x: Handle, at: At) -> Handle {
+    with_running(ctx, "retain", at, |running| running.arena.retain(x));
     x
 }
 
-extern "C" fn release(ctx: Ctx, x: Handle, _: At) {
-    // SAFETY: see `call`.
-    if let Call::Running(running) = unsafe { call(ctx) }
-        && let Ok(mut running) = running.try_borrow_mut()
-    {
-        running.arena.release(x);
-    }
+extern "C" fn release(ctx: Ctx, x: Handle, at: At) {
+    with_running(ctx, "release", at, |running| running.arena.release(x));
 }
 
 extern "C" fn topk(ctx: Ctx, x: Handle, k: u64, at: At) -> Pair {
@@ -227,9 +265,25 @@ extern "C" fn topk(ctx: Ctx, x: Handle, k: u64, at: At) -> Pair {
     Pair { first, second }
 }
 
+static NEWER: AtomicBool = AtomicBool::new(false);
+
+/// From here on this process serves a table with one op more than plugins know, as a later dylm will: for the test that they do not notice.
+#[doc(hidden)]
+pub fn play_newer_host(newer: bool) {
+    NEWER.store(newer, Ordering::SeqCst);
+}
+
 /// What every call of a plugin gets to see of the host.
 pub fn host() -> Host {
-    Host { ops: ops(), layout: <OpsRef as StableAbi>::LAYOUT, extension: no_extension }
+    let (ops, layout) = match NEWER.load(Ordering::Relaxed) {
+        false => (ops(), <OpsRef as StableAbi>::LAYOUT),
+        // SAFETY: both are pointers to a table of the same ops in the same order; that the second is longer its header says.
+        true => (
+            unsafe { std::mem::transmute::<appended::OpsRef, OpsRef>(longer_ops()) },
+            <appended::OpsRef as StableAbi>::LAYOUT,
+        ),
+    };
+    Host { ops, layout, extension: no_extension }
 }
 
 extern "C" fn no_extension(_: RStr<'_>) -> *const () {

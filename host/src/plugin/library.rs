@@ -3,20 +3,26 @@
 
 use super::{note::Note, registry::Found};
 use crate::error::{Error, Result};
-use crate::ops::table;
+use crate::ops::table::{self, Call};
 use abi_stable::{
     library::{AbiHeaderRef, LibraryError},
     std_types::RResult,
 };
 use plugin_api::abi::{
-    self, CacheSpec, Ctx, Handle,
-    root::{FactoryRef, Host, ModelObject, PluginError},
+    self, CacheSpec, Handle,
+    root::{FactoryRef, ModelObject, PluginError},
 };
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
 };
+
+/// More layers with a memory than any model has.
+const MOST_CACHES: usize = 100_000;
+
+#[doc(hidden)]
+pub use crate::ops::table::play_newer_host;
 
 /// An opened plugin.
 #[derive(Clone)]
@@ -58,17 +64,22 @@ impl Library {
         Ok(Library { path: path.clone(), note: note.clone(), factory })
     }
 
-    /// Builds a model for `config`, with `ctx` as the building call's context.
-    pub fn create(&self, ctx: Ctx, config: &str) -> Result<Object> {
+    /// Builds a model for `config`; what the plugin asks for is written down in `call`.
+    pub(crate) fn create(&self, call: &Call, config: &str) -> Result<Object> {
         let host = table::host();
-        self.create_with(&host, ctx, config)
-    }
-
-    /// The same against any host table: how a test plays a later host.
-    pub fn create_with(&self, host: &Host, ctx: Ctx, config: &str) -> Result<Object> {
-        let object = result(self.factory.create()(host, ctx, config.into()))?;
-        let caches = (object.caches)(object.data);
-        Ok(Object { object: Mutex::new(object), caches: caches.into_vec() })
+        let object = call.lend(|ctx| result(self.factory.create()(&host, ctx, config.into())))?;
+        let caches = (object.caches)(object.data).into_vec();
+        let object = Object { object: Mutex::new(object), caches };
+        // Only now, for the object must be dropped if this fails.
+        let known = |c: &CacheSpec| c.kind == abi::CACHE_KEY_VALUE && c.flags == 0 && c.dims == [0; 6];
+        if object.caches.len() > MOST_CACHES || !object.caches.iter().all(known) {
+            return Err(Error::plugin(format!(
+                "{}: its model asks for {} caches, not all of a kind that this dylm has; update dylm",
+                self.path.display(),
+                object.caches.len()
+            )));
+        }
+        Ok(object)
     }
 }
 
@@ -87,15 +98,15 @@ unsafe impl Sync for Object {}
 
 impl Object {
     /// ids `[tokens]` -> hidden `[tokens, dim]`
-    pub fn forward(&self, ctx: Ctx, tokens: Handle) -> Result<Handle> {
+    pub(crate) fn forward(&self, call: &Call, tokens: Handle) -> Result<Handle> {
         let object = self.object.lock().unwrap_or_else(PoisonError::into_inner);
-        result((object.forward)(object.data, &table::host(), ctx, tokens))
+        call.lend(|ctx| result((object.forward)(object.data, &table::host(), ctx, tokens)))
     }
 
     /// hidden `[rows, dim]` -> logits `[rows, vocab]`
-    pub fn head(&self, ctx: Ctx, hidden: Handle) -> Result<Handle> {
+    pub(crate) fn head(&self, call: &Call, hidden: Handle) -> Result<Handle> {
         let object = self.object.lock().unwrap_or_else(PoisonError::into_inner);
-        result((object.head)(object.data, &table::host(), ctx, hidden))
+        call.lend(|ctx| result((object.head)(object.data, &table::host(), ctx, hidden)))
     }
 }
 
@@ -120,14 +131,24 @@ fn result<T>(r: RResult<T, PluginError>) -> Result<T> {
 #[cfg(unix)]
 fn refuse_writable(path: &Path) -> Result<()> {
     use std::os::unix::fs::PermissionsExt;
-    let mode = std::fs::metadata(path).map_err(Error::io(path))?.permissions().mode();
-    if mode & 0o002 != 0 {
-        return Err(Error::plugin(format!(
-            "{}: everybody may write to this file, so it is not opened; chmod o-w it",
+    const OTHERS_WRITE: u32 = 0o002;
+    const STICKY: u32 = 0o1000;
+    let mode = |path: &Path| std::fs::metadata(path).map(|m| m.permissions().mode()).map_err(Error::io(path));
+    let refuse = |path: &Path, what: &str| {
+        Err(Error::plugin(format!(
+            "{}: everybody may write to this {what}, so no plugin is opened from it; chmod o-w it",
             path.display()
-        )));
+        )))
+    };
+    // A link is as safe as what it leads to and as the folder that it lies in.
+    let real = path.canonicalize().map_err(Error::io(path))?;
+    for folder in [path.parent(), real.parent()].into_iter().flatten() {
+        let mode = mode(folder)?;
+        if mode & OTHERS_WRITE != 0 && mode & STICKY == 0 {
+            return refuse(folder, "folder");
+        }
     }
-    Ok(())
+    if mode(&real)? & OTHERS_WRITE != 0 { refuse(path, "file") } else { Ok(()) }
 }
 
 #[cfg(not(unix))]
@@ -158,9 +179,10 @@ fn open(path: &Path) -> Result<FactoryRef> {
         detail: Some(e.to_string()),
     };
     // SAFETY: `export_plugin!` declares this symbol as a `LibHeader`, which starts with an `AbiHeader`; the type is checked next.
-    let header: AbiHeaderRef =
-        unsafe { *library.get::<AbiHeaderRef>(abi::SYMBOL).map_err(|e| refuse(format!("is no plugin: {e}")))? };
+    let symbol = unsafe { library.get::<AbiHeaderRef>(abi::SYMBOL).map(|symbol| *symbol) };
+    // Even a library that is none of ours stays: its initializers have run, and may have started threads.
     std::mem::forget(library);
+    let header = symbol.map_err(|e| refuse(format!("has a note, but is no plugin: {e}")))?;
     let header = header.upgrade().map_err(unlike)?;
     header.ensure_layout::<FactoryRef>().map_err(unlike)?;
     // SAFETY: the layout was checked in the line above.

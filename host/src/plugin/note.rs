@@ -2,7 +2,7 @@
 //! crash on: truncated ones, libraries of another machine, texts.
 
 use crate::error::{Error, Result};
-use object::{Object, ObjectSection};
+use object::{Object, ObjectSection, ObjectSegment};
 use plugin_api::abi::{
     self,
     note::{HEADER_ELF, SECTION_ELF, SECTION_MACHO, SECTION_PE, VENDOR},
@@ -58,17 +58,14 @@ impl Note {
         let bytes = std::fs::read(path).map_err(Error::io(path))?;
         let file = object::File::parse(&*bytes)
             .map_err(|e| refuse(format!("is not a library, or only a part of one ({e}); build or copy it again")))?;
-        // Sections that reach past the end are how a truncated file shows.
-        for section in file.sections() {
-            if let Some((start, len)) = section.file_range()
-                && start.checked_add(len).is_none_or(|end| end > bytes.len() as u64)
-            {
-                return Err(refuse(format!(
-                    "is truncated: it has {} bytes and a section that ends at {}; copy it again",
-                    bytes.len(),
-                    start + len
-                )));
-            }
+        // Parts that reach past the end are how a truncated file shows. Segments are what the loader maps, and touching one that is not
+        // there is a signal, not an error.
+        let sections = file.sections().filter_map(|s| s.file_range());
+        let ends =
+            sections.chain(file.segments().map(|s| s.file_range())).map(|(start, len)| start.saturating_add(len));
+        if let Some(end) = ends.max().filter(|&end| end > bytes.len() as u64) {
+            let len = bytes.len();
+            return Err(refuse(format!("is truncated: it has {len} bytes of at least {end}; copy it again")));
         }
         if file.architecture() != machine() {
             return Err(refuse(format!("is built for {:?}, this machine is {:?}", file.architecture(), machine())));

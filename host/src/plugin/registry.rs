@@ -26,6 +26,8 @@ pub struct Found {
 #[derive(Clone, Debug)]
 pub struct Registry {
     folders: Vec<PathBuf>,
+    /// Folders that the user named and that are none.
+    missing: Vec<PathBuf>,
 }
 
 impl Registry {
@@ -45,7 +47,8 @@ impl Registry {
                 absolute.push(folder);
             }
         }
-        Registry { folders: absolute }
+        let missing = first.iter().filter(|folder| !folder.is_dir()).cloned().collect();
+        Registry { folders: absolute, missing }
     }
 
     /// The folders that exist, in order of search.
@@ -81,6 +84,9 @@ impl Registry {
             return Err(Error::Config(format!(
                 "config.json: model_type {model_type:?} is no name; letters, digits, _ - and . may stand in it"
             )));
+        }
+        if let Some(folder) = self.missing.first() {
+            return Err(Error::Usage(format!("--plugins {}: there is no such folder", folder.display())));
         }
         let mut refused = None;
         for folder in &self.folders {
@@ -141,7 +147,9 @@ fn stem(path: &Path) -> &str {
 
 /// The user's own plugins.
 pub fn data_folder() -> Option<PathBuf> {
-    let home = env::var_os("HOME").or(env::var_os("USERPROFILE")).map(PathBuf::from)?;
+    let home = env::var_os("HOME").or(env::var_os("USERPROFILE")).map(PathBuf::from);
+    // An empty one would make this a folder below the working directory.
+    let home = home.filter(|p| p.is_absolute())?;
     let data = match env::var_os("XDG_DATA_HOME").map(PathBuf::from).filter(|p| p.is_absolute()) {
         Some(data) => data,
         None if cfg!(target_os = "macos") => home.join("Library/Application Support"),
