@@ -102,7 +102,11 @@ impl Plan {
 
     /// Parameters, by what the architecture asks for.
     pub fn parameters(&self) -> u64 {
-        self.wanted.iter().flat_map(Wanted::recipes).map(|(_, dims)| dims.iter().product::<usize>() as u64).sum()
+        self.wanted
+            .iter()
+            .flat_map(Wanted::recipes)
+            .map(|(_, dims)| dims.iter().fold(1, |n: u64, &d| n.saturating_mul(d as u64)))
+            .fold(0, u64::saturating_add)
     }
 
     /// Bytes of weights in the files, scales included.
@@ -278,10 +282,10 @@ impl Engine<'_> {
         select: impl FnOnce(&Value) -> Result<Option<Value>>,
     ) -> Result<Option<Value>> {
         let dry = matches!(tokens, Value::Planned(_));
-        let dims = tokens.dims().map(<[usize]>::to_vec).unwrap_or_default();
+        let count = tokens.dims().ok().and_then(|dims| dims.first().copied()).unwrap_or_default();
         let running = Running {
             arena: Arena::default(),
-            tokens: dims.first().copied().unwrap_or_default(),
+            tokens: count,
             fed: vec![false; self.object.caches.len()],
             misuse: None,
             wanted: self.wanted,
@@ -295,23 +299,28 @@ impl Engine<'_> {
 
         let tokens = cell.borrow_mut().arena.put(tokens);
         let hidden = self.object.forward(&call, tokens)?;
-        let hidden = take(cell, hidden, "forward")?;
+        let hidden = take(cell, hidden, "forward", count)?;
         let Some(chosen) = (if dry { Some(hidden) } else { select(&hidden)? }) else { return Ok(None) };
+        let count = chosen.dims().ok().and_then(|dims| dims.first().copied()).unwrap_or_default();
         let chosen = cell.borrow_mut().arena.put(chosen);
         let logits = self.object.head(&call, chosen)?;
-        Ok(Some(take(cell, logits, "head")?))
+        Ok(Some(take(cell, logits, "head", count)?))
     }
 }
 
-/// The value that a plugin returned, or the first failure on the way to it.
-fn take(running: &RefCell<Running>, handle: plugin_api::abi::Handle, what: &str) -> Result<Value> {
+/// The value that a plugin returned, of as many rows as it was given, or the first failure on the way to it.
+fn take(running: &RefCell<Running>, handle: plugin_api::abi::Handle, what: &str, rows: usize) -> Result<Value> {
     let mut running = running.borrow_mut();
     if let Some(misuse) = running.misuse.take() {
         return Err(Error::plugin(misuse));
     }
     match running.arena.get(handle) {
         Ok(Value::Failed(first)) => Err(Error::plugin(first.to_string())),
-        Ok(value) => Ok(value),
+        Ok(value) => match value.dims() {
+            Ok(&[n, width]) if n == rows && width > 0 => Ok(value),
+            Ok(dims) => Err(Error::plugin(format!("the plugin's {what} returned {dims:?}, it should be [{rows}, ..]"))),
+            Err(_) => Err(Error::plugin(format!("the plugin's {what} failed"))),
+        },
         Err(_) => Err(Error::plugin(format!(
             "the plugin's {what} returned no tensor of this step (but one kept from another step, dropped twice, or made up)"
         ))),

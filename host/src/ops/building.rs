@@ -15,13 +15,23 @@ use std::{collections::HashMap, sync::Arc};
 /// More slots than any model has.
 const MOST_SLOTS: usize = 1_000_000;
 
+/// A source goes through a handful of transforms; reading one walks through them, with the stack for its limit.
+const DEEPEST: usize = 64;
+
+struct Source {
+    recipe: Arc<Recipe>,
+    depth: usize,
+    /// Recipes in it, counted as often as they occur.
+    parts: usize,
+}
+
 /// Everything a plugin said while it built a model.
 pub struct Building<'a> {
     /// The checkpoint, by the names that plugins use.
     pub pantry: &'a Pantry,
     /// config.json.
     pub config: &'a Json,
-    sources: Vec<Arc<Recipe>>,
+    sources: Vec<Source>,
     ropes: HashMap<(u64, u64, String), Slot>,
     expert_sources: usize,
     /// The slots, in order.
@@ -47,12 +57,20 @@ impl<'a> Building<'a> {
         }
     }
 
-    fn put(&mut self, recipe: Recipe) -> SourceId {
+    /// Adds a recipe made of other sources.
+    fn put(&mut self, recipe: Recipe, of: &[SourceId]) -> SourceId {
+        let of = of.iter().filter_map(|id| self.sources.get((id.0 as usize).checked_sub(1)?));
+        let (depth, parts) =
+            of.fold((0, 1usize), |(depth, parts), s| (s.depth.max(depth), parts.saturating_add(s.parts)));
+        if depth >= DEEPEST || parts > MOST_SLOTS {
+            self.complain(format!("{}: the plugin puts too many transforms on one tensor", recipe.name()));
+            return SourceId::NONE;
+        }
         if self.sources.len() >= MOST_SLOTS {
             self.complain(format!("the plugin asks for more than {MOST_SLOTS} tensors"));
             return SourceId::NONE;
         }
-        self.sources.push(Arc::new(recipe));
+        self.sources.push(Source { recipe: Arc::new(recipe), depth: depth + 1, parts });
         SourceId(self.sources.len() as u32)
     }
 
@@ -67,7 +85,7 @@ impl<'a> Building<'a> {
 
     fn recipe(&mut self, id: SourceId) -> Arc<Recipe> {
         match (id.0 as usize).checked_sub(1).and_then(|i| self.sources.get(i)) {
-            Some(recipe) => recipe.clone(),
+            Some(source) => source.recipe.clone(),
             None => {
                 self.complain("the plugin used a source that it was never given".into());
                 Arc::new(Recipe::Stored("a source that was never given".into()))
@@ -92,7 +110,7 @@ impl<'a> Building<'a> {
     }
 
     pub fn source(&mut self, name: &str) -> SourceId {
-        self.put(Recipe::Stored(name.to_owned()))
+        self.put(Recipe::Stored(name.to_owned()), &[])
     }
 
     pub fn transform(&mut self, source: SourceId, kind: u32, ints: &[u64], factor: f64) -> SourceId {
@@ -112,12 +130,12 @@ impl<'a> Building<'a> {
                 return source;
             }
         };
-        self.put(recipe)
+        self.put(recipe, &[source])
     }
 
     pub fn stack(&mut self, sources: &[SourceId]) -> SourceId {
         let parts = sources.iter().map(|&s| self.recipe(s)).collect();
-        self.put(Recipe::Stack(parts))
+        self.put(Recipe::Stack(parts), sources)
     }
 
     pub fn linear_layer(&mut self, weight: SourceId, bias: SourceId, inputs: u64, outputs: u64) -> Slot {

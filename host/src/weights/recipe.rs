@@ -131,7 +131,8 @@ impl Pantry {
             }
             Recipe::Reshape(inner, dims) => {
                 let shape = self.shape(inner)?;
-                if shape.iter().product::<usize>() != dims.iter().product::<usize>() {
+                let count = |dims: &[usize]| dims.iter().try_fold(1usize, |n, &d| n.checked_mul(d));
+                if count(&shape) != count(dims) {
                     return Err(wrong(format!("a tensor of shape {shape:?} cannot become {dims:?}")));
                 }
                 dims.clone()
