@@ -196,9 +196,12 @@ macro_rules! export_plugin {
             #[cfg_attr(not(any(windows, target_vendor = "apple")), unsafe(link_section = ".note.dylm"))]
             static NOTE: $crate::abi::note::Note<LENGTH> = $crate::abi::note::Note::new(&FACTS);
 
+            // A second copy, so that a note which somebody changed in the file no longer agrees with the code.
+            static TEXT: [u8; LENGTH] = $crate::abi::note::write(&FACTS);
+
             extern "C" fn root_module() -> $crate::abi_stable::library::RootModuleResult {
                 fn factory() -> $crate::abi::root::FactoryRef {
-                    $crate::export::Exported::<$architecture>::factory(NOTE.text())
+                    $crate::export::Exported::<$architecture>::factory(std::str::from_utf8(&TEXT).unwrap_or_default())
                 }
                 $crate::abi_stable::library::__call_root_module_loader(factory)
             }

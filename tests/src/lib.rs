@@ -1,6 +1,8 @@
-//! What the end-to-end tests share: checkpoints small enough to be generated on the spot, and the real one.
+//! What the end-to-end tests share: checkpoints small enough to be generated on the spot, the real one, the real binary, and plugins built
+//! by strangers.
 
 pub mod binary;
+pub mod outside;
 pub mod smollm2;
 pub mod tiny;
 mod tiny_tokenizer;

@@ -289,3 +289,33 @@ pub fn host() -> Host {
 extern "C" fn no_extension(_: RStr<'_>) -> *const () {
     std::ptr::null()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        device::{DeviceChoice, DtypeChoice, Placement},
+        ops::arena::Arena,
+    };
+
+    #[test]
+    fn a_context_is_nothing_on_another_thread_after_the_call_and_when_made_up() {
+        let place = Placement::new(DeviceChoice::Cpu, DtypeChoice::Float32, candle_core::DType::F32).unwrap();
+        let (arena, parts) = (Arena::default(), Vec::new());
+        let running =
+            Running { arena, tokens: 1, fed: Vec::new(), misuse: None, wanted: &[], layers: &[], place: &place, parts };
+        let cell = RefCell::new(running);
+        let x = cell.borrow_mut().arena.put(Value::planned(&[1]));
+        let call = Call::Running(cell);
+        let exp = move |ctx: usize| host().ops.exp()(Ctx(ctx as *const ()), x, At::caller());
+        let kept = call.lend(|ctx| {
+            let ctx = ctx.0 as usize;
+            assert_ne!(exp(ctx), Handle::NONE);
+            assert_eq!(std::thread::spawn(move || exp(ctx)).join().unwrap(), Handle::NONE);
+            assert_eq!(exp(ctx + 8), Handle::NONE);
+            assert_eq!(exp(0), Handle::NONE);
+            ctx
+        });
+        assert_eq!(exp(kept), Handle::NONE);
+    }
+}

@@ -100,6 +100,11 @@ pub const fn measure(facts: &Facts<'_>) -> usize {
     Writer::<0> { bytes: [], len: 0 }.facts(facts).len
 }
 
+/// The note's text; `N` comes from [`measure`].
+pub const fn write<const N: usize>(facts: &Facts<'_>) -> [u8; N] {
+    Writer::<N> { bytes: [0; N], len: 0 }.facts(facts).bytes
+}
+
 /// The name of the note's vendor, as ELF has it: with its closing zero, in whole words.
 pub const VENDOR: [u8; 8] = *b"dylm\0\0\0\0";
 /// The bytes before the text of an ELF note: lengths of name and text, type, name.
@@ -107,6 +112,7 @@ pub const HEADER_ELF: usize = 3 * 4 + VENDOR.len();
 
 /// The note as it lies in the section; `N` comes from [`measure`]. On ELF systems: System V ABI, chapter 5, "Note Section".
 #[repr(C)]
+#[allow(dead_code, reason = "read from the file, by others")]
 pub struct Note<const N: usize> {
     #[cfg(not(any(windows, target_vendor = "apple")))]
     header: ElfHeader,
@@ -117,6 +123,7 @@ pub struct Note<const N: usize> {
 
 #[cfg(not(any(windows, target_vendor = "apple")))]
 #[repr(C)]
+#[allow(dead_code, reason = "read from the file, by others")]
 struct ElfHeader {
     name_size: u32,
     text_size: u32,
@@ -130,14 +137,9 @@ impl<const N: usize> Note<N> {
         Note {
             #[cfg(not(any(windows, target_vendor = "apple")))]
             header: ElfHeader { name_size: 5, text_size: N as u32, kind: 1, name: VENDOR },
-            text: Writer::<N> { bytes: [0; N], len: 0 }.facts(facts).bytes,
+            text: write(facts),
             _words: [],
         }
-    }
-
-    /// The JSON text.
-    pub fn text(&self) -> &str {
-        std::str::from_utf8(&self.text).unwrap_or_default()
     }
 }
 
@@ -155,8 +157,8 @@ mod tests {
             model_types: &["a", "b"],
             panic: "unwind",
         };
-        static NOTE: Note<{ measure(&FACTS) }> = Note::new(&FACTS);
-        let json: serde_json::Value = serde_json::from_str(NOTE.text()).unwrap();
+        const TEXT: [u8; measure(&FACTS)] = write(&FACTS);
+        let json: serde_json::Value = serde_json::from_slice(&TEXT).unwrap();
         assert_eq!(json["name"], FACTS.name);
         assert_eq!(json["license"], FACTS.license);
         assert_eq!(json["url"], FACTS.url);
