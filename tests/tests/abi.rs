@@ -7,7 +7,6 @@ use dylm::{
 };
 use std::{
     path::{Path, PathBuf},
-    process::Command,
     sync::Mutex,
 };
 use tests::{
@@ -89,7 +88,7 @@ fn a_plugin_does_not_notice_that_the_host_has_one_op_more() {
 fn against_another_api(name: &str, change: impl Fn(&str, String) -> String) -> PathBuf {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
     let folder = binary::folder().with_file_name("outside").join("changed").join(name);
-    let copy = |from: &Path, to: &str, edit: &dyn Fn(String) -> String| {
+    let copy = |from: &Path, to: &str, edit: &mut dyn FnMut(String) -> String| {
         let (text, to) = (std::fs::read_to_string(from).unwrap(), folder.join(to));
         std::fs::create_dir_all(to.parent().unwrap()).unwrap();
         let text = edit(text);
@@ -98,23 +97,22 @@ fn against_another_api(name: &str, change: impl Fn(&str, String) -> String) -> P
             std::fs::write(to, text).unwrap();
         }
     };
-    let api = "plugin-api";
-    let listed = Command::new("find").args(["Cargo.toml", "build.rs", "src", "-type", "f"]).current_dir(root.join(api));
-    let listed = { listed }.output().unwrap();
     let mut changed = false;
-    for file in String::from_utf8(listed.stdout).unwrap().lines() {
-        let before = std::fs::read_to_string(root.join(api).join(file)).unwrap();
-        let after = change(file, before.clone());
-        changed |= before != after;
-        copy(&root.join(api).join(file), &format!("{api}/{file}"), &|_| after.clone());
+    for path in files_below(&root.join("plugin-api")) {
+        let file = path.strip_prefix(&root).unwrap().display().to_string().replace('\\', "/");
+        copy(&path, &file, &mut |before| {
+            let after = change(&file["plugin-api/".len()..], before.clone());
+            changed |= before != after;
+            after
+        });
     }
     assert!(changed, "{name}: the text to be changed is not in plugin-api any more");
     let own = outside::workspace();
-    copy(&own.join("outsider/src/lib.rs"), "outsider/src/lib.rs", &|text| text);
+    copy(&own.join("outsider/src/lib.rs"), "outsider/src/lib.rs", &mut |text| text);
     let named = format!("[lib]\nname = \"outsider_{name}\"");
-    copy(&own.join("outsider/Cargo.toml"), "outsider/Cargo.toml", &|text| text.replace("[lib]", &named));
-    copy(&own.join("Cargo.lock"), "Cargo.lock", &|text| text);
-    copy(&root.join("Cargo.toml"), "Cargo.toml", &|text| {
+    copy(&own.join("outsider/Cargo.toml"), "outsider/Cargo.toml", &mut |text| text.replace("[lib]", &named));
+    copy(&own.join("Cargo.lock"), "Cargo.lock", &mut |text| text);
+    copy(&root.join("Cargo.toml"), "Cargo.toml", &mut |text| {
         let members = "[\"plugin-api\", \"outsider\"]";
         let keep =
             |line: &&str| !line.starts_with("exclude") && !line.starts_with("dylm =") && !line.contains(".dylm]");
@@ -122,6 +120,11 @@ fn against_another_api(name: &str, change: impl Fn(&str, String) -> String) -> P
         text.join("\n").replace("[\"host\", \"plugin-api\", \"plugins/*\", \"tests\"]", members)
     });
     outside::build(&folder, "outsider", &format!("outsider_{name}"), None)
+}
+
+fn files_below(folder: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    entries.flat_map(|path| if path.is_dir() { files_below(&path) } else { vec![path] }).collect()
 }
 
 fn replaced(file: &str, text: String, of: &str, from: &str, to: &str) -> String {

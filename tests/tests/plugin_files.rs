@@ -197,17 +197,19 @@ fn listing_plugins_and_looking_for_another_runs_nothing() {
 
 #[test]
 fn what_lies_beside_a_model_or_in_the_working_directory_is_never_opened() {
-    let (model, elsewhere) = (checkpoint(&[]), tempfile::tempdir().unwrap());
+    let model = checkpoint(&[("model_type", json!("trap"))]);
+    let elsewhere = tempfile::tempdir().unwrap();
     let marker = elsewhere.path().join("sprung");
     for folder in ["", "plugins", "lib", ".local/share/dylm/plugins"].map(|f| model.path().join(f)) {
         fs::create_dir_all(&folder).unwrap();
-        trap(&folder, "llama", Some("llama"), &marker);
+        trap(&folder, "trap", Some("trap"), &marker);
     }
     for home in ["", "."] {
         let mut command = dylm();
         command.args(["generate", "--max-tokens", "4", "--model", "."]).current_dir(model.path());
         let output = command.env("HOME", home).env("LD_LIBRARY_PATH", ".").env("DYLM_PLUGINS", "").output().unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let sentence = one_sentence(&output, home);
+        assert!(sentence.contains("no plugin serves model_type \"trap\""), "HOME={home}: {sentence}");
     }
     assert!(!marker.exists(), "a library beside the model was opened");
 }
