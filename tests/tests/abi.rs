@@ -100,7 +100,7 @@ fn against_another_api(name: &str, change: impl Fn(&str, String) -> String) -> P
     let mut changed = false;
     for path in files_below(&root.join("plugin-api")) {
         let file = path.strip_prefix(&root).unwrap().display().to_string().replace('\\', "/");
-        copy(&path, &file, &mut |before| {
+        copy(&path, &format!("{name}/{file}"), &mut |before| {
             let after = change(&file["plugin-api/".len()..], before.clone());
             changed |= before != after;
             after
@@ -108,16 +108,20 @@ fn against_another_api(name: &str, change: impl Fn(&str, String) -> String) -> P
     }
     assert!(changed, "{name}: the text to be changed is not in plugin-api any more");
     let own = outside::workspace();
-    copy(&own.join("outsider/src/lib.rs"), "outsider/src/lib.rs", &mut |text| text);
+    copy(&own.join("outsider/src/lib.rs"), &format!("{name}/src/lib.rs"), &mut |text| text);
     let named = format!("[lib]\nname = \"outsider_{name}\"");
-    copy(&own.join("outsider/Cargo.toml"), "outsider/Cargo.toml", &mut |text| text.replace("[lib]", &named));
+    copy(&own.join("outsider/Cargo.toml"), &format!("{name}/Cargo.toml"), &mut |text| text.replace("[lib]", &named));
     copy(&own.join("Cargo.lock"), "Cargo.lock", &mut |text| text);
     copy(&root.join("Cargo.toml"), "Cargo.toml", &mut |text| {
-        let members = "[\"plugin-api\", \"outsider\"]";
-        let keep =
-            |line: &&str| !line.starts_with("exclude") && !line.starts_with("dylm =") && !line.contains(".dylm]");
-        let text: Vec<&str> = text.lines().filter(keep).collect();
-        text.join("\n").replace("[\"host\", \"plugin-api\", \"plugins/*\", \"tests\"]", members)
+        // The host is not among them, and profiles are those of the plugins' own workspace.
+        let text = text.split("[profile").next().unwrap_or_default();
+        let keep = |line: &&str| !line.starts_with("exclude") && !line.starts_with("dylm =");
+        let text = text.lines().filter(keep).collect::<Vec<_>>().join("\n");
+        // Cargo tells packages apart by their paths below the workspace, and all of these share a target folder.
+        let text = text.replace("path = \"plugin-api\"", &format!("path = \"{name}/plugin-api\""));
+        let members = format!("members = [\"{name}\", \"{name}/plugin-api\"]");
+        let text = text.replace("members = [\"host\", \"plugin-api\", \"plugins/*\", \"tests\"]", &members);
+        text + "\n[profile.dev]\ndebug = false\n"
     });
     outside::build(&folder, "outsider", &format!("outsider_{name}"), None)
 }
