@@ -43,3 +43,17 @@ pub fn one_sentence(output: &Output, what: &str) -> String {
     assert!(!sentence.contains('\n') && sentence.len() < 600, "{what}: not one sentence: {err}");
     sentence.to_owned()
 }
+
+/// The one sentence with which a failed run ended.
+///
+/// # Panics
+/// If the run succeeded, was killed by a signal, or said anything else.
+pub fn one_sentence(output: &Output, what: &str) -> String {
+    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert_eq!(output.status.code(), Some(1), "{what}: {}\n{out}\n{err}", output.status);
+    assert_eq!(out, "", "{what}: something was generated");
+    let sentence = err.trim_end().trim_end_matches("(--debug tells more)").trim_end();
+    let sentence = sentence.strip_prefix("error: ").unwrap_or_else(|| panic!("{what}: {err}"));
+    assert!(!sentence.contains('\n') && sentence.len() < 600, "{what}: not one sentence: {err}");
+    sentence.to_owned()
+}

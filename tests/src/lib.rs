@@ -1,5 +1,5 @@
-//! What the end-to-end tests share: checkpoints small enough to be generated on the spot, the real one, the real binary, plugins built by
-//! strangers.
+//! What the end-to-end tests share: checkpoints small enough to be generated on the spot, the real one, the real binary, and plugins built
+//! by strangers.
 
 pub mod binary;
 pub mod outside;

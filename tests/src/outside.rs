@@ -27,7 +27,7 @@ pub fn file_name(name: &str) -> String {
 /// # Panics
 /// With cargo's words if it does not build.
 pub fn build(workspace: &Path, package: &str, library: &str, toolchain: Option<&str>) -> PathBuf {
-    let target = crate::binary::folder().with_file_name("outside").join(toolchain.unwrap_or("default"));
+    let target = crate::binary::target().with_file_name("outside").join(toolchain.unwrap_or("default"));
     let mut cargo = Command::new("cargo");
     cargo.args(toolchain.map(|t| format!("+{t}")));
     cargo.args(["build", "--quiet", "--package", package]).current_dir(workspace).env("CARGO_TARGET_DIR", &target);

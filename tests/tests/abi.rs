@@ -30,7 +30,7 @@ fn tokens(lm: &LanguageModel) -> Vec<u32> {
 
 fn tokens_of_the_plugin_in_tree() -> Vec<u32> {
     let model = checkpoint(&[]);
-    tokens(&load(model.path(), &binary::folder()).unwrap())
+    tokens(&load(model.path(), &binary::target()).unwrap())
 }
 
 fn outsider(toolchain: Option<&str>) -> PathBuf {
@@ -65,7 +65,7 @@ fn a_plugin_of_the_nightly_compiler_generates_what_ours_does() {
         String::from_utf8_lossy(&output.stdout).into_owned()
     };
     let theirs = run(checkpoint(&[("model_type", "outsider".into())]).path(), plugins.path());
-    assert_eq!(theirs, run(checkpoint(&[]).path(), &binary::folder()));
+    assert_eq!(theirs, run(checkpoint(&[]).path(), &binary::target()));
     assert!(theirs.len() > 8, "{theirs:?}");
 }
 
@@ -76,7 +76,7 @@ fn a_plugin_does_not_notice_that_the_host_has_one_op_more() {
     let (theirs, ours) = (checkpoint(&[("model_type", "outsider".into())]), checkpoint(&[]));
     let before = tokens(&load(theirs.path(), plugins.path()).unwrap());
     play_newer_host(true);
-    let after = [(theirs.path(), plugins.path()), (ours.path(), &binary::folder())]
+    let after = [(theirs.path(), plugins.path()), (ours.path(), &binary::target())]
         .map(|(model, plugins)| load(model, plugins).map(|lm| tokens(&lm)));
     play_newer_host(false);
     for tokens in after {
@@ -87,7 +87,7 @@ fn a_plugin_does_not_notice_that_the_host_has_one_op_more() {
 /// The outsider, built against a plugin-api that somebody changed: a version of it that does not exist yet.
 fn against_another_api(name: &str, change: impl Fn(&str, String) -> String) -> PathBuf {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-    let folder = binary::folder().with_file_name("outside").join("changed").join(name);
+    let folder = binary::target().with_file_name("outside").join("changed").join(name);
     let copy = |from: &Path, to: &str, edit: &mut dyn FnMut(String) -> String| {
         let (text, to) = (std::fs::read_to_string(from).unwrap(), folder.join(to));
         std::fs::create_dir_all(to.parent().unwrap()).unwrap();
@@ -100,7 +100,7 @@ fn against_another_api(name: &str, change: impl Fn(&str, String) -> String) -> P
     let mut changed = false;
     for path in files_below(&root.join("plugin-api")) {
         let file = path.strip_prefix(&root).unwrap().display().to_string().replace('\\', "/");
-        copy(&path, &file, &mut |before| {
+        copy(&path, &format!("{name}/{file}"), &mut |before| {
             let after = change(&file["plugin-api/".len()..], before.clone());
             changed |= before != after;
             after
@@ -108,16 +108,20 @@ fn against_another_api(name: &str, change: impl Fn(&str, String) -> String) -> P
     }
     assert!(changed, "{name}: the text to be changed is not in plugin-api any more");
     let own = outside::workspace();
-    copy(&own.join("outsider/src/lib.rs"), "outsider/src/lib.rs", &mut |text| text);
+    copy(&own.join("outsider/src/lib.rs"), &format!("{name}/src/lib.rs"), &mut |text| text);
     let named = format!("[lib]\nname = \"outsider_{name}\"");
-    copy(&own.join("outsider/Cargo.toml"), "outsider/Cargo.toml", &mut |text| text.replace("[lib]", &named));
+    copy(&own.join("outsider/Cargo.toml"), &format!("{name}/Cargo.toml"), &mut |text| text.replace("[lib]", &named));
     copy(&own.join("Cargo.lock"), "Cargo.lock", &mut |text| text);
     copy(&root.join("Cargo.toml"), "Cargo.toml", &mut |text| {
-        let members = "[\"plugin-api\", \"outsider\"]";
-        let keep =
-            |line: &&str| !line.starts_with("exclude") && !line.starts_with("dylm =") && !line.contains(".dylm]");
-        let text: Vec<&str> = text.lines().filter(keep).collect();
-        text.join("\n").replace("[\"host\", \"plugin-api\", \"plugins/*\", \"tests\"]", members)
+        // The host is not among them, and profiles are those of the plugins' own workspace.
+        let text = text.split("[profile").next().unwrap_or_default();
+        let keep = |line: &&str| !line.starts_with("exclude") && !line.starts_with("dylm =");
+        let text = text.lines().filter(keep).collect::<Vec<_>>().join("\n");
+        // Cargo tells packages apart by their paths below the workspace, and all of these share a target folder.
+        let text = text.replace("path = \"plugin-api\"", &format!("path = \"{name}/plugin-api\""));
+        let members = format!("members = [\"{name}\", \"{name}/plugin-api\"]");
+        let text = text.replace("members = [\"host\", \"plugin-api\", \"plugins/*\", \"tests\"]", &members);
+        text + "\n[profile.dev]\ndebug = false\n"
     });
     outside::build(&folder, "outsider", &format!("outsider_{name}"), None)
 }

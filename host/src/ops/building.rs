@@ -32,8 +32,8 @@ pub struct Building<'a> {
     /// config.json.
     pub config: &'a Json,
     sources: Vec<Source>,
-    expert_sources: usize,
     ropes: HashMap<(u64, u64, String), Slot>,
+    expert_sources: usize,
     /// The slots, in order.
     pub wanted: Vec<Wanted>,
     /// Prefixes of tensors that the architecture leaves alone.
@@ -49,8 +49,8 @@ impl<'a> Building<'a> {
             pantry,
             config,
             sources: Vec::new(),
-            expert_sources: 0,
             ropes: HashMap::new(),
+            expert_sources: 0,
             wanted: Vec::new(),
             ignored: Vec::new(),
             complaints: Vec::new(),

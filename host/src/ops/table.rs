@@ -301,19 +301,17 @@ mod tests {
     #[test]
     fn a_context_is_nothing_on_another_thread_after_the_call_and_when_made_up() {
         let place = Placement::new(DeviceChoice::Cpu, DtypeChoice::Float32, candle_core::DType::F32).unwrap();
-        let (arena, parts) = (Arena::default(), Vec::new());
-        let running = Running {
-            arena,
-            tokens: 1,
-            angles: Default::default(),
-            fed: Vec::new(),
-            misuse: None,
+        let cell = RefCell::new(Running {
+            arena: Arena::default(),
             wanted: &[],
             layers: &[],
             place: &place,
-            parts,
-        };
-        let cell = RefCell::new(running);
+            parts: Vec::new(),
+            tokens: 1,
+            fed: Vec::new(),
+            misuse: None,
+            angles: Default::default(),
+        });
         let x = cell.borrow_mut().arena.put(Value::planned(&[1]));
         let call = Call::Running(cell);
         let exp = move |ctx: usize| host().ops.exp()(Ctx(ctx as *const ()), x, At::caller());
