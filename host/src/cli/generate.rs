@@ -80,13 +80,14 @@ impl Generate {
         let opening = Opening::new(&self.conversation, saved.as_ref())?;
         let ids = self.encode(&lm, &opening, &prompt)?;
         let options = self.options(&lm)?;
-        let state = match &saved {
+        let mut state = match &saved {
             Some(saved) => {
                 let identity = fingerprint(&lm, self.model.adapter_path.as_deref())?;
                 Some(saved.state(&lm.model, &identity, &options.cache)?)
             }
             None => None,
         };
+        let cached_tokens = state.as_mut().map(|state| lm.model.reuse(state, &ids)).transpose()?.unwrap_or(0);
 
         let interrupted = interrupt::watch();
         let mut generation = Generation::new(&lm, &ids, &options, state, draft.as_ref())?.interrupted_by(interrupted);
@@ -101,9 +102,11 @@ impl Generate {
         if framed {
             line("==========")?;
         }
-        let mut text = self.prefill_response.clone().unwrap_or_default();
+        let (mut text, mut tokens) = (self.prefill_response.clone().unwrap_or_default(), Vec::new());
         for response in &mut generation {
-            let fresh = response?.text;
+            let response = response?;
+            tokens.push(response.token);
+            let fresh = response.text;
             if !self.json {
                 show(&fresh)?;
             }
@@ -113,10 +116,14 @@ impl Generate {
         let statistics = generation.statistics();
         if self.json {
             text += &rest;
-            let model = &lm.source.name;
-            let object =
-                serde_json::json!({ "model": model, "prompt": prompt, "text": text, "statistics": statistics });
-            line(object)?;
+            line(serde_json::json!({
+                "model": lm.source.name,
+                "prompt": prompt,
+                "text": text,
+                "tokens": tokens,
+                "cached_tokens": cached_tokens,
+                "statistics": statistics,
+            }))?;
         } else {
             show(&rest)?;
             line("")?;

@@ -26,6 +26,12 @@ impl PromptCache {
             )));
         }
         let mut state = model.state(&self.options(wanted)?)?;
+        self.read_into(&mut state, &model.place)?;
+        Ok(state)
+    }
+
+    /// Fills an empty state that was made with [`Self::options`].
+    pub fn read_into(&self, state: &mut State, place: &Placement) -> Result<()> {
         if state.layers.len() != self.classes.len() {
             return Err(self.wrong(format!(
                 "has {} layers, the model has {}: it was made for another one",
@@ -34,7 +40,7 @@ impl PromptCache {
             )));
         }
         for (index, layer) in state.layers.iter_mut().enumerate() {
-            self.read_layer(index, layer, &model.place)?;
+            self.read_layer(index, layer, place)?;
         }
         state.offset = self.offset;
         state.tokens = match &self.facts {
@@ -45,10 +51,11 @@ impl PromptCache {
             None => vec![UNKNOWN; self.offset],
         };
         state.horizon = self.facts.as_ref().map_or(0, |f| f.horizon).clamp(self.offset, LONGEST);
-        Ok(state)
+        Ok(())
     }
 
-    fn options(&self, wanted: &CacheOptions) -> Result<CacheOptions> {
+    /// How the cache is kept: as the file says, with what `wanted` adds to it.
+    pub fn options(&self, wanted: &CacheOptions) -> Result<CacheOptions> {
         let packed = self.classes.iter().position(|class| class.ends_with("QuantizedKVCache"));
         let mut options = match (&self.facts, packed) {
             (Some(facts), _) => facts.options,
