@@ -86,7 +86,8 @@ fn caches_of_every_float_come_back() {
     for dtype in [DtypeChoice::Float32, DtypeChoice::Bfloat16, DtypeChoice::Float16] {
         assert_comes_back(&cpu(dtype), CacheOptions::default(), 7);
     }
-    assert_comes_back(&Placement::candle_on_cpu(), CacheOptions::default(), 7);
+    let candle = Placement::new(DeviceChoice::CpuByCandle, DtypeChoice::Float32, DType::F32).unwrap();
+    assert_comes_back(&candle, CacheOptions::default(), 7);
 }
 
 #[test]
