@@ -21,7 +21,7 @@ fn cpu(dtype: DtypeChoice) -> Placement {
 
 /// One layer that sees everything, one with a window.
 fn specs() -> Vec<CacheSpec> {
-    [0, 40].map(|window| CacheSpec { size: size_of::<CacheSpec>() as u32, kind: CACHE_KEY_VALUE, window }).to_vec()
+    [0, 40].map(|window| CacheSpec { kind: CACHE_KEY_VALUE, flags: 0, window, dims: [0; 6] }).to_vec()
 }
 
 /// A state that has seen `tokens` tokens, with numbers that no two entries share.

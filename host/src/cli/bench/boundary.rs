@@ -90,23 +90,28 @@ fn calls() -> Result<Vec<(&'static str, f64)>> {
         layers: &[],
         place: &place,
         parts: Vec::new(),
-        caches: 0,
+        tokens: 0,
+        fed: Vec::new(),
+        misuse: None,
+        angles: Default::default(),
         shapes: BTreeMap::new(),
     };
     let call = Call::Running(RefCell::new(running));
     let Call::Running(cell) = &call else { unreachable!("made as Running above") };
     let x = cell.borrow_mut().arena.put(Value::planned(&[1, 64]));
-    let (host, ctx, at) = (table::host(), call.ctx(), At::caller());
+    let (host, at) = (table::host(), At::caller());
     let ops = black_box(host.ops);
-    let made = |make: &dyn Fn() -> Handle| time(|| (ops.release())(ctx, make(), at));
-    let release = time(|| (ops.release())(ctx, (ops.retain())(ctx, x, at), at)) / 2.0;
-    Ok(vec![
-        ("retain or release", release),
-        // Each of these makes a tensor that has to be released again.
-        ("narrow", made(&|| (ops.narrow())(ctx, x, 0, 32, at)) - release),
-        ("add", made(&|| (ops.add())(ctx, x, x, at)) - release),
-        ("split_heads", made(&|| (ops.split_heads())(ctx, x, 16, at)) - release),
-    ])
+    Ok(call.lend(|ctx| {
+        let made = |make: &dyn Fn() -> Handle| time(|| (ops.release())(ctx, make(), at));
+        let release = time(|| (ops.release())(ctx, (ops.retain())(ctx, x, at), at)) / 2.0;
+        vec![
+            ("retain or release", release),
+            // Each of these makes a tensor that has to be released again.
+            ("narrow", made(&|| (ops.narrow())(ctx, x, 0, 32, at)) - release),
+            ("add", made(&|| (ops.add())(ctx, x, x, at)) - release),
+            ("split_heads", made(&|| (ops.split_heads())(ctx, x, 16, at)) - release),
+        ]
+    }))
 }
 
 fn time(mut call: impl FnMut()) -> f64 {
