@@ -28,8 +28,13 @@ use crate::{
     },
 };
 use candle_core::{DType, Tensor};
+use plugin_api::abi::CacheSpec;
 use rayon::prelude::*;
-use std::{cell::RefCell, collections::HashMap, path::PathBuf};
+use std::{
+    cell::RefCell,
+    collections::{BTreeMap, HashMap},
+    path::PathBuf,
+};
 
 /// A model that an architecture has described and no weights have been read for.
 pub struct Plan {
@@ -52,6 +57,8 @@ pub struct Model {
     pub config: Config,
     /// Where and how precisely it runs.
     pub place: Placement,
+    /// What the plugin says of itself.
+    pub plugin: Note,
     object: Object,
     wanted: Vec<Wanted>,
     layers: Vec<Layer>,
@@ -66,6 +73,15 @@ pub enum Want {
     Last,
     /// All of them.
     All,
+}
+
+/// What one layer remembers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CacheShape {
+    /// Numbers of a token: its keys and values together.
+    pub values: usize,
+    /// Tokens that are kept, where it is not all of them.
+    pub window: Option<usize>,
 }
 
 /// One sequence's part of a step.
@@ -93,11 +109,18 @@ impl Plan {
         Ok(Plan { config, plugin: found.path, note: found.note, report, pantry, object, wanted })
     }
 
-    /// Runs the architecture on shapes alone, which finds most mistakes of a plugin before gigabytes are read.
-    pub fn dry_run(&self) -> Result<()> {
+    /// Runs the architecture on shapes alone, which finds most mistakes of a plugin before gigabytes are read, and tells what its caches
+    /// will hold.
+    pub fn dry_run(&self) -> Result<Vec<CacheShape>> {
         let place = Placement::new(DeviceChoice::Cpu, DtypeChoice::Float32, DType::F32)?;
         let engine = Engine { object: &self.object, wanted: &self.wanted, layers: &[], place: &place };
-        engine.run(Vec::new(), Value::planned(&[3]), |_| Ok(None)).map(drop)
+        let (_, shapes) = engine.run(Vec::new(), Value::planned(&[3]), |_| Ok(None))?;
+        let specs = (0u32..).zip(&self.object.caches);
+        let shape = |(cache, spec): (u32, &CacheSpec)| {
+            let values = shapes.get(&cache).map_or(0, |[heads, dim, v_heads, v_dim]| heads * dim + v_heads * v_dim);
+            CacheShape { values, window: (spec.window > 0).then_some(spec.window as usize) }
+        };
+        Ok(specs.map(shape).collect())
     }
 
     /// Parameters, by what the architecture asks for.
@@ -157,7 +180,7 @@ impl Plan {
         };
         let layers = self.wanted.par_iter().map(load).collect::<Result<Vec<_>>>()?;
         adapters.refuse_unused()?;
-        Ok(Model { config: self.config, place, object: self.object, wanted: self.wanted, layers })
+        Ok(Model { config: self.config, place, plugin: self.note, object: self.object, wanted: self.wanted, layers })
     }
 }
 
@@ -258,7 +281,7 @@ impl Model {
             }
             all => Ok(Some(all.clone())),
         };
-        match engine.run(parts, Value::Real(tokens), select)? {
+        match engine.run(parts, Value::Real(tokens), select)?.0 {
             Some(Value::Real(logits)) => Ok(logits.to_dtype(DType::F32)?.to_vec2::<f32>()?),
             _ => Ok(Vec::new()),
         }
@@ -280,7 +303,7 @@ impl Engine<'_> {
         parts: Vec<Part>,
         tokens: Value,
         select: impl FnOnce(&Value) -> Result<Option<Value>>,
-    ) -> Result<Option<Value>> {
+    ) -> Result<(Option<Value>, BTreeMap<u32, [usize; 4]>)> {
         let dry = matches!(tokens, Value::Planned(_));
         let count = tokens.dims().ok().and_then(|dims| dims.first().copied()).unwrap_or_default();
         let running = Running {
@@ -293,6 +316,7 @@ impl Engine<'_> {
             place: self.place,
             parts,
             angles: HashMap::new(),
+            shapes: BTreeMap::new(),
         };
         let call = Call::Running(RefCell::new(running));
         let Call::Running(cell) = &call else { unreachable!("made as Running above") };
@@ -300,11 +324,15 @@ impl Engine<'_> {
         let tokens = cell.borrow_mut().arena.put(tokens);
         let hidden = self.object.forward(&call, tokens)?;
         let hidden = take(cell, hidden, "forward", count)?;
-        let Some(chosen) = (if dry { Some(hidden) } else { select(&hidden)? }) else { return Ok(None) };
+        let Some(chosen) = (if dry { Some(hidden) } else { select(&hidden)? }) else {
+            return Ok((None, BTreeMap::new()));
+        };
         let count = chosen.dims().ok().and_then(|dims| dims.first().copied()).unwrap_or_default();
         let chosen = cell.borrow_mut().arena.put(chosen);
         let logits = self.object.head(&call, chosen)?;
-        Ok(Some(take(cell, logits, "head", count)?))
+        let logits = take(cell, logits, "head", count)?;
+        let shapes = std::mem::take(&mut cell.borrow_mut().shapes);
+        Ok((Some(logits), shapes))
     }
 }
 

@@ -10,7 +10,7 @@ use candle_core::{Result, Tensor};
 use plugin_api::abi::CacheSpec;
 
 /// Entries kept beyond what is needed, so that dropping is rare and speculative decoding can take tokens back.
-const SLACK: usize = 256;
+pub const SLACK: usize = 256;
 
 /// The cache of one layer.
 #[derive(Clone)]
@@ -60,6 +60,11 @@ impl KvCache {
         }
     }
 
+    /// What the layer keeps for its queries.
+    pub fn rule(&self) -> Sight {
+        self.sight(self.window)
+    }
+
     /// Appends keys `[tokens, heads, dim]` and values given as f32 slices (CPU kernels), for tokens from `offset` on.
     pub fn append(&mut self, keys: &[f32], values: &[f32], offset: usize, tokens: usize) {
         self.keys.extend(keys);
@@ -90,7 +95,7 @@ impl KvCache {
 
     /// After a step that ended at `offset`: drops what no later query will see, and packs what is to be packed.
     pub fn settle(&mut self, offset: usize) -> Result<()> {
-        let Sight { window, keep } = self.sight(self.window);
+        let Sight { window, keep } = self.rule();
         if let Some(window) = window {
             let pinned = self.positions.partition_point(|&p| (p as usize) < keep);
             let oldest = (offset + 1).saturating_sub(window) as u32;
@@ -116,7 +121,7 @@ impl KvCache {
 
     /// Whether everything that a query at `offset` would see is still here.
     pub fn can_trim_to(&self, offset: usize) -> bool {
-        let Sight { window, keep } = self.sight(self.window);
+        let Sight { window, keep } = self.rule();
         let oldest = window.map_or(0, |w| (offset + 1).saturating_sub(w));
         // Dropping leaves one gap, between the kept tokens and the rest: the entry after it tells.
         let rest = self.positions.iter().position(|&p| p as usize >= keep.max(1)).map(|i| self.positions[i] as usize);

@@ -1,7 +1,9 @@
 //! What a sequence has been through: for each layer its keys and values. The host owns it, so chunked prefill, trimming, reuse and
 //! saving work for every architecture.
 
+pub mod identity;
 pub mod kv;
+pub mod prompt;
 pub mod rows;
 
 use crate::{
@@ -10,9 +12,10 @@ use crate::{
 };
 use kv::KvCache;
 use plugin_api::abi::CacheSpec;
+use serde::{Deserialize, Serialize};
 
 /// How caches are kept.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CacheOptions {
     /// Keep the first few tokens and the last ones, together this many (`--max-kv-size`); `None` keeps all.
     pub max_kv_size: Option<usize>,

@@ -84,9 +84,9 @@ impl ModelFlags {
         })
     }
 
-    /// Loads the model.
-    pub fn load(&self) -> Result<LanguageModel> {
-        load(self.model.as_deref(), &self.options()?)
+    /// Loads `spec`, or the default model.
+    pub fn load(&self, spec: Option<&str>) -> Result<LanguageModel> {
+        load(spec, &self.options()?)
     }
 }
 

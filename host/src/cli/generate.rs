@@ -2,10 +2,14 @@
 
 use super::{
     Done,
+    conversation::{ConversationFlags, Opening, model_of, open_cache},
     flags::{CacheFlags, ModelFlags, SamplingFlags},
     interrupt,
+    printing::{line, show},
+    text_or_stdin,
 };
 use crate::{
+    cache::identity::fingerprint,
     error::{Error, Result},
     generate::{GenerateOptions, Generation},
     load::{LanguageModel, LoadOptions, load},
@@ -13,10 +17,7 @@ use crate::{
     template::{ChatOptions, Message},
 };
 use clap::Args;
-use std::{
-    io::{Read, Write, stdin, stdout},
-    process::ExitCode,
-};
+use std::{path::PathBuf, process::ExitCode};
 
 /// Flags of `dylm generate`.
 #[derive(Args)]
@@ -26,9 +27,6 @@ pub struct Generate {
     /// What to continue; - reads it from standard input
     #[arg(long, short, default_value = "hello")]
     prompt: String,
-    /// Instructions that come before the prompt
-    #[arg(long)]
-    system_prompt: Option<String>,
     /// The first words of the answer, for the model to go on from
     #[arg(long)]
     prefill_response: Option<String>,
@@ -40,12 +38,8 @@ pub struct Generate {
     /// Take the prompt as it is, without the model's chat template
     #[arg(long)]
     ignore_chat_template: bool,
-    /// Use a plain chat template in place of the model's
-    #[arg(long)]
-    use_default_chat_template: bool,
-    /// Values for the chat template, as JSON: {"enable_thinking": false}
-    #[arg(long, value_name = "JSON")]
-    chat_template_config: Option<String>,
+    #[command(flatten)]
+    conversation: ConversationFlags,
     /// Text that ends the answer (may be repeated)
     #[arg(long)]
     stop: Vec<String>,
@@ -54,6 +48,10 @@ pub struct Generate {
     extra_eos_token: Vec<String>,
     #[command(flatten)]
     cache: CacheFlags,
+    /// Go on from this file of `dylm cache-prompt`: --prompt follows the text that it holds, in the same message, and only what
+    /// is new is read. The model is the file's unless --model names another path to it
+    #[arg(long, value_name = "FILE")]
+    prompt_cache_file: Option<PathBuf>,
     /// Tokens of the prompt that are read at a time
     #[arg(long, default_value_t = 2048)]
     prefill_step_size: usize,
@@ -67,21 +65,32 @@ pub struct Generate {
     #[arg(long)]
     json: bool,
     /// Print the text with a frame and the figures (false: the text alone)
-    #[arg(long, default_value_t = true, action = clap::ArgAction::Set)]
+    #[arg(long, default_value = "true", action = clap::ArgAction::Set, value_parser = clap::builder::BoolishValueParser::new())]
     verbose: bool,
 }
 
 impl Generate {
     /// Runs the command.
     pub fn run(&self) -> Done {
-        let prompt = self.prompt()?;
-        let lm = self.model.load()?;
+        let prompt = text_or_stdin(&self.prompt)?;
+        let saved = open_cache(self.prompt_cache_file.as_deref())?;
+        let mut lm = self.model.load(model_of(self.model.model.as_deref(), saved.as_ref())?)?;
+        self.conversation.set_template(&mut lm.tokenizer)?;
         let draft = self.draft_model.as_deref().map(|spec| self.load_draft(spec)).transpose()?;
-        let ids = self.encode(&lm, &prompt)?;
+        let opening = Opening::new(&self.conversation, saved.as_ref())?;
+        let ids = self.encode(&lm, &opening, &prompt)?;
         let options = self.options(&lm)?;
+        let mut state = match &saved {
+            Some(saved) => {
+                let identity = fingerprint(&lm, self.model.adapter_path.as_deref())?;
+                Some(saved.state(&lm.model, &identity, &options.cache)?)
+            }
+            None => None,
+        };
+        let cached_tokens = state.as_mut().map(|state| lm.model.reuse(state, &ids)).transpose()?.unwrap_or(0);
 
         let interrupted = interrupt::watch();
-        let mut generation = Generation::new(&lm, &ids, &options, None, draft.as_ref())?.interrupted_by(interrupted);
+        let mut generation = Generation::new(&lm, &ids, &options, state, draft.as_ref())?.interrupted_by(interrupted);
         let bar = progress::bar(ids.len() > options.prefill_step_size, "Reading");
         generation.prefill(&mut |done, all| {
             bar.set_length(all as u64);
@@ -91,13 +100,15 @@ impl Generate {
 
         let framed = self.verbose && !self.json;
         if framed {
-            println!("==========");
+            line("==========")?;
         }
-        let (mut out, mut text) = (stdout(), self.prefill_response.clone().unwrap_or_default());
+        let (mut text, mut tokens) = (self.prefill_response.clone().unwrap_or_default(), Vec::new());
         for response in &mut generation {
-            let fresh = response?.text;
+            let response = response?;
+            tokens.push(response.token);
+            let fresh = response.text;
             if !self.json {
-                show(&mut out, &fresh)?;
+                show(&fresh)?;
             }
             text += &fresh;
         }
@@ -105,53 +116,40 @@ impl Generate {
         let statistics = generation.statistics();
         if self.json {
             text += &rest;
-            let model = &lm.source.name;
-            let object =
-                serde_json::json!({ "model": model, "prompt": prompt, "text": text, "statistics": statistics });
-            println!("{object}");
+            line(serde_json::json!({
+                "model": lm.source.name,
+                "prompt": prompt,
+                "text": text,
+                "tokens": tokens,
+                "cached_tokens": cached_tokens,
+                "statistics": statistics,
+            }))?;
         } else {
-            show(&mut out, &rest)?;
-            println!();
+            show(&rest)?;
+            line("")?;
         }
         if framed {
-            println!("==========\n{statistics}");
+            line(format_args!("==========\n{statistics}"))?;
         }
         let stopped = interrupted.load(std::sync::atomic::Ordering::Relaxed);
         Ok(if stopped { ExitCode::from(130) } else { ExitCode::SUCCESS })
     }
 
-    /// The prompt, with \n and \t as a shell user types them.
-    fn prompt(&self) -> Result<String> {
-        if self.prompt != "-" {
-            return Ok(self.prompt.replace("\\n", "\n").replace("\\t", "\t"));
+    fn encode(&self, lm: &LanguageModel, opening: &Opening, prompt: &str) -> Result<Vec<u32>> {
+        let chat = opening.chat.unwrap_or(!self.ignore_chat_template && lm.tokenizer.has_chat_template());
+        if !chat {
+            let prefill = self.prefill_response.as_deref().unwrap_or_default();
+            return opening.encode_plain(&lm.tokenizer, &format!("{prompt}{prefill}"));
         }
-        let mut text = String::new();
-        stdin().read_to_string(&mut text).map_err(Error::io("standard input"))?;
-        Ok(text)
-    }
-
-    fn encode(&self, lm: &LanguageModel, prompt: &str) -> Result<Vec<u32>> {
-        let tokenizer = &lm.tokenizer;
-        if self.ignore_chat_template || !(tokenizer.has_chat_template() || self.use_default_chat_template) {
-            let parts = [self.system_prompt.as_deref(), Some(prompt), self.prefill_response.as_deref()];
-            return tokenizer.encode(&parts.into_iter().flatten().collect::<String>());
-        }
-        let mut messages: Vec<Message> = self.system_prompt.iter().map(|text| Message::new("system", text)).collect();
-        messages.push(Message::new("user", prompt));
-        messages.extend(self.prefill_response.iter().map(|text| Message::new("assistant", text)));
-        let extra = match &self.chat_template_config {
-            Some(json) => serde_json::from_str(json)
-                .map_err(|e| Error::Usage(format!("--chat-template-config: not a JSON object: {e}")))?,
-            None => Default::default(),
-        };
+        let mut turns = vec![Message::new("user", prompt)];
+        turns.extend(self.prefill_response.iter().map(|text| Message::new("assistant", text)));
         let continues = self.prefill_response.is_some();
         let options = ChatOptions {
             add_generation_prompt: !continues,
             continue_final_message: continues,
-            extra,
-            ..Default::default()
+            ..self.conversation.options()?
         };
-        tokenizer.encode_chat(&messages, &options)
+        opening.encode(&lm.tokenizer, &turns, &options)
     }
 
     fn options(&self, lm: &LanguageModel) -> Result<GenerateOptions> {
@@ -175,16 +173,5 @@ impl Generate {
         // Overrides and adapters are meant for the model itself.
         let options = LoadOptions { config: Vec::new(), adapter_path: None, ..self.model.options()? };
         load(Some(spec), &options)
-    }
-}
-
-/// Writes text for a person: at once, and without control characters that a terminal would obey.
-pub fn show(out: &mut impl Write, text: &str) -> Result<()> {
-    let clean: String = text.chars().filter(|c| !c.is_control() || matches!(c, '\n' | '\t')).collect();
-    let written = out.write_all(clean.as_bytes()).and_then(|()| out.flush());
-    match written {
-        // Whoever read the text has had enough of it, which is no failure.
-        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => std::process::exit(0),
-        other => other.map_err(Error::io("standard output")),
     }
 }

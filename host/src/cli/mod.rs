@@ -1,14 +1,26 @@
 //! The command line: words to calls, errors to exit codes (0 done, 1 failed, 2 wrong usage, 130 interrupted). Flags are called what
 //! mlx-lm calls them.
 
+pub mod bench;
+pub mod cache_prompt;
+pub mod chat;
+pub mod conversation;
 pub mod flags;
 pub mod generate;
+pub mod inspect;
 pub mod interrupt;
+pub mod lines;
+pub mod plugins;
+pub mod printing;
 pub mod pull;
 
 use crate::error::{Error, Result};
 use clap::{Parser, Subcommand};
-use std::process::ExitCode;
+use printing::Paint;
+use std::{
+    io::{Read, stdin},
+    process::ExitCode,
+};
 
 /// Generates text with language models whose architectures are plugins.
 #[derive(Parser)]
@@ -25,6 +37,20 @@ struct Cli {
 enum Command {
     /// Continue a prompt
     Generate(Box<generate::Generate>),
+    /// Talk with a model
+    Chat(Box<chat::Chat>),
+    /// Read a long prompt once and keep the model's memory of it in a file
+    #[command(alias = "cache_prompt")]
+    CachePrompt(Box<cache_prompt::CachePrompt>),
+    /// Fetch a model and print where it is
+    Pull(pull::Pull),
+    /// Tell what a model is and whether it fits its plugin, without reading its weights
+    Inspect(Box<inspect::Inspect>),
+    /// List the plugins that are found, and what is wrong with those that are not used
+    Plugins(plugins::Plugins),
+    /// Measure the speed of a model, or of the boundary between dylm and plugins
+    #[command(alias = "benchmark")]
+    Bench(Box<bench::Bench>),
 }
 
 /// Runs the command line.
@@ -32,6 +58,12 @@ pub fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = match cli.command {
         Command::Generate(generate) => generate.run(),
+        Command::Chat(chat) => chat.run(),
+        Command::CachePrompt(cache_prompt) => cache_prompt.run(),
+        Command::Pull(pull) => pull.run(),
+        Command::Inspect(inspect) => inspect.run(),
+        Command::Plugins(plugins) => plugins.run(),
+        Command::Bench(bench) => bench.run(),
     };
     match result {
         Ok(code) => code,
@@ -40,7 +72,7 @@ pub fn main() -> ExitCode {
 }
 
 fn report(e: &Error, debug: bool) -> ExitCode {
-    eprintln!("error: {e}");
+    eprintln!("{} {e}", Paint::Red.err("error:"));
     if let Some(detail) = e.detail() {
         if debug {
             eprintln!("\n{detail}");
@@ -53,3 +85,13 @@ fn report(e: &Error, debug: bool) -> ExitCode {
 
 /// What a command ends with when nothing went wrong.
 pub type Done = Result<ExitCode>;
+
+/// A prompt: itself, with \n and \t as a shell user types them, or by `-` what comes from standard input.
+fn text_or_stdin(prompt: &str) -> Result<String> {
+    if prompt != "-" {
+        return Ok(prompt.replace("\\n", "\n").replace("\\t", "\t"));
+    }
+    let mut text = String::new();
+    stdin().read_to_string(&mut text).map_err(Error::io("standard input"))?;
+    Ok(text)
+}

@@ -13,7 +13,10 @@ use crate::{
     weights::plan::Wanted,
 };
 use plugin_api::abi::{AttendSpec, Handle, Slot, SpecRef};
-use std::{collections::HashMap, ops::Range};
+use std::{
+    collections::{BTreeMap, HashMap},
+    ops::Range,
+};
 
 /// A sequence's share of a step.
 pub struct Part<'a> {
@@ -43,6 +46,8 @@ pub struct Running<'a> {
     pub misuse: Option<String>,
     /// Angles of this step's tokens, by rope.
     pub angles: HashMap<u32, Vec<Angles>>,
+    /// What a dry run learns of the caches: `[heads, dim]` of a key and of a value, by cache.
+    pub shapes: BTreeMap<u32, [usize; 4]>,
 }
 
 impl Running<'_> {
@@ -210,6 +215,7 @@ impl Running<'_> {
             _ => return Err(fault!("cache {cache} is fed twice in one step")),
         }
         let (Value::Real(q), Value::Real(k), Value::Real(v)) = (&q, &k, &v) else {
+            self.shapes.insert(cache, [kv_heads, d, kv_heads, e]);
             return Ok(Value::planned(&[tokens, heads, e]));
         };
         let how = attention::Scores {

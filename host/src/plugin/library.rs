@@ -129,7 +129,7 @@ fn result<T>(r: RResult<T, PluginError>) -> Result<T> {
 
 /// A library that anybody may overwrite is anybody's code.
 #[cfg(unix)]
-fn refuse_writable(path: &Path) -> Result<()> {
+pub(crate) fn refuse_writable(path: &Path) -> Result<()> {
     use std::os::unix::fs::PermissionsExt;
     const OTHERS_WRITE: u32 = 0o002;
     const STICKY: u32 = 0o1000;
@@ -152,7 +152,7 @@ fn refuse_writable(path: &Path) -> Result<()> {
 }
 
 #[cfg(not(unix))]
-fn refuse_writable(_: &Path) -> Result<()> {
+pub(crate) fn refuse_writable(_: &Path) -> Result<()> {
     Ok(())
 }
 
