@@ -1,5 +1,5 @@
 //! Every way dylm can fail, each as one sentence for the person at the terminal: subject, what is wrong, cure.
-//! Long texts that only a developer reads (a layout report, a backtrace) travel in `detail` and show up with `--verbose`.
+//! Long texts that only a developer reads (a layout report, a backtrace) travel in `detail` and show up with `--debug`.
 
 use std::path::{Path, PathBuf};
 
@@ -24,7 +24,7 @@ pub enum Error {
     Plugin {
         /// The sentence.
         text: String,
-        /// The long form, for `--verbose`.
+        /// The long form, for `--debug`.
         detail: Option<String>,
     },
     /// Tensor files: damaged, incomplete, or not what the architecture asks for.
