@@ -1,23 +1,15 @@
-//! The real `dylm`, as a user runs it.
+//! The real binary, as a user runs it.
 
 use std::{
     path::PathBuf,
     process::{Command, Output},
 };
 
-/// The folder of the profile that the tests were built with, `target/debug` as a rule: `dylm` and the plugins lie there.
-pub fn folder() -> PathBuf {
-    let exe = std::env::current_exe().unwrap_or_default();
-    exe.ancestors().nth(2).map(PathBuf::from).unwrap_or_default()
-}
-
-/// `dylm`, without a home: what a user has installed is no part of a test.
-pub fn dylm() -> Command {
-    let file = folder().join(format!("dylm{}", std::env::consts::EXE_SUFFIX));
-    assert!(file.is_file(), "{}: not built; run `cargo build --workspace` first", file.display());
-    let mut command = Command::new(file);
-    command.env_remove("DYLM_PLUGINS").env_remove("XDG_DATA_HOME").env("HOME", "/nonexistent");
-    command
+/// The folder that cargo builds into: binaries, and plugins beside them.
+pub fn target() -> PathBuf {
+    let test = std::env::current_exe().expect("a test has a file");
+    let folder = test.ancestors().find(|folder| folder.join(name()).is_file());
+    folder.expect("the binary dylm is built (cargo build --workspace)").to_owned()
 }
 
 /// A tiny checkpoint, written out, and the folder of the built plugins: for an example in documentation, which runs from a folder of
@@ -30,18 +22,15 @@ pub fn tiny_model_and_plugins(name: &str) -> (tempfile::TempDir, PathBuf) {
     (folder, target.join("debug"))
 }
 
-/// The one sentence with which a failed run ended.
-///
-/// # Panics
-/// If the run succeeded, was killed by a signal, or said anything else.
-pub fn one_sentence(output: &Output, what: &str) -> String {
-    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    assert_eq!(output.status.code(), Some(1), "{what}: {}\n{out}\n{err}", output.status);
-    assert_eq!(out, "", "{what}: something was generated");
-    let sentence = err.trim_end().trim_end_matches("(--debug tells more)").trim_end();
-    let sentence = sentence.strip_prefix("error: ").unwrap_or_else(|| panic!("{what}: {err}"));
-    assert!(!sentence.contains('\n') && sentence.len() < 600, "{what}: not one sentence: {err}");
-    sentence.to_owned()
+fn name() -> String {
+    format!("dylm{}", std::env::consts::EXE_SUFFIX)
+}
+
+/// `dylm`, without arguments, and without a home: what a user has set and installed is no part of a test.
+pub fn dylm() -> Command {
+    let mut command = Command::new(target().join(name()));
+    command.env_remove("DYLM_PLUGINS").env_remove("XDG_DATA_HOME").env("HOME", "/nonexistent").env("NO_COLOR", "1");
+    command
 }
 
 /// The one sentence with which a failed run ended.

@@ -95,7 +95,10 @@ fn open_peft(config: &Value, tensors: &[Named]) -> dylm::Result<Adapters> {
 
 /// dylm's kernels, and candle alone, as on a GPU.
 fn places() -> [Placement; 2] {
-    [Placement::new(DeviceChoice::Cpu, DtypeChoice::Float32, DType::F32).unwrap(), Placement::candle_on_cpu()]
+    [
+        Placement::new(DeviceChoice::Cpu, DtypeChoice::Float32, DType::F32).unwrap(),
+        Placement::new(DeviceChoice::CpuByCandle, DtypeChoice::Float32, DType::F32).unwrap(),
+    ]
 }
 
 /// Dense, and packed in four bits.
