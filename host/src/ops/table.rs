@@ -311,6 +311,7 @@ mod tests {
             fed: Vec::new(),
             misuse: None,
             angles: Default::default(),
+            shapes: Default::default(),
         });
         let x = cell.borrow_mut().arena.put(Value::planned(&[1]));
         let call = Call::Running(cell);
