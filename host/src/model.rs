@@ -10,7 +10,7 @@ use crate::{
     ops::{
         arena::Arena,
         building::Building,
-        running::{Part, Running},
+        running::{CacheShapes, Part, Running},
         table::Call,
         value::Value,
     },
@@ -30,11 +30,7 @@ use crate::{
 use candle_core::{DType, Tensor};
 use plugin_api::abi::CacheSpec;
 use rayon::prelude::*;
-use std::{
-    cell::RefCell,
-    collections::{BTreeMap, HashMap},
-    path::PathBuf,
-};
+use std::{cell::RefCell, collections::HashMap, path::PathBuf};
 
 /// A model that an architecture has described and no weights have been read for.
 pub struct Plan {
@@ -303,7 +299,7 @@ impl Engine<'_> {
         parts: Vec<Part>,
         tokens: Value,
         select: impl FnOnce(&Value) -> Result<Option<Value>>,
-    ) -> Result<(Option<Value>, BTreeMap<u32, [usize; 4]>)> {
+    ) -> Result<(Option<Value>, CacheShapes)> {
         let dry = matches!(tokens, Value::Planned(_));
         let count = tokens.dims().ok().and_then(|dims| dims.first().copied()).unwrap_or_default();
         let running = Running {
@@ -316,7 +312,7 @@ impl Engine<'_> {
             place: self.place,
             parts,
             angles: HashMap::new(),
-            shapes: BTreeMap::new(),
+            shapes: CacheShapes::new(),
         };
         let call = Call::Running(RefCell::new(running));
         let Call::Running(cell) = &call else { unreachable!("made as Running above") };
@@ -325,7 +321,7 @@ impl Engine<'_> {
         let hidden = self.object.forward(&call, tokens)?;
         let hidden = take(cell, hidden, "forward", count)?;
         let Some(chosen) = (if dry { Some(hidden) } else { select(&hidden)? }) else {
-            return Ok((None, BTreeMap::new()));
+            return Ok((None, CacheShapes::new()));
         };
         let count = chosen.dims().ok().and_then(|dims| dims.first().copied()).unwrap_or_default();
         let chosen = cell.borrow_mut().arena.put(chosen);

@@ -104,7 +104,7 @@ impl Chat {
 
         let mut lines = Lines::open();
         lines.remark(&format!("{}: h for help, q to quit", lm.source.name));
-        while let Some(text) = lines.next()? {
+        while let Some(text) = lines.read()? {
             match text.trim() {
                 "q" => break,
                 "r" => {

@@ -36,7 +36,7 @@ impl Lines {
     }
 
     /// The next line; `None` at the end of input.
-    pub fn next(&mut self) -> Result<Option<String>> {
+    pub fn read(&mut self) -> Result<Option<String>> {
         let Lines::Typed(editor) = self else {
             let mut line = String::new();
             let read = stdin().read_line(&mut line).map_err(Error::io("standard input"))?;

@@ -26,6 +26,9 @@ pub struct Part<'a> {
     pub tokens: Range<usize>,
 }
 
+/// What each cache holds of a token: `[heads, dim]` of its keys and of its values.
+pub type CacheShapes = BTreeMap<u32, [usize; 4]>;
+
 /// One call of `forward` or `head`.
 pub struct Running<'a> {
     /// The step's tensors.
@@ -46,8 +49,8 @@ pub struct Running<'a> {
     pub misuse: Option<String>,
     /// Angles of this step's tokens, by rope.
     pub angles: HashMap<u32, Vec<Angles>>,
-    /// What a dry run learns of the caches: `[heads, dim]` of a key and of a value, by cache.
-    pub shapes: BTreeMap<u32, [usize; 4]>,
+    /// What a dry run learns of the caches.
+    pub shapes: CacheShapes,
 }
 
 impl Running<'_> {
