@@ -10,7 +10,7 @@ use std::{
 };
 use tempfile::TempDir;
 use tests::{
-    binary::{dylm, folder as target},
+    binary::{dylm, target},
     tiny,
 };
 
