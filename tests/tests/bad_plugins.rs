@@ -90,7 +90,7 @@ fn every_mistake_ends_the_run_with_one_sentence_and_code_1() {
     for (misbehave, expected) in IN_NEW.iter().chain(IN_FORWARD) {
         let model = model(misbehave);
         let mut command = dylm();
-        command.args(["generate", "--max-tokens", "4", "--model"]).arg(model.path());
+        command.args(["generate", "--max-tokens", "4", "--verbose", "false", "--model"]).arg(model.path());
         let output = command.arg("--plugins").arg(plugins.path()).output().unwrap();
         let sentence = match IN_NEW.iter().any(|(new, _)| new == misbehave) {
             // The report on a checkpoint is a list.
