@@ -115,7 +115,7 @@ fn against_another_api(name: &str, change: impl Fn(&str, String) -> String) -> P
     copy(&root.join("Cargo.toml"), "Cargo.toml", &mut |text| {
         // The host is not among them, and profiles are those of the plugins' own workspace.
         let text = text.split("[profile").next().unwrap_or_default();
-        let keep = |line: &&str| !line.starts_with("exclude") && !line.starts_with("dylm =");
+        let keep = |line: &&str| !["exclude", "default-members", "dylm ="].iter().any(|key| line.starts_with(key));
         let text = text.lines().filter(keep).collect::<Vec<_>>().join("\n");
         // Cargo tells packages apart by their paths below the workspace, and all of these share a target folder.
         let text = text.replace("path = \"plugin-api\"", &format!("path = \"{name}/plugin-api\""));
