@@ -20,6 +20,8 @@ use std::{
 pub enum Form {
     /// A Hugging Face folder in bf16.
     Bf16,
+    /// The GGUF's own numbers, dequantized, in f32.
+    F32,
     /// MLX, affine, 8 bits, groups of 64.
     Mlx8bit,
     /// MLX, affine, 4 bits, groups of 64.
@@ -64,12 +66,13 @@ fn write(gguf: &Path, form: Form, to: &Path) -> Result<()> {
     let gguf = Gguf::open(gguf)?;
     let mut config = gguf.config()?;
     let mode = match form {
-        Form::Bf16 => None,
+        Form::Bf16 | Form::F32 => None,
         Form::Mlx8bit => Some((json!({"group_size": 64, "bits": 8}), affine(8))),
         Form::Mlx4bit => Some((json!({"group_size": 64, "bits": 4}), affine(4))),
         Form::MlxMxfp4 => Some((json!({"group_size": 32, "bits": 4, "mode": "mxfp4"}), Format::Mxfp4)),
     };
-    config["torch_dtype"] = "bfloat16".into();
+    let (float, dense) = if form == Form::F32 { (Float::F32, Dtype::F32) } else { (Float::BF16, Dtype::BF16) };
+    config["torch_dtype"] = if form == Form::F32 { "float32" } else { "bfloat16" }.into();
     if let Some((quantization, _)) = &mode {
         config["quantization"] = quantization.clone();
     }
@@ -82,7 +85,7 @@ fn write(gguf: &Path, form: Form, to: &Path) -> Result<()> {
     for (name, stored) in gguf.checkpoint()?.iter() {
         let cols = stored.shape.last().copied().unwrap_or(1);
         let rows = stored.elements() / cols;
-        let numbers = bf16(numbers(stored, rows, cols)?);
+        let numbers = rounded(numbers(stored, rows, cols)?, float);
         match (&mode, name.strip_suffix(".weight")) {
             (Some((_, format)), Some(path)) if stored.shape.len() == 2 => {
                 let packed = Matrix::quantize(&numbers, rows, cols, *format)?;
@@ -96,8 +99,8 @@ fn write(gguf: &Path, form: Form, to: &Path) -> Result<()> {
                 }
             }
             _ => {
-                let dense = Matrix::quantize(&numbers, rows, cols, Format::Dense(Float::BF16))?;
-                files.insert(name.to_owned(), (Dtype::BF16, stored.shape.clone(), dense.parts()[0].to_vec()));
+                let matrix = Matrix::quantize(&numbers, rows, cols, Format::Dense(float))?;
+                files.insert(name.to_owned(), (dense, stored.shape.clone(), matrix.parts()[0].to_vec()));
             }
         }
     }
@@ -119,8 +122,8 @@ fn numbers(stored: &dylm::weights::Stored, rows: usize, cols: usize) -> Result<V
     Ok(numbers)
 }
 
-fn bf16(mut numbers: Vec<f32>) -> Vec<f32> {
-    numbers.iter_mut().for_each(|x| *x = Float::BF16.round(*x));
+fn rounded(mut numbers: Vec<f32>, to: Float) -> Vec<f32> {
+    numbers.iter_mut().for_each(|x| *x = to.round(*x));
     numbers
 }
 

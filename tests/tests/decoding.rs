@@ -41,16 +41,12 @@ fn one_seed_gives_one_text_and_another_seed_another() {
 
 #[test]
 fn a_draft_changes_no_greedy_token() {
-    let (lm, other) = (load("llama"), load("llama-bias"));
+    let (lm, other) = (load("llama"), load("gemma3_text"));
     let plain = ids(&lm, &options());
     for draft in [&lm, &other] {
         for num_draft_tokens in [1, 2, 5] {
             let options = GenerateOptions { num_draft_tokens, ..options() };
-            let Ok(generation) = Generation::new(&lm, &PROMPT, &options, None, Some(draft)) else {
-                // A draft of another vocabulary is refused; that is another test.
-                assert_ne!(draft.model.vocab_size(), lm.model.vocab_size());
-                continue;
-            };
+            let generation = Generation::new(&lm, &PROMPT, &options, None, Some(draft)).unwrap();
             let drafted: Vec<_> = generation.map(|r| r.unwrap()).collect();
             assert_eq!(drafted.iter().map(|r| r.token).collect::<Vec<_>>(), plain);
             if std::ptr::eq(draft, &lm) {
@@ -84,11 +80,9 @@ fn a_draft_works_over_sliding_windows() {
 
 #[test]
 fn a_draft_of_another_vocabulary_is_refused_in_one_sentence() {
-    let (lm, other) = (load("llama"), load("gemma3_text"));
-    if lm.model.vocab_size() != other.model.vocab_size() {
-        let error = Generation::new(&lm, &PROMPT, &options(), None, Some(&other)).err().unwrap().to_string();
-        assert!(error.contains("vocabulary"), "{error}");
-    }
+    let (lm, other) = (load("llama"), load("llama-bias"));
+    let error = Generation::new(&lm, &PROMPT, &options(), None, Some(&other)).err().unwrap().to_string();
+    assert!(error.contains("vocabulary"), "{error}");
 }
 
 fn kept(max_kv_size: usize) -> CacheOptions {
@@ -157,21 +151,34 @@ fn a_cache_that_dropped_entries_refuses_to_go_back_and_says_so() {
     assert_eq!(state.offset, 1500);
 }
 
+fn packed(bits: u32, kv_group_size: usize) -> CacheOptions {
+    CacheOptions { kv_bits: Some(bits), kv_group_size, quantized_kv_start: 10, ..Default::default() }
+}
+
 #[test]
-fn an_eight_bit_cache_stays_near_the_exact_one() {
-    // Head sizes of 32 at least: groups lie within a head.
-    let lm = load("gemma3_text");
-    let text: Vec<u32> = (0..60u32).map(|i| (i * 11) % 90).collect();
-    let exact = chunked(&lm, &CacheOptions::default(), &text, &[60]).0;
-    let packed =
-        |bits| CacheOptions { kv_bits: Some(bits), kv_group_size: 32, quantized_kv_start: 10, ..Default::default() };
-    let (eight, state) = chunked(&lm, &packed(8), &text, &[12, 5]);
-    let error = worst(&eight, &exact);
-    println!("8 bits: {error:.1e}, 4 bits: {:.1e}", worst(&chunked(&lm, &packed(4), &text, &[12, 5]).0, &exact));
-    if state.layers.iter().any(|l| l.shape.is_some_and(|[_, dim, ..]| dim % 32 == 0)) {
-        assert!(error > 0.0, "the cache was never packed");
+fn a_quantized_cache_stays_near_the_exact_one() {
+    // The real model: tiny ones have heads that no group divides.
+    let Some(folder) = tests::smollm2::folder(tests::smollm2::Form::Mlx8bit) else { return };
+    let options = LoadOptions { dtype: DtypeChoice::Float32, ..Default::default() };
+    let lm = dylm::load(folder.to_str(), &options).unwrap();
+    let text: Vec<u32> = (0..40u32).map(|i| 100 + i * 911 % 40_000).collect();
+    let (exact, dense) = chunked(&lm, &CacheOptions::default(), &text, &[40]);
+    // Relative to the largest logit; 0.02 and 0.17 were seen, and instruction sets differ a little.
+    for (bits, bound) in [(8, 0.05), (4, 0.4)] {
+        let (rows, state) = chunked(&lm, &packed(bits, 64), &text, &[12, 5]);
+        let error = worst(&rows, &exact);
+        println!("{bits} bits: off by {error:.1e}");
+        assert!(error > 0.0 && error < bound, "{bits} bits: {error}");
+        assert!(state.bytes() < dense.bytes() / 2, "{bits} bits take {} bytes, f32 {}", state.bytes(), dense.bytes());
     }
-    assert!(error < 0.05, "{error}");
+}
+
+#[test]
+fn a_cache_whose_heads_do_not_split_into_groups_is_refused() {
+    let lm = load("llama");
+    let error = Generation::new(&lm, &PROMPT, &GenerateOptions { cache: packed(8, 64), ..options() }, None, None);
+    let error = error.unwrap().next().unwrap().unwrap_err().to_string();
+    assert!(error.contains("--kv-bits") && error.contains("groups of 64"), "{error}");
 }
 
 #[test]

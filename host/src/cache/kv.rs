@@ -93,6 +93,21 @@ impl KvCache {
         Ok(())
     }
 
+    /// Fixes the shape of keys and values, `[heads, dim]` each, with the first tokens; later ones must have the same.
+    pub fn shaped(&mut self, shape: [usize; 4]) -> Result<()> {
+        let [_, dim, _, v_dim] = shape;
+        let group = self.options.kv_group_size;
+        if self.options.kv_bits.is_some() && !(dim.is_multiple_of(group) && v_dim.is_multiple_of(group)) {
+            candle_core::bail!(
+                "--kv-bits: heads of {dim} and {v_dim} values do not split into groups of {group}; leave it out, or try another --kv-group-size"
+            );
+        }
+        if *self.shape.get_or_insert(shape) != shape {
+            candle_core::bail!("the cache holds keys and values of {:?}, now come {shape:?}", self.shape);
+        }
+        Ok(())
+    }
+
     /// After a step that ended at `offset`: drops what no later query will see, and packs what is to be packed.
     pub fn settle(&mut self, offset: usize) -> Result<()> {
         let Sight { window, keep } = self.rule();
@@ -104,12 +119,7 @@ impl KvCache {
                 self.remove(pinned, stale - SLACK)?;
             }
         }
-        let packable = self.widths().iter().all(|w| w % self.options.kv_group_size == 0)
-            && self.shape.is_some_and(|[_, dim, _, v_dim]| {
-                dim % self.options.kv_group_size == 0 && v_dim % self.options.kv_group_size == 0
-            });
         if let Some(bits) = self.options.kv_bits
-            && packable
             && offset >= self.options.quantized_kv_start
             && !matches!(self.keys, Table::Packed { .. })
         {

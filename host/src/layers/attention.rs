@@ -39,9 +39,7 @@ pub fn attend(
         let (offset, count) = (part.state.offset, part.tokens.len());
         let Some(kv) = part.state.layers.get_mut(cache) else { bail!("cache {cache} is not there") };
         let shape = [k.dim(1)?, k.dim(2)?, v.dim(1)?, v.dim(2)?];
-        if *kv.shape.get_or_insert(shape) != shape {
-            bail!("the cache holds keys and values of {:?}, now come {shape:?}", kv.shape);
-        }
+        kv.shaped(shape)?;
         let sight = kv.sight(how.window);
         let queries: Vec<u32> = (offset..offset + count).map(|p| p as u32).collect();
         outputs.push(if place.native {
