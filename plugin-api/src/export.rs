@@ -7,6 +7,7 @@ use crate::{
         ops::OpsRef,
         root::{ERROR_ABI, ERROR_CONFIG, ERROR_PANIC, FactoryRef, Host, ModelFactory, ModelObject, PluginError},
     },
+    cache::Places,
     config::FromConfig,
     tensor::Call,
 };
@@ -85,6 +86,7 @@ fn check_ops(name: &str, host: &Host) -> Result<(), PluginError> {
 struct Built<A> {
     model: A,
     caches: RVec<CacheSpec>,
+    places: Places,
 }
 
 /// The ABI face of one architecture; `export_plugin!` names it once.
@@ -108,9 +110,9 @@ impl<A: Architecture> Exported<A> {
             let config = A::Config::from_text(config.as_str()).map_err(|e| error(ERROR_CONFIG, e.0))?;
             let call = Call { ops: host.ops, ctx };
             let model = call.enter(|| A::new(config, &Weights::default())).map_err(|e| error(ERROR_CONFIG, e.0))?;
-            let caches = model.caches().into_iter().map(|c| c.spec()).collect();
+            let (caches, places) = Places::of(model.caches());
             Ok(ModelObject {
-                data: Box::into_raw(Box::new(Built { model, caches })).cast(),
+                data: Box::into_raw(Box::new(Built { model, caches: caches.into(), places })).cast(),
                 caches: Self::caches,
                 forward: Self::forward,
                 head: Self::head,
@@ -137,7 +139,7 @@ impl<A: Architecture> Exported<A> {
         let built = unsafe { Self::built(data) };
         catch(Self::name(), || {
             Ok(Call { ops: host.ops, ctx }.enter(|| {
-                let mut step = Step { caches: built.caches.len() as u32 };
+                let mut step = Step { places: built.places.clone() };
                 built.model.forward(&Tensor::own(tokens), &mut step).into_handle()
             }))
         })

@@ -2,6 +2,7 @@
 //! LoRA or lie on a GPU is the host's business, and no layer here can tell.
 
 use crate::{
+    Cache,
     abi::{At, Slot},
     tensor::{Call, Tensor},
 };
@@ -43,6 +44,43 @@ layers! {
         /// The same shape.
         fn forward = norm;
     }
+    /// Either of the two, where a block is built for both.
+    Norm {
+        /// The same shape.
+        fn forward = norm;
+    }
+    /// One linear layer a head, as in multi-head latent attention: W `[heads, outputs, inputs]`.
+    MultiLinear {
+        /// `[tokens, heads, inputs]` -> `[tokens, heads, outputs]`
+        fn forward = multi_linear;
+    }
+}
+
+impl From<RmsNorm> for Norm {
+    fn from(norm: RmsNorm) -> Self {
+        Norm(norm.0)
+    }
+}
+
+impl From<LayerNorm> for Norm {
+    fn from(norm: LayerNorm) -> Self {
+        Norm(norm.0)
+    }
+}
+
+/// A causal convolution of each channel alone, over the last `kernel` tokens. [`Layer::conv1d`](crate::Layer::conv1d) runs it.
+#[derive(Debug)]
+pub struct Conv1d {
+    pub(crate) slot: Slot,
+    pub(crate) channels: usize,
+    pub(crate) kernel: usize,
+}
+
+impl Conv1d {
+    /// What it remembers: the inputs of the last `kernel - 1` tokens.
+    pub fn cache(&self) -> Cache {
+        Cache::state(&[self.kernel.saturating_sub(1), self.channels])
+    }
 }
 
 /// A tensor of the checkpoint that the architecture uses as it is.
@@ -70,18 +108,5 @@ impl Rope {
     pub fn interleaved(mut self) -> Self {
         self.flags |= 1;
         self
-    }
-}
-
-/// Feed-forward experts, of which each token uses a few.
-#[derive(Debug)]
-pub struct Experts(pub(crate) Slot);
-
-impl Experts {
-    /// Runs the chosen experts and adds up their results by weight: x `[tokens, dim]`, chosen and weights `[tokens, k]` -> `[tokens, dim]`.
-    #[track_caller]
-    pub fn forward(&self, x: &Tensor, chosen: &Tensor, weights: &Tensor) -> Tensor {
-        let call = Call::current();
-        Tensor::own(call.ops.experts()(call.ctx, self.0, x.handle(), chosen.handle(), weights.handle(), At::caller()))
     }
 }

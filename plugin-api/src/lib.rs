@@ -50,7 +50,7 @@
 //!     }
 //!
 //!     fn caches(&self) -> Vec<Cache> {
-//!         vec![Cache::KeyValue { window: None }; self.blocks.len()]
+//!         vec![Cache::key_value(None); self.blocks.len()]
 //!     }
 //!
 //!     fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
@@ -70,16 +70,25 @@
 pub mod abi;
 pub mod architecture;
 pub mod blocks;
+pub mod cache;
 pub mod config;
+pub mod experts;
 pub mod export;
 pub mod layers;
+pub mod step;
 pub mod tensor;
 pub mod weights;
 
-pub use architecture::{Architecture, Attend, Cache, Error, Layer, Result, Step};
-pub use blocks::{Activation, GatedMlp, LayerTypes, LmHead};
+pub use architecture::{Architecture, Error, Result};
+pub use blocks::{
+    Activation, Decoder, DecoderShape, Ffn, GatedMlp, GroupScore, Heads, LayerTypes, LmHead, Mlp, Moe, Router,
+    SelfAttention,
+};
+pub use cache::Cache;
 pub use config::RopeScaling;
-pub use layers::{Embedding, Experts, LayerNorm, Linear, Parameter, RmsNorm, Rope};
+pub use experts::{ExpertKind, Experts, ExpertsShape};
+pub use layers::{Conv1d, Embedding, LayerNorm, Linear, MultiLinear, Norm, Parameter, RmsNorm, Rope};
+pub use step::{Attend, Layer, SparseBlocks, Step};
 pub use tensor::Tensor;
 pub use weights::{Source, Weights};
 
@@ -89,7 +98,9 @@ pub use abi_stable;
 /// Everything that an architecture's file needs: `use plugin_api::prelude::*;`
 pub mod prelude {
     pub use crate::{
-        Activation, Architecture, Attend, Cache, Embedding, Experts, GatedMlp, Layer, LayerNorm, LayerTypes, Linear,
-        LmHead, Parameter, Result, RmsNorm, Rope, RopeScaling, Source, Step, Tensor, Weights, config, export_plugin,
+        Activation, Architecture, Attend, Cache, Conv1d, Decoder, DecoderShape, Embedding, ExpertKind, Experts,
+        ExpertsShape, Ffn, GatedMlp, GroupScore, Heads, Layer, LayerNorm, LayerTypes, Linear, LmHead, Mlp, Moe,
+        MultiLinear, Norm, Parameter, Result, RmsNorm, Rope, RopeScaling, Router, SelfAttention, Source, SparseBlocks,
+        Step, Tensor, Weights, config, export_plugin,
     };
 }

@@ -138,6 +138,10 @@ words! {
     clamp(low: f32 => low.into(), high: f32 => high.into());
     /// `[.., n, k] · [.., k, m]` -> `[.., n, m]`
     matmul(other: &Tensor => other.handle);
+    /// The largest whole number that is not above x.
+    floor();
+    /// The nearest whole number; halves go to the even one.
+    round();
     /// |x|
     abs();
     /// eˣ
@@ -176,6 +180,8 @@ words! {
     mean();
     /// Over the last axis, which stays with length 1.
     max();
+    /// 1 for the k largest entries of the last axis, 0 for the rest.
+    top_mask(k: usize => k as u64);
     /// Entries of the last axis by index: x `[.., n]`, indices `[.., k]` -> `[.., k]`.
     gather(indices: &Tensor => indices.handle);
 }

@@ -2,8 +2,8 @@
 //! Nothing here fails for a missing or misshapen tensor: the host collects every such difference and reports them together.
 
 use crate::{
-    Embedding, Experts, LayerNorm, Linear, Parameter, Result, RmsNorm, Rope,
-    abi::{self, At, ExpertsSpec, Slot, SourceId, SpecRef},
+    Conv1d, Embedding, LayerNorm, Linear, MultiLinear, Parameter, Result, RmsNorm, Rope,
+    abi::{self, At, Slot, SourceId},
     config::RopeScaling,
     tensor::Call,
 };
@@ -19,6 +19,11 @@ pub struct Weights {
 }
 
 impl Weights {
+    /// What the names here begin with: empty, or ending in a dot.
+    pub(crate) fn prefix(&self) -> &str {
+        &self.prefix
+    }
+
     fn full(&self, name: &str) -> String {
         format!("{}{name}", self.prefix)
     }
@@ -72,8 +77,7 @@ impl Weights {
     /// `name.weight` `[vocab, dim]`
     #[track_caller]
     pub fn embedding(&self, name: &str, vocab: usize, dim: usize) -> Embedding {
-        let (call, weight) = (Call::current(), self.source(&format!("{name}.weight")));
-        Embedding(call.ops.embedding_layer()(call.ctx, weight.0, vocab as u64, dim as u64, At::caller()))
+        Embedding::of(self.source(&format!("{name}.weight")), vocab, dim)
     }
 
     /// `name.weight` `[dim]`
@@ -90,19 +94,18 @@ impl Weights {
         LayerNorm(norm(abi::NORM_LAYER, weight.0, bias, dim, eps))
     }
 
-    /// Routed feed-forward experts: stacked (`switch_mlp.gate_proj.weight`) or one by one (`experts.0.gate_proj.weight`).
+    /// `name.weight` `[heads, outputs, inputs]`: one linear layer a head.
     #[track_caller]
-    pub fn experts(&self, experts: usize, dim: usize, hidden: usize) -> Experts {
-        let call = Call::current();
-        let spec = ExpertsSpec {
-            activation: abi::EXPERTS_SWIGLU,
-            reserved: 0,
-            experts: experts as u64,
-            dim: dim as u64,
-            hidden: hidden as u64,
-        };
-        let prefix = RStr::from_str(&self.prefix);
-        Experts(call.ops.experts_layer()(call.ctx, prefix, SpecRef::new(&spec), At::caller()))
+    pub fn multi_linear(&self, name: &str, heads: usize, inputs: usize, outputs: usize) -> MultiLinear {
+        MultiLinear::of(self.source(&format!("{name}.weight")), None, heads, inputs, outputs)
+    }
+
+    /// `name.weight` of `channels * kernel` numbers (`[channels, 1, kernel]` or `[channels, kernel, 1]`) and, with `bias`, `name.bias`
+    /// `[channels]`.
+    #[track_caller]
+    pub fn conv1d(&self, name: &str, channels: usize, kernel: usize, bias: bool) -> Conv1d {
+        let bias = bias.then(|| self.source(&format!("{name}.bias")));
+        Conv1d::of(self.source(&format!("{name}.weight")), bias, channels, kernel)
     }
 
     /// A tensor used as it is.
@@ -129,7 +132,7 @@ impl Weights {
 
 /// A stored tensor with transforms, which the host applies when it reads the bytes, so that no copy is made for nothing.
 #[derive(Debug, Clone, Copy)]
-pub struct Source(SourceId);
+pub struct Source(pub(crate) SourceId);
 
 impl Source {
     #[track_caller]
@@ -168,6 +171,31 @@ impl Source {
         self.transform(abi::TRANSFORM_RESHAPE, &dims.iter().map(|&d| d as u64).collect::<Vec<_>>(), 0.0)
     }
 
+    /// Some entries of an axis.
+    #[track_caller]
+    pub fn narrow(self, axis: usize, range: std::ops::Range<usize>) -> Source {
+        self.transform(abi::TRANSFORM_NARROW, &[axis as u64, range.start as u64, range.end as u64], 0.0)
+    }
+
+    /// Every `step`-th entry of an axis, from `start` on: one of several tensors that are stored in turns.
+    #[track_caller]
+    pub fn every(self, axis: usize, start: usize, step: usize) -> Source {
+        self.transform(abi::TRANSFORM_EVERY, &[axis as u64, start as u64, step as u64], 0.0)
+    }
+
+    /// Each row (last axis) divided by its length, which counts as `least` at least.
+    #[track_caller]
+    pub fn unit_rows(self, least: f32) -> Source {
+        self.transform(abi::TRANSFORM_UNIT_ROWS, &[], least.into())
+    }
+
+    /// Sources joined along an axis that they have.
+    #[track_caller]
+    pub fn join(parts: &[Source], axis: usize) -> Source {
+        let (call, ids) = (Call::current(), parts.iter().map(|s| s.0).collect::<Vec<_>>());
+        Source(call.ops.join()(call.ctx, RSlice::from_slice(&ids), axis as u64, At::caller()))
+    }
+
     /// Sources of one shape along a new first axis.
     #[track_caller]
     pub fn stack(parts: &[Source]) -> Source {
@@ -189,6 +217,49 @@ impl Linear {
     pub fn of(weight: Source, bias: Option<Source>, inputs: usize, outputs: usize) -> Linear {
         let (call, bias) = (Call::current(), bias.map_or(SourceId::NONE, |b| b.0));
         Linear(call.ops.linear_layer()(call.ctx, weight.0, bias, inputs as u64, outputs as u64, At::caller()))
+    }
+}
+
+impl MultiLinear {
+    /// One linear layer a head over transformed sources: weight `[heads, outputs, inputs]`, bias `[heads, outputs]`.
+    #[track_caller]
+    pub fn of(weight: Source, bias: Option<Source>, heads: usize, inputs: usize, outputs: usize) -> MultiLinear {
+        let (call, bias) = (Call::current(), bias.map_or(SourceId::NONE, |b| b.0));
+        let layer = call.ops.multi_linear_layer();
+        MultiLinear(layer(call.ctx, weight.0, bias, heads as u64, inputs as u64, outputs as u64, At::caller()))
+    }
+}
+
+impl Conv1d {
+    /// A convolution over transformed sources: weight of `channels * kernel` numbers, channel by channel, bias `[channels]`.
+    #[track_caller]
+    pub fn of(weight: Source, bias: Option<Source>, channels: usize, kernel: usize) -> Conv1d {
+        let (call, bias) = (Call::current(), bias.map_or(SourceId::NONE, |b| b.0));
+        let layer = call.ops.conv1d_layer();
+        Conv1d { slot: layer(call.ctx, weight.0, bias, channels as u64, kernel as u64, At::caller()), channels, kernel }
+    }
+}
+
+impl Embedding {
+    /// A table over a transformed source `[vocab, dim]`.
+    #[track_caller]
+    pub fn of(weight: Source, vocab: usize, dim: usize) -> Embedding {
+        let call = Call::current();
+        Embedding(call.ops.embedding_layer()(call.ctx, weight.0, vocab as u64, dim as u64, At::caller()))
+    }
+}
+
+impl LayerNorm {
+    /// A norm over transformed sources `[dim]`.
+    #[track_caller]
+    pub fn of(weight: Source, bias: Option<Source>, dim: usize, eps: f32) -> LayerNorm {
+        LayerNorm(norm(abi::NORM_LAYER, weight.0, bias.map_or(SourceId::NONE, |b| b.0), dim, eps))
+    }
+
+    /// A norm without weight and bias.
+    #[track_caller]
+    pub fn plain(dim: usize, eps: f32) -> LayerNorm {
+        LayerNorm(norm(abi::NORM_LAYER, SourceId::NONE, SourceId::NONE, dim, eps))
     }
 }
 

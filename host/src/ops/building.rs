@@ -121,6 +121,9 @@ impl<'a> Building<'a> {
             (abi::TRANSFORM_PLUS, []) => Recipe::Affine(inner, 1.0, factor as f32),
             (abi::TRANSFORM_SCALE, []) => Recipe::Affine(inner, factor as f32, 0.0),
             (abi::TRANSFORM_TRANSPOSE, []) => Recipe::Transpose(inner),
+            (abi::TRANSFORM_NARROW, &[axis, from, to]) => Recipe::Narrow(inner, axis, from, to),
+            (abi::TRANSFORM_EVERY, &[axis, start, step]) => Recipe::Every(inner, axis, start, step),
+            (abi::TRANSFORM_UNIT_ROWS, []) => Recipe::UnitRows(inner, factor as f32),
             (abi::TRANSFORM_RESHAPE, dims) => Recipe::Reshape(inner, dims.to_vec()),
             _ => {
                 self.complain(format!(
@@ -136,6 +139,34 @@ impl<'a> Building<'a> {
     pub fn stack(&mut self, sources: &[SourceId]) -> SourceId {
         let parts = sources.iter().map(|&s| self.recipe(s)).collect();
         self.put(Recipe::Stack(parts), sources)
+    }
+
+    pub fn join(&mut self, sources: &[SourceId], axis: u64) -> SourceId {
+        let parts = sources.iter().map(|&s| self.recipe(s)).collect();
+        self.put(Recipe::Join(parts, axis as usize), sources)
+    }
+
+    pub fn multi_linear_layer(
+        &mut self,
+        weight: SourceId,
+        bias: SourceId,
+        heads: u64,
+        inputs: u64,
+        outputs: u64,
+    ) -> Slot {
+        let (weight, bias) = ((*self.recipe(weight)).clone(), self.some(bias));
+        let (heads, inputs, outputs) = (heads as usize, inputs as usize, outputs as usize);
+        self.slot(Wanted::MultiLinear { weight, bias, heads, inputs, outputs })
+    }
+
+    pub fn conv1d_layer(&mut self, weight: SourceId, bias: SourceId, channels: u64, kernel: u64) -> Slot {
+        let (weight, bias) = ((*self.recipe(weight)).clone(), self.some(bias));
+        self.slot(Wanted::Conv1d { weight, bias, channels: channels as usize, kernel: kernel as usize })
+    }
+
+    pub fn experts_from(&mut self, _sources: &[SourceId], _spec: SpecRef<'_>) -> Slot {
+        self.complain("experts_from: this dylm does not have it yet".into());
+        Slot(u32::MAX)
     }
 
     pub fn linear_layer(&mut self, weight: SourceId, bias: SourceId, inputs: u64, outputs: u64) -> Slot {

@@ -1,4 +1,4 @@
-//! The op table itself: one `extern "C"` function for each op, between the handles outside and the values inside.
+//! The op tables themselves: one `extern "C"` function for each op, between the handles outside and the values inside.
 //!
 //! Four things happen here for every op: a panic of the host stops here, a first failure gets its op's name and the plugin's place, an op
 //! called at the wrong time (a running op while building) is refused, and so is a context that is not the one lent to this thread.
@@ -16,7 +16,7 @@ use abi_stable::{
 };
 use plugin_api::abi::{
     At, Ctx, Handle, Pair, Slot, SourceId, SpecRef,
-    ops::{Ops, OpsRef, appended},
+    ops::{OpsRef, appended},
     root::Host,
 };
 use std::{
@@ -133,7 +133,6 @@ macro_rules! implement {
         run { $($rname:ident($($rarg:ident: $rty:ty),*): |$r:ident| $rbody:expr;)* }
         unary { $($uname:ident: |$ux:ident| $ubody:expr;)* }
         binary { $($zname:ident: |$za:ident, $zb:ident| $zbody:expr;)* }
-        other { $($oname:ident,)* }
     ) => {
         $(extern "C" fn $bname(ctx: Ctx, $($barg: $bty,)* at: At) $(-> $bret)? { build(ctx, stringify!($bname), $otherwise, at, |$b| $bbody) })*
         $(extern "C" fn $sname(ctx: Ctx, $sslot: Slot, $($sarg: $sty,)* at: At) -> Handle { run(ctx, stringify!($sname), Some($sslot), at, |$s| $sbody) })*
@@ -144,21 +143,6 @@ macro_rules! implement {
         $(extern "C" fn $zname(ctx: Ctx, a: Handle, b: Handle, at: At) -> Handle {
             run(ctx, stringify!($zname), None, at, |r| { let ($za, $zb) = (r.arena.get(a)?, r.arena.get(b)?); $zbody })
         })*
-
-        fn ops() -> OpsRef {
-            static TABLE: OnceLock<OpsRef> = OnceLock::new();
-            *TABLE.get_or_init(|| Ops { $($bname,)* $($sname,)* $($rname,)* $($uname,)* $($zname,)* $($oname,)* }.leak_into_prefix())
-        }
-
-        /// The table of a host to come: the same ops, and one more.
-        fn longer_ops() -> appended::OpsRef {
-            static TABLE: OnceLock<appended::OpsRef> = OnceLock::new();
-            *TABLE.get_or_init(|| {
-                let newer_than_the_plugin = neg;
-                appended::Ops { $($bname,)* $($sname,)* $($rname,)* $($uname,)* $($zname,)* $($oname,)* newer_than_the_plugin }
-                    .leak_into_prefix()
-            })
-        }
     };
 }
 
@@ -169,6 +153,7 @@ implement! {
         transform(source: SourceId, kind: u32, ints: RSlice<'_, u64>, factor: f64) -> SourceId: SourceId::NONE,
             |b| b.transform(source, kind, ints.as_slice(), factor);
         stack(sources: RSlice<'_, SourceId>) -> SourceId: SourceId::NONE, |b| b.stack(sources.as_slice());
+        join(sources: RSlice<'_, SourceId>, axis: u64) -> SourceId: SourceId::NONE, |b| b.join(sources.as_slice(), axis);
         ignore(prefix: RStr<'_>): (), |b| b.ignored.push(prefix.as_str().to_owned());
         complain(message: RStr<'_>): (), |b| b.complain(message.as_str().to_owned());
         linear_layer(weight: SourceId, bias: SourceId, inputs: u64, outputs: u64) -> Slot: Slot(u32::MAX),
@@ -178,6 +163,11 @@ implement! {
         norm_layer(kind: u32, weight: SourceId, bias: SourceId, dim: u64, eps: f64) -> Slot: Slot(u32::MAX),
             |b| b.norm_layer(kind, weight, bias, dim, eps);
         experts_layer(prefix: RStr<'_>, spec: SpecRef<'_>) -> Slot: Slot(u32::MAX), |b| b.experts_layer(&prefix, spec);
+        experts_from(sources: RSlice<'_, SourceId>, spec: SpecRef<'_>) -> Slot: Slot(u32::MAX), |b| b.experts_from(sources.as_slice(), spec);
+        multi_linear_layer(weight: SourceId, bias: SourceId, heads: u64, inputs: u64, outputs: u64) -> Slot: Slot(u32::MAX),
+            |b| b.multi_linear_layer(weight, bias, heads, inputs, outputs);
+        conv1d_layer(weight: SourceId, bias: SourceId, channels: u64, kernel: u64) -> Slot: Slot(u32::MAX),
+            |b| b.conv1d_layer(weight, bias, channels, kernel);
         parameter_layer(source: SourceId, dims: RSlice<'_, u64>) -> Slot: Slot(u32::MAX), |b| b.parameter_layer(source, dims.as_slice());
         rope_layer(dims: u64, base: f64, scaling: RStr<'_>) -> Slot: Slot(u32::MAX), |b| b.rope_layer(dims, base, &scaling);
     }
@@ -187,12 +177,25 @@ implement! {
         linear(slot, x: Handle): |r| r.linear(slot, x);
         norm(slot, x: Handle): |r| r.norm(slot, x);
         experts(slot, x: Handle, chosen: Handle, weights: Handle): |r| r.experts(slot, x, chosen, weights);
+        multi_linear(slot, x: Handle): |r| r.multi_linear(slot, x);
+        conv1d(slot, cache: u32, x: Handle): |r| r.conv1d(slot, cache, x);
         parameter(slot): |r| r.parameter(slot);
         rotate(slot, x: Handle, flags: u32): |r| r.rotate(slot, x, flags & 1 == 1);
     }
     run {
         fail(message: RStr<'_>): |_r| Err(fault!("{message}"));
         attend(cache: u32, q: Handle, k: Handle, v: Handle, spec: SpecRef<'_>): |r| r.attend(cache, q, k, v, spec);
+        positions(): |r| r.positions();
+        ngrams(tokens: Handle, n: u64, base: u64, modulus: u64): |r| r.ngrams(tokens, n, base, modulus);
+        index(cache: u32, q: Handle, k: Handle, weights: Handle, count: u64): |r| r.index(cache, q, k, weights, count as usize);
+        shift(cache: u32, x: Handle): |r| r.shift(cache, x);
+        ssd(cache: u32, x: Handle, dt: Handle, a: Handle, b: Handle, c: Handle): |r| r.ssd(cache, [x, dt, a, b, c]);
+        selective_scan(cache: u32, x: Handle, dt: Handle, a: Handle, b: Handle, c: Handle): |r| r.selective_scan(cache, [x, dt, a, b, c]);
+        gated_delta(cache: u32, q: Handle, k: Handle, v: Handle, g: Handle, beta: Handle): |r| r.gated_delta(cache, [q, k, v, g, beta]);
+        linear_attention(cache: u32, q: Handle, k: Handle, v: Handle, g: Handle): |r| r.linear_attention(cache, [q, k, v, g]);
+        wkv7(cache: u32, r: Handle, w: Handle, k: Handle, v: Handle, a: Handle, b: Handle): |run| run.wkv7(cache, [r, w, k, v, a, b]);
+        rg_lru(cache: u32, x: Handle, log_a: Handle): |r| r.rg_lru(cache, [x, log_a]);
+        top_mask(x: Handle, k: u64): |r| r.arena.get(x)?.top_mask(k as usize);
         split_heads(x: Handle, head_dim: u64): |r| r.arena.get(x)?.split_heads(head_dim as usize);
         narrow(x: Handle, start: u64, len: u64): |r| r.arena.get(x)?.narrow(start as usize, len as usize);
         concat(parts: RSlice<'_, Handle>): |r| {
@@ -209,6 +212,8 @@ implement! {
         flatten: |x| x.flatten();
         transpose: |x| x.transpose();
         neg: |x| x.map(|x| x.neg());
+        floor: |x| x.map(|x| x.floor());
+        round: |x| x.round();
         abs: |x| x.map(|x| x.abs());
         exp: |x| x.map(|x| x.exp());
         log: |x| x.map(|x| x.log());
@@ -238,7 +243,6 @@ implement! {
         matmul: |a, b| a.matmul(&b);
         gather: |a, b| a.gather(&b);
     }
-    other { retain, release, topk, }
 }
 
 extern "C" fn retain(ctx: Ctx, x: Handle, at: At) -> Handle {
@@ -265,6 +269,36 @@ extern "C" fn topk(ctx: Ctx, x: Handle, k: u64, at: At) -> Pair {
     Pair { first, second }
 }
 
+/// Every op into its table, in a module of tables: today's, or those of a host to come, which has one op more.
+macro_rules! tables {
+    ($($module:ident)::+ $(, $newer:ident)?) => {{
+        use plugin_api::abi::$($module)::+::{BuildOps, LayerOps, Ops, OpsRef, TensorOps};
+        static TABLES: OnceLock<OpsRef> = OnceLock::new();
+        *TABLES.get_or_init(|| {
+            let build = BuildOps {
+                has, source, transform, stack, ignore, join, complain, linear_layer, fuse, embedding_layer, norm_layer,
+                experts_layer, experts_from, multi_linear_layer, conv1d_layer, parameter_layer, rope_layer,
+            };
+            let layers = LayerOps {
+                embed, unembed, linear, norm, experts, multi_linear, parameter, rotate, positions, ngrams, attend, index,
+                conv1d, shift, ssd, selective_scan, gated_delta, linear_attention, wkv7, rg_lru,
+            };
+            let tensors = TensorOps {
+                retain, release, fail, split_heads, merge_heads, narrow, concat, unflatten, flatten, transpose, add, sub,
+                mul, div, maximum, minimum, greater, affine, clamp, matmul, neg, floor, round, abs, exp, log, sqrt, rsqrt,
+                square, sigmoid, tanh, relu, silu, gelu, gelu_tanh, softplus, swiglu, geglu, softmax, sum, mean, max, topk,
+                top_mask, gather, $($newer: neg,)?
+            };
+            let (build, layers) = (build.leak_into_prefix(), layers.leak_into_prefix());
+            Ops { build, layers, tensors: tensors.leak_into_prefix() }.leak_into_prefix()
+        })
+    }};
+}
+
+fn ops() -> OpsRef {
+    tables!(ops)
+}
+
 static NEWER: AtomicBool = AtomicBool::new(false);
 
 /// From here on this process serves a table with one op more than plugins know, as a later dylm will: for the test that they do not notice.
@@ -279,7 +313,7 @@ pub fn host() -> Host {
         false => (ops(), <OpsRef as StableAbi>::LAYOUT),
         // SAFETY: both are pointers to a table of the same ops in the same order; that the second is longer its header says.
         true => (
-            unsafe { std::mem::transmute::<appended::OpsRef, OpsRef>(longer_ops()) },
+            unsafe { std::mem::transmute::<appended::OpsRef, OpsRef>(tables!(ops::appended, newer_than_the_plugin)) },
             <appended::OpsRef as StableAbi>::LAYOUT,
         ),
     };

@@ -71,16 +71,26 @@ impl Value {
         self.make(dims.clone(), |t| t.reshape(dims))
     }
 
-    /// The same shape, other numbers.
+    /// The same shape, other numbers. Ids and positions count as numbers.
     pub fn map(&self, compute: impl FnOnce(&Tensor) -> candle_core::Result<Tensor>) -> Outcome {
-        self.make(self.dims()?.to_vec(), compute)
+        self.make(self.dims()?.to_vec(), |t| {
+            if t.dtype() == DType::U32 { compute(&t.to_dtype(DType::F32)?) } else { compute(t) }
+        })
     }
 
     /// Two tensors, broadcast against each other.
     pub fn zip(&self, other: &Value, compute: impl FnOnce(&Tensor, &Tensor) -> candle_core::Result<Tensor>) -> Outcome {
         let dims = broadcast(self.dims()?, other.dims()?)?;
         match (self, other) {
-            (Value::Real(a), Value::Real(b)) => compute(a, b).map(Value::Real).map_err(Fault::from),
+            (Value::Real(a), Value::Real(b)) if a.dtype() == b.dtype() => {
+                compute(a, b).map(Value::Real).map_err(Fault::from)
+            }
+            // Ids and positions, and what was computed from them, join the other side's type.
+            (Value::Real(a), Value::Real(b)) => {
+                let dtype = if matches!(a.dtype(), DType::U32 | DType::F32) { b.dtype() } else { a.dtype() };
+                let dtype = if dtype == DType::U32 { DType::F32 } else { dtype };
+                compute(&a.to_dtype(dtype)?, &b.to_dtype(dtype)?).map(Value::Real).map_err(Fault::from)
+            }
             _ => Ok(Value::Planned(dims)),
         }
     }
@@ -217,6 +227,29 @@ impl Value {
             (Value::Real(t), Value::Real(i)) => t.gather(i, D::Minus1).map(Value::Real).map_err(Fault::from),
             _ => Ok(Value::Planned(dims)),
         }
+    }
+
+    /// 1 for the k largest of the last axis, else 0.
+    pub fn top_mask(&self, k: usize) -> Outcome {
+        let Value::Real(t) = self else { return self.topk(k).and_then(|_| Ok(Value::planned(self.dims()?))) };
+        match self.topk(k)?.1 {
+            Value::Real(chosen) => {
+                let ones = chosen.ones_like()?.to_dtype(t.dtype())?;
+                Ok(Value::Real(t.zeros_like()?.scatter_add(&chosen, &ones, D::Minus1)?))
+            }
+            other => Ok(other),
+        }
+    }
+
+    /// The nearest whole number, halves to the even one.
+    pub fn round(&self) -> Outcome {
+        // candle rounds halves away from zero: there the floor of x + 1/2 is odd exactly when it should not be taken.
+        self.map(|t| {
+            let up = (t + 0.5)?.floor()?;
+            let is_half = up.broadcast_sub(t)?.eq(0.5)?.to_dtype(t.dtype())?;
+            let odd = (&up - ((&up / 2.0)?.floor()? * 2.0)?)?;
+            &up - (is_half * odd)?
+        })
     }
 
     /// Softmax over the last axis, in f32.

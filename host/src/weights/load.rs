@@ -67,6 +67,12 @@ impl Loader<'_> {
                 let experts = gate.into_iter().zip(up).zip(down).map(join).collect();
                 Layer::Experts(Experts { experts, activation: *activation, native: self.place.native })
             }
+            Wanted::MultiLinear { .. } | Wanted::Conv1d { .. } => {
+                return Err(crate::error::Error::Weights(format!(
+                    "{}: this dylm cannot load such a layer yet",
+                    wanted.name()
+                )));
+            }
             Wanted::Parameter { source, dims } => {
                 Layer::Parameter(self.tensor(source, self.place.activations())?.reshape(dims.as_slice())?)
             }

@@ -58,6 +58,30 @@ pub enum Wanted {
         /// How gate and up are joined.
         activation: crate::layers::experts::Activation,
     },
+    /// weight `[heads, outputs, inputs]`, bias `[heads, outputs]`
+    MultiLinear {
+        /// A matrix a head.
+        weight: Recipe,
+        /// A row a head.
+        bias: Option<Recipe>,
+        /// How many heads.
+        heads: usize,
+        /// Columns.
+        inputs: usize,
+        /// Rows.
+        outputs: usize,
+    },
+    /// weight of `channels * kernel` numbers, bias `[channels]`
+    Conv1d {
+        /// A kernel a channel.
+        weight: Recipe,
+        /// One a channel.
+        bias: Option<Recipe>,
+        /// How many channels.
+        channels: usize,
+        /// Tokens that it reaches over.
+        kernel: usize,
+    },
     /// A tensor as it is.
     Parameter {
         /// What.
@@ -82,6 +106,14 @@ impl Wanted {
             Wanted::Experts { gate, up, down, experts, dim, hidden, .. } => {
                 let (inner, outer) = (vec![*experts, *hidden, *dim], vec![*experts, *dim, *hidden]);
                 vec![(gate, inner.clone()), (up, inner), (down, outer)]
+            }
+            Wanted::MultiLinear { weight, bias, heads, inputs, outputs } => {
+                let weight = (weight, vec![*heads, *outputs, *inputs]);
+                [weight].into_iter().chain(bias.iter().map(|b| (b, vec![*heads, *outputs]))).collect()
+            }
+            Wanted::Conv1d { weight, bias, channels, kernel } => {
+                let weight = (weight, vec![*channels, 1, *kernel]);
+                [weight].into_iter().chain(bias.iter().map(|b| (b, vec![*channels]))).collect()
             }
             Wanted::Parameter { source, dims } => vec![(source, dims.clone())],
             Wanted::Rope(_) => Vec::new(),

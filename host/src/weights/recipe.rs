@@ -27,8 +27,16 @@ pub enum Recipe {
     Transpose(Arc<Recipe>),
     /// The same elements in another shape.
     Reshape(Arc<Recipe>, Vec<usize>),
+    /// Entries `.2..(.3)` of axis `.1`.
+    Narrow(Arc<Recipe>, usize, usize, usize),
+    /// Entries `.2`, `.2 + .3`, .. of axis `.1`.
+    Every(Arc<Recipe>, usize, usize, usize),
+    /// Each row divided by its length, which counts as `.1` at least.
+    UnitRows(Arc<Recipe>, f32),
     /// A new first axis.
     Stack(Vec<Arc<Recipe>>),
+    /// Joined along an axis.
+    Join(Vec<Arc<Recipe>>, usize),
 }
 
 impl Recipe {
@@ -36,8 +44,14 @@ impl Recipe {
     pub fn names<'a>(&'a self, to: &mut Vec<&'a str>) {
         match self {
             Recipe::Stored(name) => to.push(name),
-            Recipe::Rows(r, ..) | Recipe::Affine(r, ..) | Recipe::Transpose(r) | Recipe::Reshape(r, _) => r.names(to),
-            Recipe::Stack(parts) => parts.iter().for_each(|p| p.names(to)),
+            Recipe::Rows(r, ..)
+            | Recipe::Affine(r, ..)
+            | Recipe::Transpose(r)
+            | Recipe::Reshape(r, _)
+            | Recipe::Narrow(r, ..)
+            | Recipe::Every(r, ..)
+            | Recipe::UnitRows(r, _) => r.names(to),
+            Recipe::Stack(parts) | Recipe::Join(parts, _) => parts.iter().for_each(|p| p.names(to)),
         }
     }
 
@@ -119,7 +133,37 @@ impl Pantry {
                 }
                 shape
             }
-            Recipe::Affine(inner, ..) => self.shape(inner)?,
+            Recipe::Affine(inner, ..) | Recipe::UnitRows(inner, _) => self.shape(inner)?,
+            Recipe::Narrow(inner, axis, from, to) => {
+                let mut shape = self.shape(inner)?;
+                match shape.get_mut(*axis) {
+                    Some(len) if from <= to && *to <= *len => *len = to - from,
+                    _ => return Err(wrong(format!("entries {from}..{to} of axis {axis} of shape {shape:?}"))),
+                }
+                shape
+            }
+            Recipe::Every(inner, axis, start, step) => {
+                let mut shape = self.shape(inner)?;
+                match shape.get_mut(*axis) {
+                    Some(len) if start < len && *step > 0 => *len = (*len - start).div_ceil(*step),
+                    _ => return Err(wrong(format!("every {step}th entry of axis {axis} of shape {shape:?}"))),
+                }
+                shape
+            }
+            Recipe::Join(parts, axis) => {
+                let mut shapes = parts.iter().map(|p| self.shape(p)).collect::<Result<Vec<_>>>()?.into_iter();
+                let mut shape = shapes.next().ok_or_else(|| Error::Weights("a join of no tensors".into()))?;
+                for other in shapes {
+                    let fits = other.len() == shape.len()
+                        && (0..shape.len()).all(|i| i == *axis || other[i] == shape[i])
+                        && *axis < shape.len();
+                    if !fits {
+                        return Err(wrong(format!("has shape {shape:?}, it cannot be joined with {other:?}")));
+                    }
+                    shape[*axis] += other[*axis];
+                }
+                shape
+            }
             Recipe::Transpose(inner) => {
                 let mut shape = self.shape(inner)?;
                 let n = shape.len();
@@ -207,6 +251,23 @@ impl Pantry {
         Matrix::new(format, rows, cols, stored.bytes(), Some(scales.bytes()), biases).map_err(|e| named(name, e))
     }
 
+    /// Entries of one axis, some `step` apart.
+    fn pick(
+        &self,
+        inner: &Recipe,
+        axis: usize,
+        range: impl Fn(usize) -> std::ops::Range<usize>,
+        step: usize,
+    ) -> Result<Vec<f32>> {
+        let (shape, numbers) = (self.shape(inner)?, self.floats(inner)?);
+        let (len, chunk) = (shape[axis], shape[axis + 1..].iter().product::<usize>());
+        let pages = numbers.chunks((len * chunk).max(1));
+        let entries = |page: &'_ [f32]| {
+            range(len).step_by(step).flat_map(|i| page[i * chunk..][..chunk].to_vec()).collect::<Vec<_>>()
+        };
+        Ok(pages.flat_map(entries).collect())
+    }
+
     /// The tensor's numbers, row after row.
     pub fn floats(&self, recipe: &Recipe) -> Result<Vec<f32>> {
         match recipe {
@@ -222,6 +283,27 @@ impl Pantry {
                 Ok(numbers.chunks(n * m).flat_map(turn).collect())
             }
             Recipe::Reshape(inner, _) => self.floats(inner),
+            Recipe::Narrow(inner, axis, from, to) => self.pick(inner, *axis, |_| *from..*to, 1),
+            Recipe::Every(inner, axis, start, step) => self.pick(inner, *axis, |len| *start..len, *step),
+            Recipe::UnitRows(inner, least) => {
+                let (mut numbers, cols) = (self.floats(inner)?, self.shape(inner)?.last().copied().unwrap_or(1));
+                for row in numbers.chunks_mut(cols.max(1)) {
+                    let length = row.iter().map(|x| x * x).sum::<f32>().sqrt().max(*least);
+                    row.iter_mut().for_each(|x| *x /= length);
+                }
+                Ok(numbers)
+            }
+            Recipe::Join(parts, axis) => {
+                let parts = parts.iter().map(|p| Ok((self.shape(p)?, self.floats(p)?))).collect::<Result<Vec<_>>>()?;
+                let chunk = |shape: &[usize]| shape[*axis..].iter().product::<usize>();
+                let outer = self.shape(recipe)?[..*axis].iter().product::<usize>();
+                let page = |i: usize| {
+                    parts
+                        .iter()
+                        .flat_map(move |(shape, numbers)| numbers[i * chunk(shape)..][..chunk(shape)].iter().copied())
+                };
+                Ok((0..outer).flat_map(page).collect())
+            }
             _ => {
                 let matrix = self.matrix(recipe)?;
                 let mut numbers = vec![0.0; matrix.rows() * matrix.cols()];

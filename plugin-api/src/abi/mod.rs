@@ -82,6 +82,21 @@ impl At {
 pub const EXPERTS_SWIGLU: u32 = 0;
 /// `down(gelu_tanh(gate x) * up x)`
 pub const EXPERTS_GEGLU: u32 = 1;
+/// `down(g sigmoid(alpha g) * (u + 1))`, g = gate x up to `limit`, u = up x within ± `limit`
+pub const EXPERTS_CLAMPED_SWIGLU: u32 = 2;
+/// `down(min(silu(gate x), limit) * clamp(up x, ± limit))`
+pub const EXPERTS_LIMITED_SWIGLU: u32 = 3;
+/// `down(relu(up x)²)`, no gate
+pub const EXPERTS_RELU2: u32 = 4;
+/// `down(gelu_tanh(up x))`, no gate
+pub const EXPERTS_GELU_TANH: u32 = 5;
+/// `down(silu(up x))`, no gate
+pub const EXPERTS_SILU: u32 = 6;
+
+/// Every projection has a bias.
+pub const EXPERTS_WITH_BIAS: u32 = 1;
+/// The router's weight multiplies an expert's input, not its output.
+pub const EXPERTS_WITH_SCALED_INPUT: u32 = 2;
 
 /// Normalize by the root mean square.
 pub const NORM_RMS: u32 = 0;
@@ -98,6 +113,12 @@ pub const TRANSFORM_SCALE: u32 = 2;
 pub const TRANSFORM_TRANSPOSE: u32 = 3;
 /// The same elements in the shape `ints`.
 pub const TRANSFORM_RESHAPE: u32 = 4;
+/// Entries `ints[1]..ints[2]` of axis `ints[0]`.
+pub const TRANSFORM_NARROW: u32 = 5;
+/// Entries `ints[1]`, `ints[1] + ints[2]`, `ints[1] + 2 ints[2]` .. of axis `ints[0]`.
+pub const TRANSFORM_EVERY: u32 = 6;
+/// Each row (last axis) divided by its Euclidean length, which counts as `factor` at least.
+pub const TRANSFORM_UNIT_ROWS: u32 = 7;
 
 /// What one layer must remember between steps. Frozen: models hand these over as a list, whose stride both sides must agree on. A later
 /// kind of memory gets a number and finds room in `dims`.
@@ -106,13 +127,18 @@ pub const TRANSFORM_RESHAPE: u32 = 4;
 pub struct CacheSpec {
     /// One of the `CACHE_*` constants.
     pub kind: u32,
-    /// None is defined yet: 0.
+    /// `CACHE_IN_CHUNKS`, or 0.
     pub flags: u32,
     /// Keys that ever matter, counting the query's own; 0 for all.
     pub window: u64,
-    /// The shape of a state, for kinds that have one; 0 elsewhere.
+    /// The shape of a state, for kinds that have one, up to the first 0; 0 elsewhere.
     pub dims: [u64; 6],
 }
 
 /// Keys and values.
 pub const CACHE_KEY_VALUE: u32 = 0;
+/// Numbers of a fixed shape, 0 at first, that every step replaces: what a recurrence or a convolution carries on.
+pub const CACHE_STATE: u32 = 1;
+
+/// `window` is a chunk: keys before the last multiple of it never matter.
+pub const CACHE_IN_CHUNKS: u32 = 1;

@@ -1,4 +1,5 @@
-//! The op table: everything a plugin can ask of the host, one line an op. Append-only: the order below is the ABI.
+//! The op tables: everything a plugin can ask of the host, one line an op. Append-only: the order below is the ABI.
+//! (abi_stable counts a table's fields in 64 bits, so there is more than one.)
 //!
 //! The table belongs to the host, so a newer host's table is longer than the one an old plugin knows. abi_stable would call that an
 //! error (it expects the *library* to be the newer side), so the table is hidden from the host's check and the plugin checks it
@@ -12,151 +13,230 @@ use abi_stable::{
     std_types::{RSlice, RStr},
 };
 
-/// Declares the table: one struct of function pointers, and the list of their names for notes and `dylm check`.
-macro_rules! op_table {
-    ($($(#[$doc:meta])* fn $name:ident($($arg:ident: $ty:ty),*) $(-> $ret:ty)?;)* last fn $lname:ident($($larg:ident: $lty:ty),*) $(-> $lret:ty)?; $(appended $aname:ident;)?) => {
-        /// Function pointers of the host, in ABI order. Every op takes the call's context first and the caller's place last.
+/// Declares the tables: a struct of function pointers each, the root that holds them, and the list of all names for notes and `dylm check`.
+macro_rules! op_tables {
+    ($($table:ident = $(#[$tdoc:meta])* $struct:ident $ref:ident {
+        $($(#[$doc:meta])* fn $name:ident($($arg:ident: $ty:ty),*) $(-> $ret:ty)?;)*
+        last fn $lname:ident($($larg:ident: $lty:ty),*) $(-> $lret:ty)?;
+        $(appended $aname:ident;)?
+    })*) => {
+        $(
+            $(#[$tdoc])*
+            #[repr(C)]
+            #[derive(StableAbi)]
+            #[sabi(kind(Prefix(prefix_ref = $ref)))]
+            #[allow(missing_docs)]
+            pub struct $struct {
+                $($(#[$doc])* pub $name: extern "C" fn(Ctx, $($ty,)* At) $(-> $ret)?,)*
+                #[sabi(last_prefix_field)]
+                pub $lname: extern "C" fn(Ctx, $($lty,)* At) $(-> $lret)?,
+                $(pub $aname: extern "C" fn(Ctx, Handle, At) -> Handle,)?
+            }
+        )*
+
+        /// Every op of the host, in tables that grow at their ends; a new table would follow the last one.
         #[repr(C)]
         #[derive(StableAbi)]
         #[sabi(kind(Prefix(prefix_ref = OpsRef)))]
         #[allow(missing_docs)]
         pub struct Ops {
-            $($(#[$doc])* pub $name: extern "C" fn(Ctx, $($ty,)* At) $(-> $ret)?,)*
+            pub build: BuildOpsRef,
+            pub layers: LayerOpsRef,
             #[sabi(last_prefix_field)]
-            pub $lname: extern "C" fn(Ctx, $($lty,)* At) $(-> $lret)?,
-            $(pub $aname: extern "C" fn(Ctx, Handle, At) -> Handle,)?
+            pub tensors: TensorOpsRef,
         }
 
-        /// The ops' names, in ABI order.
-        pub const NAMES: &[&str] = &[$(stringify!($name),)* stringify!($lname)];
+        /// An op by its name, whichever table it stands in.
+        #[allow(missing_docs)]
+        impl OpsRef {
+            $(
+                $(#[inline] pub fn $name(self) -> extern "C" fn(Ctx, $($ty,)* At) $(-> $ret)? { self.$table().$name() })*
+                #[inline] pub fn $lname(self) -> extern "C" fn(Ctx, $($lty,)* At) $(-> $lret)? { self.$table().$lname() }
+            )*
+        }
+
+        /// The ops' names, in ABI order, table by table.
+        pub const NAMES: &[&str] = &[$($(stringify!($name),)* stringify!($lname),)*];
     };
 }
 
-/// The whole table; a macro so that `appended` below can declare it a second time with one op more.
+/// All tables; a macro so that `appended` below can declare them a second time with one op more.
 macro_rules! ops_1_0 {
-    ($($appended:tt)*) => { op_table! {
-        // ---- building: during `create` ----
-        /// Whether the checkpoint has a tensor of this full name (1) or not (0).
-        fn has(name: RStr<'_>) -> u8;
-        /// The stored tensor of this full name.
-        fn source(name: RStr<'_>) -> SourceId;
-        /// A `TRANSFORM_*` of a source, applied when its bytes are read.
-        fn transform(source: SourceId, kind: u32, ints: RSlice<'_, u64>, factor: f64) -> SourceId;
-        /// Sources of one shape, stacked along a new first axis.
-        fn stack(sources: RSlice<'_, SourceId>) -> SourceId;
-        /// Tensors whose full name starts with this are not the architecture's concern.
-        fn ignore(prefix: RStr<'_>);
-        /// A failure that belongs in the report on the checkpoint.
-        fn complain(message: RStr<'_>);
-        /// `x · Wᵀ + b`, W `[outputs, inputs]`, b `[outputs]`.
-        fn linear_layer(weight: SourceId, bias: SourceId, inputs: u64, outputs: u64) -> Slot;
-        /// Linear layers that read one input; the host may run them as one.
-        fn fuse(slots: RSlice<'_, Slot>);
-        /// A table `[vocab, dim]`.
-        fn embedding_layer(weight: SourceId, vocab: u64, dim: u64) -> Slot;
-        /// A `NORM_*` over the last axis; weight and bias `[dim]`, each optional.
-        fn norm_layer(kind: u32, weight: SourceId, bias: SourceId, dim: u64, eps: f64) -> Slot;
-        /// Routed experts below `prefix`, in any of the layouts that checkpoints use; `spec` is an `ExpertsSpec`.
-        fn experts_layer(prefix: RStr<'_>, spec: SpecRef<'_>) -> Slot;
-        /// A tensor used as it is.
-        fn parameter_layer(source: SourceId, dims: RSlice<'_, u64>) -> Slot;
-        /// Rotary angles for the first `dims` lanes of a head; `scaling` is config.json's `rope_scaling` as JSON, or empty.
-        fn rope_layer(dims: u64, base: f64, scaling: RStr<'_>) -> Slot;
+    ($($appended:tt)*) => { op_tables! {
+        build = /// What a plugin asks for while it describes a model: during `create`.
+        BuildOps BuildOpsRef {
+            // ---- building: during `create` ----
+            /// Whether the checkpoint has a tensor of this full name (1) or not (0).
+            fn has(name: RStr<'_>) -> u8;
+            /// The stored tensor of this full name.
+            fn source(name: RStr<'_>) -> SourceId;
+            /// A `TRANSFORM_*` of a source, applied when its bytes are read.
+            fn transform(source: SourceId, kind: u32, ints: RSlice<'_, u64>, factor: f64) -> SourceId;
+            /// Sources of one shape, stacked along a new first axis.
+            fn stack(sources: RSlice<'_, SourceId>) -> SourceId;
+            /// Tensors whose full name starts with this are not the architecture's concern.
+            fn ignore(prefix: RStr<'_>);
+            /// Sources joined along an axis that they have.
+            fn join(sources: RSlice<'_, SourceId>, axis: u64) -> SourceId;
+            /// A failure that belongs in the report on the checkpoint.
+            fn complain(message: RStr<'_>);
+            /// `x · Wᵀ + b`, W `[outputs, inputs]`, b `[outputs]`.
+            fn linear_layer(weight: SourceId, bias: SourceId, inputs: u64, outputs: u64) -> Slot;
+            /// Linear layers that read one input; the host may run them as one.
+            fn fuse(slots: RSlice<'_, Slot>);
+            /// A table `[vocab, dim]`.
+            fn embedding_layer(weight: SourceId, vocab: u64, dim: u64) -> Slot;
+            /// A `NORM_*` over the last axis; weight and bias `[dim]`, each optional.
+            fn norm_layer(kind: u32, weight: SourceId, bias: SourceId, dim: u64, eps: f64) -> Slot;
+            /// Routed experts below `prefix`, in any of the layouts that checkpoints use; `spec` is an `ExpertsSpec`.
+            fn experts_layer(prefix: RStr<'_>, spec: SpecRef<'_>) -> Slot;
+            /// The same from sources that the plugin found itself: gate, up, down, then their biases; `SourceId::NONE` for what there is not.
+            fn experts_from(sources: RSlice<'_, SourceId>, spec: SpecRef<'_>) -> Slot;
+            /// One linear layer a head: weight `[heads, outputs, inputs]`, bias `[heads, outputs]`.
+            fn multi_linear_layer(weight: SourceId, bias: SourceId, heads: u64, inputs: u64, outputs: u64) -> Slot;
+            /// A causal convolution of each channel alone: weight of `channels * kernel` numbers, channel by channel; bias `[channels]`.
+            fn conv1d_layer(weight: SourceId, bias: SourceId, channels: u64, kernel: u64) -> Slot;
+            /// A tensor used as it is.
+            fn parameter_layer(source: SourceId, dims: RSlice<'_, u64>) -> Slot;
+            // Rotary angles for the first `dims` lanes of a head; `scaling` is config.json's `rope_scaling` as JSON, or empty.
+            last fn rope_layer(dims: u64, base: f64, scaling: RStr<'_>) -> Slot;
+        }
+        layers = /// What stands on weights or on the sequence: during `forward` and `head`.
+        LayerOps LayerOpsRef {
+            // ---- layers with weights ----
+            /// ids `[tokens]` -> `[tokens, dim]`
+            fn embed(slot: Slot, tokens: Handle) -> Handle;
+            /// `[tokens, dim]` -> `[tokens, vocab]`: an embedding used as the output head.
+            fn unembed(slot: Slot, x: Handle) -> Handle;
+            /// `[.., inputs]` -> `[.., outputs]`
+            fn linear(slot: Slot, x: Handle) -> Handle;
+            /// Normalizes the last axis, in f32.
+            fn norm(slot: Slot, x: Handle) -> Handle;
+            /// x `[tokens, dim]`, chosen experts and their weights `[tokens, k]` -> `[tokens, dim]`, the weighted sum.
+            fn experts(slot: Slot, x: Handle, chosen: Handle, weights: Handle) -> Handle;
+            /// x `[tokens, heads, inputs]` -> `[tokens, heads, outputs]`, each head by its own matrix.
+            fn multi_linear(slot: Slot, x: Handle) -> Handle;
+            /// The tensor itself.
+            fn parameter(slot: Slot) -> Handle;
 
-        // ---- handles ----
-        /// One more owner of a tensor.
-        fn retain(x: Handle) -> Handle;
-        /// One owner fewer.
-        fn release(x: Handle);
-        /// A failed tensor that says so.
-        fn fail(message: RStr<'_>) -> Handle;
+            // ---- ops that know the sequence ----
+            /// x `[tokens, heads, head_dim]` turned by each token's position; flag 1 = neighbouring lanes pair up.
+            fn rotate(slot: Slot, x: Handle, flags: u32) -> Handle;
+            /// Where each token stands in its sequence, from 0: ids `[tokens]`.
+            fn positions() -> Handle;
+            /// Ids `[tokens]` of the n-grams that end at each token, `Σ id(t - i) * base^i mod modulus` over i < n; 0 stands before the start.
+            fn ngrams(tokens: Handle, n: u64, base: u64, modulus: u64) -> Handle;
+            /// q `[tokens, heads, d]`, k `[tokens, kv_heads, d]`, v `[tokens, kv_heads, e]` -> `[tokens, heads, e]`; k and v join the cache, once a
+            /// step; without k and v it looks at what the step has put there before; `spec` is an `AttendSpec`.
+            fn attend(cache: u32, q: Handle, k: Handle, v: Handle, spec: SpecRef<'_>) -> Handle;
 
-        // ---- layers with weights ----
-        /// ids `[tokens]` -> `[tokens, dim]`
-        fn embed(slot: Slot, tokens: Handle) -> Handle;
-        /// `[tokens, dim]` -> `[tokens, vocab]`: an embedding used as the output head.
-        fn unembed(slot: Slot, x: Handle) -> Handle;
-        /// `[.., inputs]` -> `[.., outputs]`
-        fn linear(slot: Slot, x: Handle) -> Handle;
-        /// Normalizes the last axis, in f32.
-        fn norm(slot: Slot, x: Handle) -> Handle;
-        /// x `[tokens, dim]`, chosen experts and their weights `[tokens, k]` -> `[tokens, dim]`, the weighted sum.
-        fn experts(slot: Slot, x: Handle, chosen: Handle, weights: Handle) -> Handle;
-        /// The tensor itself.
-        fn parameter(slot: Slot) -> Handle;
+            /// Which keys are worth attending to (an indexer's choice): q `[tokens, heads, d]`, k `[tokens, 1, d]`, which joins the cache, weights
+            /// `[tokens, heads]`; the score of a key is `Σ weight * relu(q·k)` over the heads. Gives the positions `[tokens, count]` of the best, in
+            /// falling order, for `AttendSpec::selection`.
+            fn index(cache: u32, q: Handle, k: Handle, weights: Handle, count: u64) -> Handle;
+            /// x `[tokens, channels]` -> the same, each channel folded with its kernel over the last tokens; state `[kernel - 1, channels]`.
+            fn conv1d(slot: Slot, cache: u32, x: Handle) -> Handle;
+            /// x `[tokens, dim]` -> each token's predecessor, 0 before the first; state `[1, dim]`.
+            fn shift(cache: u32, x: Handle) -> Handle;
+            /// Mamba 2: x `[tokens, heads, d]`, dt `[tokens, heads]`, a `[heads]`, b and c `[tokens, groups, n]` -> `[tokens, heads, d]`;
+            /// `h = exp(dt a) h + dt x bᵀ`, `y = h c`; state `[heads, d, n]`.
+            fn ssd(cache: u32, x: Handle, dt: Handle, a: Handle, b: Handle, c: Handle) -> Handle;
+            /// Mamba 1: x and dt `[tokens, d]`, a `[d, n]`, b and c `[tokens, n]` -> `[tokens, d]`; `h = exp(dt a) h + dt x bᵀ`, `y = h c`; state
+            /// `[d, n]`.
+            fn selective_scan(cache: u32, x: Handle, dt: Handle, a: Handle, b: Handle, c: Handle) -> Handle;
+            /// q and k `[tokens, k_heads, d]`, v `[tokens, heads, e]`, beta `[tokens, heads]`, g `[tokens, heads]` or `[tokens, heads, d]` ->
+            /// `[tokens, heads, e]`; `S = exp(g) S`, then `S += k (beta (v - kᵀ S))ᵀ`, `y = qᵀ S`; state `[heads, d, e]`.
+            fn gated_delta(cache: u32, q: Handle, k: Handle, v: Handle, g: Handle, beta: Handle) -> Handle;
+            /// q and k `[tokens, k_heads, d]`, v `[tokens, heads, e]`, g `[heads]`, `[tokens, heads]` or `[tokens, heads, d]` ->
+            /// `[tokens, heads, e]`; `S = exp(g) S + k vᵀ`, `y = qᵀ S`; state `[heads, d, e]`.
+            fn linear_attention(cache: u32, q: Handle, k: Handle, v: Handle, g: Handle) -> Handle;
+            /// RWKV 7, all `[tokens, heads, d]`: `S = S diag(exp(w)) + (S a) bᵀ + v kᵀ`, `y = S r`; state `[heads, d, d]`.
+            fn wkv7(cache: u32, r: Handle, w: Handle, k: Handle, v: Handle, a: Handle, b: Handle) -> Handle;
+            // The real-gated linear recurrent unit, x and log_a `[tokens, dim]`: `h = a h + √(1 - a²) x`, and `h = x` at a sequence's first token;
+            // state `[dim]`.
+            last fn rg_lru(cache: u32, x: Handle, log_a: Handle) -> Handle;
+        }
+        tensors = /// What needs only its arguments: during `forward` and `head`.
+        TensorOps TensorOpsRef {
+            // ---- handles ----
+            /// One more owner of a tensor.
+            fn retain(x: Handle) -> Handle;
+            /// One owner fewer.
+            fn release(x: Handle);
+            /// A failed tensor that says so.
+            fn fail(message: RStr<'_>) -> Handle;
 
-        // ---- ops that know the sequence ----
-        /// x `[tokens, heads, head_dim]` turned by each token's position; flag 1 = neighbouring lanes pair up.
-        fn rotate(slot: Slot, x: Handle, flags: u32) -> Handle;
-        /// q `[tokens, heads, d]`, k `[tokens, kv_heads, d]`, v `[tokens, kv_heads, e]` -> `[tokens, heads, e]`; k and v join the cache, once a
-        /// step; `spec` is an `AttendSpec`.
-        fn attend(cache: u32, q: Handle, k: Handle, v: Handle, spec: SpecRef<'_>) -> Handle;
+            // ---- shapes ----
+            /// `[tokens, heads * head_dim]` -> `[tokens, heads, head_dim]`
+            fn split_heads(x: Handle, head_dim: u64) -> Handle;
+            /// `[tokens, heads, head_dim]` -> `[tokens, heads * head_dim]`
+            fn merge_heads(x: Handle) -> Handle;
+            /// `len` entries of the last axis from `start`.
+            fn narrow(x: Handle, start: u64, len: u64) -> Handle;
+            /// Joined along the last axis.
+            fn concat(parts: RSlice<'_, Handle>) -> Handle;
+            /// The last axis split into `[.., n, len / n]`.
+            fn unflatten(x: Handle, n: u64) -> Handle;
+            /// The last two axes joined.
+            fn flatten(x: Handle) -> Handle;
+            /// The last two axes exchanged.
+            fn transpose(x: Handle) -> Handle;
 
-        // ---- shapes ----
-        /// `[tokens, heads * head_dim]` -> `[tokens, heads, head_dim]`
-        fn split_heads(x: Handle, head_dim: u64) -> Handle;
-        /// `[tokens, heads, head_dim]` -> `[tokens, heads * head_dim]`
-        fn merge_heads(x: Handle) -> Handle;
-        /// `len` entries of the last axis from `start`.
-        fn narrow(x: Handle, start: u64, len: u64) -> Handle;
-        /// Joined along the last axis.
-        fn concat(parts: RSlice<'_, Handle>) -> Handle;
-        /// The last axis split into `[.., n, len / n]`.
-        fn unflatten(x: Handle, n: u64) -> Handle;
-        /// The last two axes joined.
-        fn flatten(x: Handle) -> Handle;
-        /// The last two axes exchanged.
-        fn transpose(x: Handle) -> Handle;
+            // ---- arithmetic, with broadcasting ----
+            fn add(a: Handle, b: Handle) -> Handle;
+            fn sub(a: Handle, b: Handle) -> Handle;
+            fn mul(a: Handle, b: Handle) -> Handle;
+            fn div(a: Handle, b: Handle) -> Handle;
+            fn maximum(a: Handle, b: Handle) -> Handle;
+            fn minimum(a: Handle, b: Handle) -> Handle;
+            /// 1 where a > b, else 0.
+            fn greater(a: Handle, b: Handle) -> Handle;
+            /// `scale * x + offset`
+            fn affine(x: Handle, scale: f64, offset: f64) -> Handle;
+            /// x held between `low` and `high`.
+            fn clamp(x: Handle, low: f64, high: f64) -> Handle;
+            /// `[.., n, k] · [.., k, m]`
+            fn matmul(a: Handle, b: Handle) -> Handle;
 
-        // ---- arithmetic, with broadcasting ----
-        fn add(a: Handle, b: Handle) -> Handle;
-        fn sub(a: Handle, b: Handle) -> Handle;
-        fn mul(a: Handle, b: Handle) -> Handle;
-        fn div(a: Handle, b: Handle) -> Handle;
-        fn maximum(a: Handle, b: Handle) -> Handle;
-        fn minimum(a: Handle, b: Handle) -> Handle;
-        /// 1 where a > b, else 0.
-        fn greater(a: Handle, b: Handle) -> Handle;
-        /// `scale * x + offset`
-        fn affine(x: Handle, scale: f64, offset: f64) -> Handle;
-        /// x held between `low` and `high`.
-        fn clamp(x: Handle, low: f64, high: f64) -> Handle;
-        /// `[.., n, k] · [.., k, m]`
-        fn matmul(a: Handle, b: Handle) -> Handle;
+            // ---- elementwise ----
+            fn neg(x: Handle) -> Handle;
+            fn floor(x: Handle) -> Handle;
+            /// Halves go to the even neighbour.
+            fn round(x: Handle) -> Handle;
+            fn abs(x: Handle) -> Handle;
+            fn exp(x: Handle) -> Handle;
+            fn log(x: Handle) -> Handle;
+            fn sqrt(x: Handle) -> Handle;
+            fn rsqrt(x: Handle) -> Handle;
+            fn square(x: Handle) -> Handle;
+            fn sigmoid(x: Handle) -> Handle;
+            fn tanh(x: Handle) -> Handle;
+            fn relu(x: Handle) -> Handle;
+            fn silu(x: Handle) -> Handle;
+            /// Exact, by the error function.
+            fn gelu(x: Handle) -> Handle;
+            /// The tanh approximation.
+            fn gelu_tanh(x: Handle) -> Handle;
+            fn softplus(x: Handle) -> Handle;
+            /// `silu(gate) * up`
+            fn swiglu(gate: Handle, up: Handle) -> Handle;
+            /// `gelu_tanh(gate) * up`
+            fn geglu(gate: Handle, up: Handle) -> Handle;
 
-        // ---- elementwise ----
-        fn neg(x: Handle) -> Handle;
-        fn abs(x: Handle) -> Handle;
-        fn exp(x: Handle) -> Handle;
-        fn log(x: Handle) -> Handle;
-        fn sqrt(x: Handle) -> Handle;
-        fn rsqrt(x: Handle) -> Handle;
-        fn square(x: Handle) -> Handle;
-        fn sigmoid(x: Handle) -> Handle;
-        fn tanh(x: Handle) -> Handle;
-        fn relu(x: Handle) -> Handle;
-        fn silu(x: Handle) -> Handle;
-        /// Exact, by the error function.
-        fn gelu(x: Handle) -> Handle;
-        /// The tanh approximation.
-        fn gelu_tanh(x: Handle) -> Handle;
-        fn softplus(x: Handle) -> Handle;
-        /// `silu(gate) * up`
-        fn swiglu(gate: Handle, up: Handle) -> Handle;
-        /// `gelu_tanh(gate) * up`
-        fn geglu(gate: Handle, up: Handle) -> Handle;
-
-        // ---- over the last axis ----
-        /// In f32.
-        fn softmax(x: Handle) -> Handle;
-        fn sum(x: Handle) -> Handle;
-        fn mean(x: Handle) -> Handle;
-        fn max(x: Handle) -> Handle;
-        /// The k largest, largest first (equal values: lower index first), and where they stood.
-        fn topk(x: Handle, k: u64) -> Pair;
-        // x `[.., n]`, indices `[.., k]` -> `[.., k]`
-        last fn gather(x: Handle, indices: Handle) -> Handle;
-        $($appended)*
+            // ---- over the last axis ----
+            /// In f32.
+            fn softmax(x: Handle) -> Handle;
+            fn sum(x: Handle) -> Handle;
+            fn mean(x: Handle) -> Handle;
+            fn max(x: Handle) -> Handle;
+            /// The k largest, largest first (equal values: lower index first), and where they stood.
+            fn topk(x: Handle, k: u64) -> Pair;
+            /// 1 for the k largest (equal values: lower index first), 0 for the rest.
+            fn top_mask(x: Handle, k: u64) -> Handle;
+            // x `[.., n]`, indices `[.., k]` -> `[.., k]`
+            last fn gather(x: Handle, indices: Handle) -> Handle;
+            $($appended)*
+        }
     } };
 }
 

@@ -61,6 +61,18 @@ pub struct AttendSpec {
     pub window: u64,
     /// One logit per query head that joins the softmax and is dropped; none if `Handle::NONE`.
     pub sinks: Handle,
+    /// Positions `[tokens, count]` of the only keys that each query sees, as `index` gives them; none if `Handle::NONE`.
+    pub selection: Handle,
+    /// Keys are seen from the last multiple of this on; 0 for no chunks.
+    pub chunk: u64,
+    /// Lanes at the start of each key that are its value, where `attend` is given no v; 0 otherwise.
+    pub value_lanes: u64,
+    /// Tokens of a block of block-sparse attention; 0 for dense attention.
+    pub block: u64,
+    /// Blocks seen, counting the query's own; the further ones only where `stride` hits.
+    pub local_blocks: u64,
+    /// Head h also sees block j where `(j + h + 1) mod stride == 0`.
+    pub stride: u64,
 }
 
 /// The shape of a block of routed experts.
@@ -69,19 +81,25 @@ pub struct AttendSpec {
 pub struct ExpertsSpec {
     /// How gate and up are joined, one of the `EXPERTS_*` constants.
     pub activation: u32,
-    /// 0.
-    pub reserved: u32,
+    /// Any of the `EXPERTS_WITH_*` constants.
+    pub flags: u32,
     /// How many experts there are.
     pub experts: u64,
     /// Width of the model.
     pub dim: u64,
     /// Width inside an expert.
     pub hidden: u64,
+    /// Choices from `experts` on, so many, give back their input.
+    pub identity: u64,
+    /// The number in `EXPERTS_CLAMPED_SWIGLU` and `EXPERTS_LIMITED_SWIGLU`; 0 for none.
+    pub limit: f32,
+    /// The factor in `EXPERTS_CLAMPED_SWIGLU`.
+    pub alpha: f32,
 }
 
-// SAFETY: `repr(C)`; four fields of 4 bytes, then two of 8.
+// SAFETY: `repr(C)`; four fields of 4 bytes, then eight of 8.
 unsafe impl Grows for AttendSpec {}
-// SAFETY: `repr(C)`; two fields of 4 bytes, then three of 8.
+// SAFETY: `repr(C)`; two fields of 4 bytes, four of 8, two of 4.
 unsafe impl Grows for ExpertsSpec {}
 
 #[cfg(test)]
@@ -98,7 +116,8 @@ mod tests {
     // SAFETY: fields of 4 and 8 bytes at their natural places.
     unsafe impl Grows for Later {}
 
-    const SPEC: ExpertsSpec = ExpertsSpec { activation: 1, reserved: 0, experts: 8, dim: 64, hidden: 32 };
+    const SPEC: ExpertsSpec =
+        ExpertsSpec { activation: 1, flags: 0, experts: 8, dim: 64, hidden: 32, identity: 0, limit: 0.0, alpha: 0.0 };
 
     #[test]
     fn what_an_older_caller_did_not_know_reads_as_zero() {

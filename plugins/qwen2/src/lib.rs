@@ -127,7 +127,7 @@ impl Architecture for Qwen2 {
     }
 
     fn caches(&self) -> Vec<Cache> {
-        self.layers.iter().map(|block| Cache::KeyValue { window: block.self_attn.window }).collect()
+        self.layers.iter().map(|block| Cache::key_value(block.self_attn.window)).collect()
     }
 
     fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {

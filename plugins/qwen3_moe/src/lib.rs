@@ -106,7 +106,7 @@ impl Sparse {
     fn new(c: &Config, w: &Weights) -> Self {
         Self {
             gate: w.linear("gate", c.hidden_size, c.num_experts, false),
-            experts: w.experts(c.num_experts, c.hidden_size, c.moe_intermediate_size),
+            experts: w.experts(ExpertsShape::new(c.num_experts, c.hidden_size, c.moe_intermediate_size)),
             num_experts_per_tok: c.num_experts_per_tok,
             norm_topk_prob: c.norm_topk_prob,
         }
@@ -190,7 +190,7 @@ impl Architecture for Qwen3Moe {
     }
 
     fn caches(&self) -> Vec<Cache> {
-        self.layers.iter().map(|block| Cache::KeyValue { window: block.self_attn.window }).collect()
+        self.layers.iter().map(|block| Cache::key_value(block.self_attn.window)).collect()
     }
 
     fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {

@@ -66,7 +66,7 @@ impl Bad {
             "run while building" => drop(w.tensor("model.norm.weight", &[64]).tensor().exp()),
             "ask for endless layers" => drop(w.at("x").each(1_000_000_000, |_, _| Ok(()))?),
             "ask for two million layers" => (0..2_000_000).for_each(|_| drop(w.rms_norm("model.norm", 64, 1e-5))),
-            "ask for a million experts" => drop(w.experts(1_000_000, 64, 64)),
+            "ask for a million experts" => drop(w.experts(ExpertsShape::new(1_000_000, 64, 64))),
             "ask for a wrong shape" => drop(w.linear("lm_head", 65, 128, false)),
             "ask for a huge shape" => drop(w.linear("lm_head", usize::MAX, usize::MAX, false)),
             "reshape to a huge shape" => drop(w.tensor("model.norm.weight", &[1 << 33, 1 << 33])),
@@ -201,8 +201,8 @@ impl Architecture for Bad {
     fn caches(&self) -> Vec<Cache> {
         match self.misbehave.as_str() {
             "panic in caches" => panic!("a deliberate panic in caches"),
-            "ask for a million caches" => vec![Cache::KeyValue { window: None }; 1_000_000],
-            _ => vec![Cache::KeyValue { window: None }],
+            "ask for a million caches" => vec![Cache::key_value(None); 1_000_000],
+            _ => vec![Cache::key_value(None)],
         }
     }
 

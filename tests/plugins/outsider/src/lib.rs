@@ -79,7 +79,7 @@ impl Architecture for Outsider {
     }
 
     fn caches(&self) -> Vec<Cache> {
-        vec![Cache::KeyValue { window: None }; self.layers.len()]
+        vec![Cache::key_value(None); self.layers.len()]
     }
 
     fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {

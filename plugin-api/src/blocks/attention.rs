@@ -1,0 +1,140 @@
+//! Attention with grouped heads, as nearly every decoder has it; what differs between architectures are words on it.
+
+use crate::{Attend, Layer, Linear, Norm, Rope, Tensor, Weights};
+
+/// The shape of an attention block.
+#[derive(Debug, Clone, Copy)]
+pub struct Heads {
+    /// Width of the model.
+    pub dim: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads, which divide the query heads.
+    pub kv_heads: usize,
+    /// Lanes of a head.
+    pub head_dim: usize,
+}
+
+/// Where queries and keys are normalized.
+#[derive(Debug)]
+enum QkNorm {
+    None,
+    Heads(Norm, Norm),
+    Whole(Norm, Norm),
+}
+
+/// `softmax(q · kᵀ · scale) · v · Wo` over grouped heads, with rotary positions. <https://arxiv.org/abs/2305.13245>
+#[derive(Debug)]
+pub struct SelfAttention {
+    q_proj: Linear,
+    k_proj: Linear,
+    v_proj: Linear,
+    o_proj: Linear,
+    qk_norm: QkNorm,
+    rope: Option<Rope>,
+    head_dim: usize,
+    scale: f32,
+    softcap: Option<f32>,
+    /// Keys seen, counting the query's own; for [`Cache::key_value`](crate::Cache::key_value).
+    pub window: Option<usize>,
+}
+
+impl SelfAttention {
+    /// `q_proj`, `k_proj`, `v_proj` with `qkv_bias` or none, `o_proj` with `o_bias` or none; scale `head_dim^-½`, no rope, no window.
+    #[track_caller]
+    pub fn new(w: &Weights, h: Heads, qkv_bias: bool, o_bias: bool) -> Self {
+        let (q, kv) = (h.heads * h.head_dim, h.kv_heads * h.head_dim);
+        let qkv = w.linears(h.dim, qkv_bias, [("q_proj", q), ("k_proj", kv), ("v_proj", kv)]);
+        Self::of(qkv, w.linear("o_proj", q, h.dim, o_bias), h.head_dim)
+    }
+
+    /// Queries, keys and values stored one below the other in `name.weight` `[(heads + 2 kv_heads) * head_dim, dim]`, with `bias` or
+    /// none; `o_proj` has its own.
+    #[track_caller]
+    pub fn fused(w: &Weights, name: &str, h: Heads, bias: bool, o_proj: Linear) -> Self {
+        let (q, kv) = (h.heads * h.head_dim, h.kv_heads * h.head_dim);
+        let qkv = [0..q, q..q + kv, q + kv..q + 2 * kv].map(|rows| {
+            let bias = bias.then(|| w.source(&format!("{name}.bias")).rows(rows.clone()));
+            let outputs = rows.len();
+            Linear::of(w.source(&format!("{name}.weight")).rows(rows), bias, h.dim, outputs)
+        });
+        Self::of(qkv, o_proj, h.head_dim)
+    }
+
+    /// The block of projections that the author found.
+    pub fn of([q_proj, k_proj, v_proj]: [Linear; 3], o_proj: Linear, head_dim: usize) -> Self {
+        let scale = (head_dim as f32).powf(-0.5);
+        let qk_norm = QkNorm::None;
+        Self { q_proj, k_proj, v_proj, o_proj, qk_norm, rope: None, head_dim, scale, softcap: None, window: None }
+    }
+
+    /// Turns queries and keys by their positions; `None` leaves this layer without.
+    pub fn rope(self, rope: impl Into<Option<Rope>>) -> Self {
+        Self { rope: rope.into(), ..self }
+    }
+
+    /// Normalizes each head of queries and keys alone, before the rope: norms of `head_dim` lanes.
+    pub fn head_norms(self, q_norm: impl Into<Norm>, k_norm: impl Into<Norm>) -> Self {
+        Self { qk_norm: QkNorm::Heads(q_norm.into(), k_norm.into()), ..self }
+    }
+
+    /// Normalizes all heads of queries and of keys as one, before the rope: norms of `heads * head_dim` lanes.
+    pub fn whole_norms(self, q_norm: impl Into<Norm>, k_norm: impl Into<Norm>) -> Self {
+        Self { qk_norm: QkNorm::Whole(q_norm.into(), k_norm.into()), ..self }
+    }
+
+    /// Keys seen, counting the query's own.
+    pub fn window(self, window: Option<usize>) -> Self {
+        Self { window, ..self }
+    }
+
+    /// Multiplies q·k, in place of `head_dim^-½`.
+    pub fn scale(self, scale: f32) -> Self {
+        Self { scale, ..self }
+    }
+
+    /// `softcap * tanh(score / softcap)`
+    pub fn softcap(self, softcap: Option<f32>) -> Self {
+        Self { softcap, ..self }
+    }
+
+    /// Queries, keys and values `[tokens, heads, head_dim]`, normalized and turned.
+    #[track_caller]
+    pub fn project(&self, x: &Tensor, layer: &mut Layer) -> [Tensor; 3] {
+        let (q, k) = (self.q_proj.forward(x), self.k_proj.forward(x));
+        let v = self.v_proj.forward(x).split_heads(self.head_dim);
+        let (q, k) = match &self.qk_norm {
+            QkNorm::None => (q.split_heads(self.head_dim), k.split_heads(self.head_dim)),
+            QkNorm::Heads(q_norm, k_norm) => {
+                (q_norm.forward(&q.split_heads(self.head_dim)), k_norm.forward(&k.split_heads(self.head_dim)))
+            }
+            QkNorm::Whole(q_norm, k_norm) => {
+                (q_norm.forward(&q).split_heads(self.head_dim), k_norm.forward(&k).split_heads(self.head_dim))
+            }
+        };
+        match &self.rope {
+            Some(rope) => [layer.rotate(rope, q), layer.rotate(rope, k), v],
+            None => [q, k, v],
+        }
+    }
+
+    /// Attention over all keys so far, heads joined: `[tokens, heads * head_dim]`, for what stands between it and `o_proj`.
+    #[track_caller]
+    pub fn attend(&self, [q, k, v]: [Tensor; 3], layer: &mut Layer) -> Tensor {
+        let how = Attend { scale: self.scale, window: self.window, softcap: self.softcap, ..Default::default() };
+        layer.attend(q, k, v, &how).merge_heads()
+    }
+
+    /// The output projection.
+    #[track_caller]
+    pub fn output(&self, attended: &Tensor) -> Tensor {
+        self.o_proj.forward(attended)
+    }
+
+    /// `[tokens, dim]` -> `[tokens, dim]`
+    #[track_caller]
+    pub fn forward(&self, x: &Tensor, layer: &mut Layer) -> Tensor {
+        let qkv = self.project(x, layer);
+        self.output(&self.attend(qkv, layer))
+    }
+}

@@ -1,0 +1,69 @@
+//! Feed-forward blocks: with a gate (SwiGLU and its kin) and without.
+
+use crate::{Activation, Linear, Tensor, Weights};
+
+/// The gated feed-forward layer, `(act(x Wgate) * (x Wup)) · Wdown`: SwiGLU, GEGLU and so on. <https://arxiv.org/abs/2002.05202>
+#[derive(Debug)]
+pub struct GatedMlp {
+    gate_proj: Linear,
+    up_proj: Linear,
+    down_proj: Linear,
+    act: Activation,
+}
+
+impl GatedMlp {
+    /// `gate_proj` and `up_proj` `[hidden, dim]`, `down_proj` `[dim, hidden]`, all with `bias` or none.
+    #[track_caller]
+    pub fn new(w: &Weights, dim: usize, hidden: usize, bias: bool, act: Activation) -> Self {
+        let [gate_proj, up_proj] = w.linears(dim, bias, [("gate_proj", hidden), ("up_proj", hidden)]);
+        Self { gate_proj, up_proj, down_proj: w.linear("down_proj", hidden, dim, bias), act }
+    }
+
+    /// The block of projections that the author found: two `[hidden, dim]`, one `[dim, hidden]`.
+    pub fn of(gate_proj: Linear, up_proj: Linear, down_proj: Linear, act: Activation) -> Self {
+        Self { gate_proj, up_proj, down_proj, act }
+    }
+
+    /// Gate and up stored as one `name.weight` `[2 * hidden, dim]`, gate first, beside `down_proj`; no biases.
+    #[track_caller]
+    pub fn fused(w: &Weights, name: &str, dim: usize, hidden: usize, act: Activation) -> Self {
+        let gate_up = w.source(&format!("{name}.weight"));
+        let gate_proj = Linear::of(gate_up.rows(0..hidden), None, dim, hidden);
+        let up_proj = Linear::of(gate_up.rows(hidden..2 * hidden), None, dim, hidden);
+        Self { gate_proj, up_proj, down_proj: w.linear("down_proj", hidden, dim, false), act }
+    }
+
+    /// `[tokens, dim]` -> `[tokens, dim]`
+    #[track_caller]
+    pub fn forward(&self, x: &Tensor) -> Tensor {
+        let (gate, up) = (self.gate_proj.forward(x), self.up_proj.forward(x));
+        let gated = match self.act {
+            Activation::Silu => gate.swiglu(&up),
+            Activation::GeluTanh => gate.geglu(&up),
+            other => other.forward(&gate) * up,
+        };
+        self.down_proj.forward(&gated)
+    }
+}
+
+/// The feed-forward layer without a gate, `act(x Wup) · Wdown`.
+#[derive(Debug)]
+pub struct Mlp {
+    up: Linear,
+    down: Linear,
+    act: Activation,
+}
+
+impl Mlp {
+    /// The two projections by their names, `[hidden, dim]` and `[dim, hidden]`, both with `bias` or none.
+    #[track_caller]
+    pub fn new(w: &Weights, names: [&str; 2], dim: usize, hidden: usize, bias: bool, act: Activation) -> Self {
+        Self { up: w.linear(names[0], dim, hidden, bias), down: w.linear(names[1], hidden, dim, bias), act }
+    }
+
+    /// `[tokens, dim]` -> `[tokens, dim]`
+    #[track_caller]
+    pub fn forward(&self, x: &Tensor) -> Tensor {
+        self.down.forward(&self.act.forward(&self.up.forward(x)))
+    }
+}

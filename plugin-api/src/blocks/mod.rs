@@ -1,0 +1,14 @@
+//! Blocks that papers cite rather than define, and the config keys that pick between them. Each is a composition of the words in the
+//! other files and issues no op of its own, so an author whose model differs in one line writes that block anew.
+
+mod activation;
+mod attention;
+mod decoder;
+mod mlp;
+mod moe;
+
+pub use activation::{Activation, LayerTypes};
+pub use attention::{Heads, SelfAttention};
+pub use decoder::{Decoder, DecoderShape, LmHead};
+pub use mlp::{GatedMlp, Mlp};
+pub use moe::{Ffn, GroupScore, Moe, Router};

@@ -1,0 +1,171 @@
+//! Mixtures of experts: the router, in the flavours that architectures have made of it, and the block around it.
+
+use crate::{Experts, GatedMlp, Linear, Parameter, Tensor};
+
+/// How a router turns its logits into scores.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Score {
+    /// Softmax over all experts, then the choice.
+    Softmax,
+    /// The choice, then softmax over the chosen.
+    ChosenSoftmax,
+    /// Sigmoid of each.
+    Sigmoid,
+}
+
+/// How a group of experts is judged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GroupScore {
+    /// By its best expert.
+    Best,
+    /// By the sum of its best two.
+    BestTwo,
+}
+
+/// Chooses each token's experts and their weights.
+#[derive(Debug)]
+pub struct Router {
+    gate: Linear,
+    top_k: usize,
+    score: Score,
+    correction: Option<Parameter>,
+    groups: Option<(usize, usize, GroupScore)>,
+    normalized: Option<f32>,
+    scale: f32,
+}
+
+impl Router {
+    /// The k most probable of `softmax(x Wgate)`, weighted by their probabilities.
+    pub fn softmax(gate: Linear, top_k: usize) -> Self {
+        Self { gate, top_k, score: Score::Softmax, correction: None, groups: None, normalized: None, scale: 1.0 }
+    }
+
+    /// The k largest logits, weighted by the softmax over these k.
+    pub fn chosen_softmax(gate: Linear, top_k: usize) -> Self {
+        Self { score: Score::ChosenSoftmax, ..Self::softmax(gate, top_k) }
+    }
+
+    /// The k largest of `sigmoid(x Wgate)`, weighted by these.
+    pub fn sigmoid(gate: Linear, top_k: usize) -> Self {
+        Self { score: Score::Sigmoid, ..Self::softmax(gate, top_k) }
+    }
+
+    /// A bias `[experts]` that takes part in the choice but not in the weights. <https://arxiv.org/abs/2408.15664>
+    pub fn correction(self, bias: impl Into<Option<Parameter>>) -> Self {
+        Self { correction: bias.into(), ..self }
+    }
+
+    /// Chooses among the experts of the best `kept` of `groups` groups only. <https://arxiv.org/abs/2405.04434>
+    pub fn groups(self, groups: usize, kept: usize, by: GroupScore) -> Self {
+        Self { groups: (groups > 1 && kept < groups).then_some((groups, kept, by)), ..self }
+    }
+
+    /// Scales the weights to a sum of 1; `eps` joins the sum that divides.
+    pub fn normalized(self, yes: bool, eps: f32) -> Self {
+        Self { normalized: yes.then_some(eps), ..self }
+    }
+
+    /// Multiplies the weights at last.
+    pub fn scale(self, scale: f32) -> Self {
+        Self { scale, ..self }
+    }
+
+    /// x `[tokens, dim]` -> the chosen experts and their weights, `[tokens, k]` each.
+    #[track_caller]
+    pub fn forward(&self, x: &Tensor) -> (Tensor, Tensor) {
+        self.choose(&self.gate.forward(x))
+    }
+
+    /// The same from the router's logits `[tokens, experts]`.
+    #[track_caller]
+    pub fn choose(&self, logits: &Tensor) -> (Tensor, Tensor) {
+        let scores = match self.score {
+            Score::Softmax => logits.softmax(),
+            Score::ChosenSoftmax => logits.clone(),
+            Score::Sigmoid => logits.sigmoid(),
+        };
+        let corrected = match &self.correction {
+            Some(bias) => &scores + bias.tensor(),
+            None => scores.clone(),
+        };
+        let (_, chosen) = self.within_groups(corrected).topk(self.top_k);
+        let weights = scores.gather(&chosen);
+        let weights = if self.score == Score::ChosenSoftmax { weights.softmax() } else { weights };
+        let weights = match self.normalized {
+            Some(eps) => &weights / (weights.sum() + eps),
+            None => weights,
+        };
+        (chosen, if self.scale == 1.0 { weights } else { weights * self.scale })
+    }
+
+    /// Scores of experts in groups that are out fall below every other.
+    fn within_groups(&self, scores: Tensor) -> Tensor {
+        let Some((groups, kept, by)) = self.groups else { return scores };
+        let grouped = scores.unflatten(groups);
+        let of_group = match by {
+            GroupScore::Best => grouped.max(),
+            GroupScore::BestTwo => grouped.topk(2).0.sum(),
+        };
+        // [tokens, groups, 1]: 0 in the groups that stay, far below any score elsewhere.
+        let out = (of_group.flatten().top_mask(kept) - 1.0) * 1e9;
+        (grouped + out.unflatten(groups)).flatten()
+    }
+}
+
+/// Routed experts, and beside them perhaps one that every token visits.
+#[derive(Debug)]
+pub struct Moe {
+    router: Router,
+    experts: Experts,
+    shared: Option<GatedMlp>,
+    shared_gate: Option<Linear>,
+}
+
+impl Moe {
+    /// Routed experts alone.
+    pub fn new(router: Router, experts: Experts) -> Self {
+        Self { router, experts, shared: None, shared_gate: None }
+    }
+
+    /// And a shared expert.
+    pub fn shared(self, shared: impl Into<Option<GatedMlp>>) -> Self {
+        Self { shared: shared.into(), ..self }
+    }
+
+    /// The shared expert counts by `sigmoid(x W)`, W `[1, dim]`.
+    pub fn shared_gate(self, gate: Linear) -> Self {
+        Self { shared_gate: Some(gate), ..self }
+    }
+
+    /// `[tokens, dim]` -> `[tokens, dim]`
+    #[track_caller]
+    pub fn forward(&self, x: &Tensor) -> Tensor {
+        let (chosen, weights) = self.router.forward(x);
+        let routed = self.experts.forward(x, &chosen, &weights);
+        match (&self.shared, &self.shared_gate) {
+            (None, _) => routed,
+            (Some(shared), None) => routed + shared.forward(x),
+            (Some(shared), Some(gate)) => routed + shared.forward(x) * gate.forward(x).sigmoid(),
+        }
+    }
+}
+
+/// A feed-forward layer that is dense in some blocks and routed in others.
+#[derive(Debug)]
+pub enum Ffn {
+    /// One for all tokens.
+    Dense(GatedMlp),
+    /// Experts.
+    Sparse(Moe),
+}
+
+impl Ffn {
+    /// `[tokens, dim]` -> `[tokens, dim]`
+    #[track_caller]
+    pub fn forward(&self, x: &Tensor) -> Tensor {
+        match self {
+            Ffn::Dense(mlp) => mlp.forward(x),
+            Ffn::Sparse(moe) => moe.forward(x),
+        }
+    }
+}

@@ -1,0 +1,199 @@
+//! The running step as an architecture sees it: the layers with their memories, and the ops that know where each token stands in its
+//! sequence. Nothing here tells how many sequences there are, nor how long they have become.
+
+use crate::{
+    Conv1d, Rope, Tensor,
+    abi::{At, AttendSpec, Handle, SpecRef},
+    cache::Places,
+    tensor::Call,
+};
+
+/// How [`Layer::attend`] scores keys. Only `scale` has no default.
+#[derive(Default)]
+pub struct Attend<'a> {
+    /// Multiplies q·k; usually `head_dim` to the power of -1/2.
+    pub scale: f32,
+    /// Keys seen, counting the query's own; `None` for all.
+    pub window: Option<usize>,
+    /// Keys are seen from the last multiple of this on.
+    pub chunk: Option<usize>,
+    /// `softcap * tanh(score / softcap)`
+    pub softcap: Option<f32>,
+    /// One logit per query head that joins the softmax and is dropped. <https://arxiv.org/abs/2309.17453>
+    pub sinks: Option<&'a Tensor>,
+    /// The only keys that are seen, as [`Layer::index`] chose them.
+    pub selection: Option<&'a Tensor>,
+    /// Which blocks of keys are seen.
+    pub blocks: Option<SparseBlocks>,
+}
+
+/// Block-sparse attention: a query sees the last blocks and, further back, every `stride`-th one, each head others.
+/// <https://arxiv.org/abs/2407.19775>
+#[derive(Debug, Clone, Copy)]
+pub struct SparseBlocks {
+    /// Tokens of a block.
+    pub size: usize,
+    /// Blocks seen, counting the query's own.
+    pub local: usize,
+    /// Head h also sees block j where `(j + h + 1) mod stride == 0`.
+    pub stride: usize,
+}
+
+/// One call of the model. Positions, masks and caches are the host's.
+pub struct Step {
+    pub(crate) places: Places,
+}
+
+impl Step {
+    /// The layers, in the order of [`Architecture::caches`](crate::Architecture::caches).
+    pub fn layers(&mut self) -> impl Iterator<Item = Layer> + use<> {
+        let places = self.places.clone();
+        (0..places.layers()).map(move |index| Layer { places: places.clone(), index, attended: 0, recurred: 0 })
+    }
+
+    /// Where each token stands in its sequence, from 0: ids `[tokens]`, for learned position embeddings and arithmetic.
+    #[track_caller]
+    pub fn positions(&self) -> Tensor {
+        positions()
+    }
+
+    /// Ids `[tokens]` of the n-grams that end at each token: `Σ id(t - i) * base^i mod modulus` over i < n, with 0 before the start.
+    #[track_caller]
+    pub fn ngrams(&self, tokens: &Tensor, n: usize, base: usize, modulus: usize) -> Tensor {
+        let call = Call::current();
+        let ngrams = call.ops.ngrams();
+        Tensor::own(ngrams(call.ctx, tokens.handle(), n as u64, base as u64, modulus as u64, At::caller()))
+    }
+}
+
+#[track_caller]
+fn positions() -> Tensor {
+    let call = Call::current();
+    Tensor::own(call.ops.positions()(call.ctx, At::caller()))
+}
+
+/// One layer of the running step. Its stateful ops take the layer's memories one after the other, as declared.
+pub struct Layer {
+    places: Places,
+    index: usize,
+    attended: usize,
+    recurred: usize,
+}
+
+impl Layer {
+    fn next_keys(&mut self) -> u32 {
+        self.attended += 1;
+        self.places.place(self.index, false, self.attended - 1)
+    }
+
+    fn next_state(&mut self) -> u32 {
+        self.recurred += 1;
+        self.places.place(self.index, true, self.recurred - 1)
+    }
+
+    /// Where each token stands in its sequence, from 0: ids `[tokens]`.
+    #[track_caller]
+    pub fn positions(&self) -> Tensor {
+        positions()
+    }
+
+    /// Turns x `[tokens, heads, head_dim]` by each token's position.
+    #[track_caller]
+    pub fn rotate(&mut self, rope: &Rope, x: Tensor) -> Tensor {
+        let call = Call::current();
+        Tensor::own(call.ops.rotate()(call.ctx, rope.slot, x.handle(), rope.flags, At::caller()))
+    }
+
+    /// Softmax attention of q `[tokens, heads, d]` over all keys so far; k `[tokens, kv_heads, d]` and v `[tokens, kv_heads, e]` join the
+    /// cache first. Grouped heads share keys. Gives `[tokens, heads, e]`.
+    #[track_caller]
+    pub fn attend(&mut self, q: Tensor, k: Tensor, v: Tensor, how: &Attend) -> Tensor {
+        attend(self.next_keys(), q, k.handle(), v.handle(), 0, how)
+    }
+
+    /// Attention where the first `lanes` lanes of a key are its value, as in MLA over latents: k `[tokens, kv_heads, d]` alone joins the
+    /// cache. Gives `[tokens, heads, lanes]`.
+    #[track_caller]
+    pub fn attend_latent(&mut self, q: Tensor, k: Tensor, lanes: usize, how: &Attend) -> Tensor {
+        attend(self.next_keys(), q, k.handle(), Handle::NONE, lanes, how)
+    }
+
+    /// Attention over the keys and values of another layer (from 0, and earlier in this step): those of its first `attend`.
+    #[track_caller]
+    pub fn attend_to(&mut self, layer: usize, q: Tensor, how: &Attend) -> Tensor {
+        attend(self.places.place(layer, false, 0), q, Handle::NONE, Handle::NONE, 0, how)
+    }
+
+    /// The `count` keys worth attending to, by an indexer of its own: q `[tokens, heads, d]`, k `[tokens, 1, d]` (which joins a key cache
+    /// of this layer), weights `[tokens, heads]`; a key's score is `Σ weight * relu(q·k)` over the heads. Gives what
+    /// [`Attend::selection`] takes. <https://arxiv.org/abs/2512.02556>
+    #[track_caller]
+    pub fn index(&mut self, q: Tensor, k: Tensor, weights: Tensor, count: usize) -> Tensor {
+        let (call, cache) = (Call::current(), self.next_keys());
+        let index = call.ops.index();
+        Tensor::own(index(call.ctx, cache, q.handle(), k.handle(), weights.handle(), count as u64, At::caller()))
+    }
+
+    /// x `[tokens, channels]`, each channel folded with its kernel over the tokens up to its own. Needs [`Conv1d::cache`].
+    #[track_caller]
+    pub fn conv1d(&mut self, conv: &Conv1d, x: &Tensor) -> Tensor {
+        let (call, cache) = (Call::current(), self.next_state());
+        Tensor::own(call.ops.conv1d()(call.ctx, conv.slot, cache, x.handle(), At::caller()))
+    }
+}
+
+macro_rules! recurrences {
+    ($($(#[$doc:meta])* $name:ident($($arg:ident),*);)*) => {
+        impl Layer {
+            $($(#[$doc])* #[track_caller] pub fn $name(&mut self $(, $arg: &Tensor)*) -> Tensor {
+                let (call, cache) = (Call::current(), self.next_state());
+                Tensor::own(call.ops.$name()(call.ctx, cache $(, $arg.handle())*, At::caller()))
+            })*
+        }
+    };
+}
+
+recurrences! {
+    /// x `[tokens, dim]` -> each token's predecessor, 0 before a sequence's first. State `[1, dim]`.
+    shift(x);
+    /// The state space dual of Mamba 2: x `[tokens, heads, d]`, dt `[tokens, heads]`, a `[heads]` (negative), b and c `[tokens, groups, n]` ->
+    /// `[tokens, heads, d]` by `h = exp(dt a) h + dt x bᵀ`, `y = h c`. State `[heads, d, n]`. <https://arxiv.org/abs/2405.21060>
+    ssd(x, dt, a, b, c);
+    /// The selective scan of Mamba 1: x and dt `[tokens, d]`, a `[d, n]` (negative), b and c `[tokens, n]` -> `[tokens, d]` by
+    /// `h = exp(dt a) h + dt x bᵀ`, `y = h c`. State `[d, n]`. <https://arxiv.org/abs/2312.00752>
+    selective_scan(x, dt, a, b, c);
+    /// The gated delta rule: q and k `[tokens, k_heads, d]`, v `[tokens, heads, e]`, g (log decay) `[tokens, heads]` or
+    /// `[tokens, heads, d]`, beta `[tokens, heads]` -> `[tokens, heads, e]` by `S = exp(g) S`, `S += k (beta (v - kᵀ S))ᵀ`, `y = qᵀ S`. Grouped heads
+    /// share q and k. State `[heads, d, e]`. <https://arxiv.org/abs/2412.06464>
+    gated_delta(q, k, v, g, beta);
+    /// Linear attention with decay: q and k `[tokens, k_heads, d]`, v `[tokens, heads, e]`, g (log decay) `[heads]`, `[tokens, heads]` or
+    /// `[tokens, heads, d]` -> `[tokens, heads, e]` by `S = exp(g) S + k vᵀ`, `y = qᵀ S`. State `[heads, d, e]`. <https://arxiv.org/abs/2312.06635>
+    linear_attention(q, k, v, g);
+    /// RWKV 7, all `[tokens, heads, d]`, w the log decay: `S = S diag(exp(w)) + (S a) bᵀ + v kᵀ`, `y = S r`. State `[heads, d, d]`.
+    /// <https://arxiv.org/abs/2503.14456>
+    wkv7(r, w, k, v, a, b);
+    /// The real-gated linear recurrent unit: x and log_a `[tokens, dim]` -> `[tokens, dim]` by `h = a h + √(1 - a²) x`, with `h = x` at a
+    /// sequence's first token. State `[dim]`. <https://arxiv.org/abs/2402.19427>
+    rg_lru(x, log_a);
+}
+
+#[track_caller]
+fn attend(cache: u32, q: Tensor, k: Handle, v: Handle, value_lanes: usize, how: &Attend) -> Tensor {
+    let call = Call::current();
+    let blocks = how.blocks.unwrap_or(SparseBlocks { size: 0, local: 0, stride: 0 });
+    let spec = AttendSpec {
+        flags: 0,
+        scale: how.scale,
+        softcap: how.softcap.unwrap_or(0.0),
+        reserved: 0,
+        window: how.window.unwrap_or(0) as u64,
+        sinks: how.sinks.map_or(Handle::NONE, Tensor::handle),
+        selection: how.selection.map_or(Handle::NONE, Tensor::handle),
+        chunk: how.chunk.unwrap_or(0) as u64,
+        value_lanes: value_lanes as u64,
+        block: blocks.size as u64,
+        local_blocks: blocks.local as u64,
+        stride: blocks.stride as u64,
+    };
+    Tensor::own(call.ops.attend()(call.ctx, cache, q.handle(), k, v, SpecRef::new(&spec), At::caller()))
+}
