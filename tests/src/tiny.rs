@@ -1,7 +1,10 @@
 //! Turns an entry of `tests/fixtures/tiny` (config.json, tensors.json, expected.json) into a checkpoint folder that can be loaded.
 //!
-//! No weights are stored: each value is a pure function of (seed, tensor name, flat index). `tests/fixtures/make_tiny.py` states
-//! the rule and computes the same bits, so that the logits transformers gave for them hold here.
+//! No weights are stored: each value is a pure function of (seed, tensor name, flat index). `tests/fixtures/make_tiny` states the
+//! rule and computes the same bits, so that the logits transformers or mlx-lm gave for them hold here.
+//!
+//! `TINY=llama,qwen3*` restricts the entries to these names (a trailing `*` stands for anything), `TINY_FIXTURES=FOLDER` takes the
+//! entries of another folder: one built test serves another checkout, with its plugins in `DYLM_PLUGINS`.
 
 use std::path::{Path, PathBuf};
 
@@ -44,7 +47,7 @@ pub struct Checkpoint {
     pub tensors: Vec<TensorSpec>,
 }
 
-/// `expected.json`: what transformers computed for the checkpoint, in f32 on the CPU.
+/// `expected.json`: what the reference computed for the checkpoint, in f32 on the CPU.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Expected {
     /// Token ids.
@@ -58,20 +61,47 @@ pub struct Expected {
     pub uncached_logits: Option<Vec<Vec<f32>>>,
     /// (tensor, flat index, f32 bits) of some generated values.
     pub samples: Vec<(String, usize, u32)>,
+    /// How far off the logits may be, relative to the largest: 2e-5, or what `entry.json` allows and gives a reason for.
+    pub bound: f32,
 }
 
-/// `tests/fixtures/tiny`.
+/// f32's own noise over a few layers, with a margin.
+const BOUND: f32 = 2e-5;
+
+/// `tests/fixtures/tiny`, or the folder that `TINY_FIXTURES` names.
 pub fn fixtures() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/tiny")
+    let own = || Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/tiny");
+    std::env::var_os("TINY_FIXTURES").map_or_else(own, PathBuf::from)
 }
 
-/// The folder of every entry, sorted by name.
+/// The folder of every entry that `TINY` lets through, sorted by name.
+///
+/// # Errors
+/// If a name in `TINY` is none of an entry: a mistyped name must not pass for a test that succeeds.
 pub fn entries() -> Result<Vec<PathBuf>> {
-    let mut entries: Vec<_> =
-        std::fs::read_dir(fixtures())?.map(|e| e.map(|e| e.path())).collect::<Result<_, std::io::Error>>()?;
+    let folder = fixtures();
+    let mut entries: Vec<_> = std::fs::read_dir(&folder)
+        .map_err(|error| format!("{}: {error}", folder.display()))?
+        .map(|e| e.map(|e| e.path()))
+        .collect::<Result<_, std::io::Error>>()?;
     entries.retain(|entry| entry.join("tensors.json").is_file());
     entries.sort();
+    let Ok(wanted) = std::env::var("TINY") else { return Ok(entries) };
+    let fits = |entry: &PathBuf, pattern: &str| {
+        let name = name(entry);
+        pattern.strip_suffix('*').map_or(name == pattern, |start| name.starts_with(start))
+    };
+    let patterns: Vec<&str> = wanted.split(',').map(str::trim).filter(|pattern| !pattern.is_empty()).collect();
+    if let Some(none) = patterns.iter().find(|pattern| !entries.iter().any(|entry| fits(entry, pattern))) {
+        return Err(format!("TINY: no entry {none:?} with a tensors.json in {}", folder.display()).into());
+    }
+    entries.retain(|entry| patterns.iter().any(|pattern| fits(entry, pattern)));
     Ok(entries)
+}
+
+/// An entry's name: that of its folder.
+pub fn name(entry: &Path) -> String {
+    entry.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
 /// Writes `config.json`, `model.safetensors` and a tokenizer with a chat template into `out`, which must exist.
@@ -112,14 +142,19 @@ impl Checkpoint {
     /// Reads `tensors.json` of an entry.
     pub fn read(entry: &Path) -> Result<Self> {
         let json = read_json(&entry.join("tensors.json"))?;
-        let tensors = list(&json, "tensors", |tensor| {
-            Some(TensorSpec {
-                name: tensor["name"].as_str()?.to_owned(),
-                shape: tensor["shape"].as_array()?.iter().map(|n| Some(n.as_u64()? as usize)).collect::<Option<_>>()?,
-                center: tensor["center"].as_f64()?,
-                scale: tensor["scale"].as_f64()?,
-            })
-        })?;
+        let lines = json["tensors"].as_object().ok_or("tensors.json: no tensors")?;
+        let mut tensors = Vec::new();
+        for (pattern, fields) in lines {
+            let read = || {
+                let shape =
+                    fields[0].as_array()?.iter().map(|n| Some(n.as_u64()? as usize)).collect::<Option<Vec<_>>>()?;
+                let (center, scale) = (fields[1].as_f64()?, fields[2].as_f64()?);
+                let names = names(pattern)?.into_iter();
+                Some(names.map(move |name| TensorSpec { name, shape: shape.clone(), center, scale }))
+            };
+            tensors.extend(read().ok_or_else(|| format!("tensors.json: cannot read {pattern:?}: {fields}"))?);
+        }
+        tensors.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(Self { seed: json["seed"].as_u64().ok_or("tensors.json: no seed")?, tensors })
     }
 
@@ -151,7 +186,10 @@ impl Expected {
         let id = |id: &Value| Some(id.as_u64()? as u32);
         let row = |row: &Value| row.as_array()?.iter().map(|x| Some(x.as_f64()? as f32)).collect::<Option<Vec<_>>>();
         let sample = |s: &Value| Some((s[0].as_str()?.to_owned(), s[1].as_u64()? as usize, s[2].as_u64()? as u32));
+        let facts = entry.join("entry.json");
+        let facts = if facts.is_file() { read_json(&facts)? } else { Value::Null };
         Ok(Self {
+            bound: facts["bound"].as_f64().map_or(BOUND, |bound| bound as f32),
             prompt: list(&json, "prompt", id)?,
             steps: list(&json, "steps", id)?,
             logits: list(&json, "logits", row)?,
@@ -172,6 +210,20 @@ impl TensorSpec {
             (center + scale * (bits as f64 / 8_388_608.0 - 1.0)) as f32
         })
     }
+}
+
+/// "a.{0..2,5}.b" names a.0.b, a.1.b, a.2.b and a.5.b; None if the braces hold anything else.
+fn names(pattern: &str) -> Option<Vec<String>> {
+    let Some((start, rest)) = pattern.split_once('{') else { return Some(vec![pattern.to_owned()]) };
+    let (numbers, rest) = rest.split_once('}')?;
+    let (rest, mut all) = (names(rest)?, Vec::new());
+    for run in numbers.split(',') {
+        let (first, last) = run.split_once("..").unwrap_or((run, run));
+        for number in first.parse::<usize>().ok()?..=last.parse().ok()? {
+            all.extend(rest.iter().map(|rest| format!("{start}{number}{rest}")));
+        }
+    }
+    Some(all)
 }
 
 /// Fowler-Noll-Vo 1a, 64 bits.

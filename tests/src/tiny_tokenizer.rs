@@ -1,7 +1,7 @@
-//! Writes a byte-level BPE tokenizer for a vocabulary of 101 to 160 ids, so that a tiny checkpoint can be talked to.
+//! Writes a byte-level BPE tokenizer for a vocabulary of any size, so that a tiny checkpoint can be talked to.
 //!
-//! The ids: five special tokens (bos and eos where config.json puts them), newline and printable ASCII, then merges. Other
-//! bytes have no token and vanish, which random weights do not mind.
+//! The ids: five special tokens (bos and eos where config.json puts them), newline and printable ASCII, 59 merges, and tokens that
+//! no text has, as far as the vocabulary goes. Other bytes have no token and vanish, which random weights do not mind.
 
 use std::path::Path;
 
@@ -10,7 +10,8 @@ use serde_json::{Map, Value, json};
 use crate::tiny::Result;
 
 const SPECIAL: [&str; 5] = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"];
-const SIZES: std::ops::RangeInclusive<usize> = 101..=160;
+/// Ids of single characters end here.
+const CHARACTERS: usize = 101;
 
 /// Most frequent first, in the byte-level alphabet, where `Ġ` is a space; each merge builds on single characters or earlier merges.
 const MERGES: [&str; 59] = [
@@ -26,10 +27,7 @@ const CHAT_TEMPLATE: &str = "{% for message in messages %}{{ '<|im_start|>' + me
 /// Writes `tokenizer.json` and `tokenizer_config.json` for a model with this `config.json`.
 pub(crate) fn write(config: &Value, out: &Path) -> Result<()> {
     let text = config.get("text_config").unwrap_or(config);
-    let size = text["vocab_size"].as_u64().ok_or("config.json: no vocab_size")? as usize;
-    if !SIZES.contains(&size) {
-        return Err(format!("config.json: vocab_size is {size}, the tokenizer can do {SIZES:?}").into());
-    }
+    let size = vocab_size(text).or(vocab_size(config)).ok_or("config.json: no vocab_size")?;
     // Gemma has eos before bos; a config without the keys has transformers' default, or, as here, the usual order.
     let mut special = SPECIAL;
     let wrapper = config.get("text_config").is_some();
@@ -39,9 +37,10 @@ pub(crate) fn write(config: &Value, out: &Path) -> Result<()> {
 
     let characters = std::iter::once('Ċ').chain(std::iter::once('Ġ')).chain('!'..='~').map(String::from);
     let merged = MERGES.iter().map(|merge| merge.replace(' ', ""));
-    let tokens = special.map(String::from).into_iter().chain(characters).chain(merged).take(size);
+    let unused = (CHARACTERS + MERGES.len()..).map(|id| format!("<unused{id}>"));
+    let tokens = special.map(String::from).into_iter().chain(characters).chain(merged).chain(unused).take(size);
     let vocab: Map<String, Value> = tokens.enumerate().map(|(id, token)| (token, id.into())).collect();
-    let merges = &MERGES[..size - SIZES.start()];
+    let merges = &MERGES[..size.saturating_sub(CHARACTERS).min(MERGES.len())];
 
     let added = |id: usize| {
         json!({"id": id, "content": special[id], "single_word": false, "lstrip": false, "rstrip": false, "normalized": false,
@@ -63,4 +62,12 @@ pub(crate) fn write(config: &Value, out: &Path) -> Result<()> {
     std::fs::write(out.join("tokenizer.json"), serde_json::to_string_pretty(&tokenizer)?)?;
     std::fs::write(out.join("tokenizer_config.json"), serde_json::to_string_pretty(&settings)?)?;
     Ok(())
+}
+
+/// The vocabulary of the language model, however deep it lies.
+fn vocab_size(config: &Value) -> Option<usize> {
+    match config.get("vocab_size") {
+        Some(size) => size.as_u64().map(|size| size as usize),
+        None => config.as_object()?.values().find_map(vocab_size),
+    }
 }

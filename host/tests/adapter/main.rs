@@ -28,12 +28,12 @@ struct Named {
     values: Vec<f32>,
 }
 
-/// The numbers that every test uses for `name`: those of tests/fixtures/make_tiny.py's rule, center 0 and width 2.
+/// The numbers that every test uses for `name`: those of tests/fixtures/make_tiny's rule, center 0 and width 2.
 fn numbers(name: &str, count: usize) -> Vec<f32> {
     uniform(7, name, count, 0.0, 1.0)
 }
 
-/// The rule of tests/fixtures/make_tiny.py.
+/// The rule of tests/fixtures/make_tiny.
 fn uniform(seed: u64, name: &str, count: usize, center: f64, scale: f64) -> Vec<f32> {
     const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
     let start =
