@@ -146,10 +146,10 @@ fn a_plugin_of_a_later_minor_version_without_new_ops_works() {
             file,
             text,
             "src/abi/spec.rs",
-            "    pub sinks: Handle,\n",
-            "    pub sinks: Handle,\n    pub later: u64,\n",
+            "    pub stride: u64,\n",
+            "    pub stride: u64,\n    pub later: u64,\n",
         );
-        replaced(file, text, "src/architecture.rs", "reserved: 0,", "reserved: 0,\n            later: 0,")
+        replaced(file, text, "src/step.rs", "reserved: 0,", "reserved: 0,\n            later: 0,")
     });
     let (plugins, model) = (install(&library), checkpoint(&[("model_type", "outsider".into())]));
     assert_eq!(tokens(&load(model.path(), plugins.path()).unwrap()), tokens_of_the_plugin_in_tree());
@@ -162,10 +162,10 @@ fn a_struct_field_from_the_future_is_refused_only_when_it_is_used() {
             file,
             text,
             "src/abi/spec.rs",
-            "    pub sinks: Handle,\n",
-            "    pub sinks: Handle,\n    pub later: u64,\n",
+            "    pub stride: u64,\n",
+            "    pub stride: u64,\n    pub later: u64,\n",
         );
-        replaced(file, text, "src/architecture.rs", "reserved: 0,", "reserved: 0,\n            later: 7,")
+        replaced(file, text, "src/step.rs", "reserved: 0,", "reserved: 0,\n            later: 7,")
     });
     let sentence = refusal(&library);
     assert!(sentence.starts_with("attend: the plugin asks for a kind of attention"), "{sentence}");

@@ -52,7 +52,7 @@ const IN_FORWARD: &[(&str, &[&str])] = &[
     ("give a layer a wrong width", &["linear of lm_head: input [3, 8], it takes [.., 64] (at bad/src/lib.rs:"]),
     ("give sinks of a wrong size", &["attend: sinks [3, 3] for 4 heads (at bad/src/lib.rs:"]),
     ("feed a cache twice", &["attend: cache 0 is fed twice in one step (at bad/src/lib.rs:"]),
-    ("use an unknown cache", &["attend: cache 4711 of 1"]),
+    ("attend more often than declared", &["attend: the layer declares no further keys and values in caches()"]),
     ("attend to fewer tokens", &["attend: 1 tokens in a step of 3"]),
     ("rotate other tokens", &["rotate", "is not [3 tokens, heads, at least 16]"]),
     ("build while running", &["source: called while the model was running (at bad/src/lib.rs:"]),
