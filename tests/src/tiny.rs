@@ -74,11 +74,8 @@ pub fn fixtures() -> PathBuf {
     std::env::var_os("TINY_FIXTURES").map_or_else(own, PathBuf::from)
 }
 
-/// The folder of every entry that `TINY` lets through, sorted by name.
-///
-/// # Errors
-/// If a name in `TINY` is none of an entry: a mistyped name must not pass for a test that succeeds.
-pub fn entries() -> Result<Vec<PathBuf>> {
+/// The folder of every entry, sorted by name.
+pub fn all_entries() -> Result<Vec<PathBuf>> {
     let folder = fixtures();
     let mut entries: Vec<_> = std::fs::read_dir(&folder)
         .map_err(|error| format!("{}: {error}", folder.display()))?
@@ -86,6 +83,15 @@ pub fn entries() -> Result<Vec<PathBuf>> {
         .collect::<Result<_, std::io::Error>>()?;
     entries.retain(|entry| entry.join("tensors.json").is_file());
     entries.sort();
+    Ok(entries)
+}
+
+/// Those of [`all_entries`] that `TINY` lets through.
+///
+/// # Errors
+/// If a name in `TINY` is none of an entry: a mistyped name must not pass for a test that succeeds.
+pub fn entries() -> Result<Vec<PathBuf>> {
+    let mut entries = all_entries()?;
     let Ok(wanted) = std::env::var("TINY") else { return Ok(entries) };
     let fits = |entry: &PathBuf, pattern: &str| {
         let name = name(entry);
@@ -93,10 +99,15 @@ pub fn entries() -> Result<Vec<PathBuf>> {
     };
     let patterns: Vec<&str> = wanted.split(',').map(str::trim).filter(|pattern| !pattern.is_empty()).collect();
     if let Some(none) = patterns.iter().find(|pattern| !entries.iter().any(|entry| fits(entry, pattern))) {
-        return Err(format!("TINY: no entry {none:?} with a tensors.json in {}", folder.display()).into());
+        return Err(format!("TINY: no entry {none:?} with a tensors.json in {}", fixtures().display()).into());
     }
     entries.retain(|entry| patterns.iter().any(|pattern| fits(entry, pattern)));
     Ok(entries)
+}
+
+/// config.json of an entry, or of a folder that it was written into.
+pub fn config(entry: &Path) -> Result<Value> {
+    read_json(&entry.join("config.json"))
 }
 
 /// An entry's name: that of its folder.
@@ -125,7 +136,7 @@ pub fn write_adapter(adapter: &Path, out: &Path) -> Result<()> {
 pub fn write_as(entry: &Path, out: &Path, dtype: WeightDtype) -> Result<()> {
     Checkpoint::read(entry)?.write(&out.join("model.safetensors"), dtype)?;
 
-    let mut config = read_json(&entry.join("config.json"))?;
+    let mut config = config(entry)?;
     crate::tiny_tokenizer::write(&config, out)?;
     if dtype == WeightDtype::Bf16 {
         for key in ["torch_dtype", "dtype"] {
@@ -224,6 +235,12 @@ fn names(pattern: &str) -> Option<Vec<String>> {
         }
     }
     Some(all)
+}
+
+/// Numbers between `-scale` and `scale`, by the rule of the checkpoints, with seed 0.
+pub fn uniform(name: &str, count: usize, scale: f32) -> Vec<f32> {
+    let spec = TensorSpec { name: name.to_owned(), shape: vec![count], center: 0.0, scale: f64::from(scale) };
+    spec.values(0).collect()
 }
 
 /// Fowler-Noll-Vo 1a, 64 bits.
