@@ -2,6 +2,7 @@
 //! by strangers.
 
 pub mod binary;
+pub mod models;
 pub mod outside;
 pub mod smollm2;
 pub mod tiny;

@@ -110,6 +110,12 @@ pub fn config(entry: &Path) -> Result<Value> {
     read_json(&entry.join("config.json"))
 }
 
+/// entry.json of an entry, or null where there is nothing to say.
+pub fn facts(entry: &Path) -> Result<Value> {
+    let file = entry.join("entry.json");
+    if file.is_file() { read_json(&file) } else { Ok(Value::Null) }
+}
+
 /// An entry's name: that of its folder.
 pub fn name(entry: &Path) -> String {
     entry.file_name().unwrap_or_default().to_string_lossy().into_owned()
@@ -197,10 +203,8 @@ impl Expected {
         let id = |id: &Value| Some(id.as_u64()? as u32);
         let row = |row: &Value| row.as_array()?.iter().map(|x| Some(x.as_f64()? as f32)).collect::<Option<Vec<_>>>();
         let sample = |s: &Value| Some((s[0].as_str()?.to_owned(), s[1].as_u64()? as usize, s[2].as_u64()? as u32));
-        let facts = entry.join("entry.json");
-        let facts = if facts.is_file() { read_json(&facts)? } else { Value::Null };
         Ok(Self {
-            bound: facts["bound"].as_f64().map_or(BOUND, |bound| bound as f32),
+            bound: facts(entry)?["bound"].as_f64().map_or(BOUND, |bound| bound as f32),
             prompt: list(&json, "prompt", id)?,
             steps: list(&json, "steps", id)?,
             logits: list(&json, "logits", row)?,

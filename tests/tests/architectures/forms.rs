@@ -43,8 +43,9 @@ fn weights_in_4_bits_give_the_logits_of_the_numbers_they_stand_for() {
         }
         let (packed, unpacked) = (tempfile::tempdir()?, tempfile::tempdir()?);
         variant::pack(entry, packed.path(), unpacked.path())?;
-        let exact = Tiny::open(entry, unpacked.path(), &Tiny::options())?.straight()?;
-        near("in 4 bits", &Tiny::open(entry, packed.path(), &Tiny::options())?.straight()?, &exact, 1e-4)
+        let [packed, unpacked] = [packed, unpacked].map(|folder| Tiny::open(entry, folder.path(), &Tiny::options()));
+        let (packed, unpacked) = (packed?, unpacked?);
+        near("in 4 bits", &packed.straight()?, &unpacked.straight()?, packed.expected.bound)
     });
 }
 
@@ -99,11 +100,12 @@ fn adapts(entry: &Path, paths: &[String]) -> tiny::Result<Result<(), String>> {
     variant::adapt(entry, paths, adapter.path(), merged.path())?;
     tiny::write(entry, plain.path())?;
     let mut options = Tiny::options();
-    let expected = Tiny::open(entry, merged.path(), &options)?.straight()?;
+    let merged = Tiny::open(entry, merged.path(), &options)?;
     options.adapter_path = Some(adapter.path().to_owned());
     let ours = match Tiny::open(entry, plain.path(), &options) {
         Ok(tiny) => tiny.straight()?,
         Err(wrong) => return Ok(Err(wrong.to_string())),
     };
-    Ok(near("with an adapter", &ours, &expected, 1e-4).map_err(|wrong| format!("{}: {wrong}", paths.join(", "))))
+    let held = near("with an adapter", &ours, &merged.straight()?, merged.expected.bound);
+    Ok(held.map_err(|wrong| format!("{}: {wrong}", paths.join(", "))))
 }
