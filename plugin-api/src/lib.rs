@@ -81,8 +81,8 @@ pub mod weights;
 
 pub use architecture::{Architecture, Error, Result};
 pub use blocks::{
-    Activation, Decoder, DecoderShape, Ffn, GatedMlp, GroupScore, Heads, LayerTypes, LmHead, Mlp, Moe, Router,
-    SelfAttention,
+    Activation, Block, Decoder, DecoderShape, FeedForward, Ffn, GatedMlp, GroupScore, Heads, LayerTypes, LmHead, Mixer,
+    Mlp, Moe, Router, SelfAttention,
 };
 pub use cache::Cache;
 pub use config::RopeScaling;
@@ -98,9 +98,9 @@ pub use abi_stable;
 /// Everything that an architecture's file needs: `use plugin_api::prelude::*;`
 pub mod prelude {
     pub use crate::{
-        Activation, Architecture, Attend, Cache, Conv1d, Decoder, DecoderShape, Embedding, ExpertKind, Experts,
-        ExpertsShape, Ffn, GatedMlp, GroupScore, Heads, Layer, LayerNorm, LayerTypes, Linear, LmHead, Mlp, Moe,
-        MultiLinear, Norm, Parameter, Result, RmsNorm, Rope, RopeScaling, Router, SelfAttention, Source, SparseBlocks,
-        Step, Tensor, Weights, config, export_plugin,
+        Activation, Architecture, Attend, Block, Cache, Conv1d, Decoder, DecoderShape, Embedding, ExpertKind, Experts,
+        ExpertsShape, FeedForward, Ffn, GatedMlp, GroupScore, Heads, Layer, LayerNorm, LayerTypes, Linear, LmHead,
+        Mixer, Mlp, Moe, MultiLinear, Norm, Parameter, Result, RmsNorm, Rope, RopeScaling, Router, SelfAttention,
+        Source, SparseBlocks, Step, Tensor, Weights, config, export_plugin,
     };
 }

@@ -1,6 +1,6 @@
 //! Attention with grouped heads, as nearly every decoder has it; what differs between architectures are words on it.
 
-use crate::{Attend, Layer, Linear, Norm, Rope, Tensor, Weights};
+use crate::{Attend, Cache, Layer, Linear, Mixer, Norm, Rope, Tensor, Weights};
 
 /// The shape of an attention block.
 #[derive(Debug, Clone, Copy)]
@@ -21,6 +21,7 @@ enum QkNorm {
     None,
     Heads(Norm, Norm),
     Whole(Norm, Norm),
+    Turned(Norm, Norm),
 }
 
 /// `softmax(q · kᵀ · scale) · v · Wo` over grouped heads, with rotary positions. <https://arxiv.org/abs/2305.13245>
@@ -35,6 +36,8 @@ pub struct SelfAttention {
     head_dim: usize,
     scale: f32,
     softcap: Option<f32>,
+    clip: Option<f32>,
+    growth: Option<(f32, f32)>,
     /// Keys seen, counting the query's own; for [`Cache::key_value`](crate::Cache::key_value).
     pub window: Option<usize>,
 }
@@ -63,9 +66,20 @@ impl SelfAttention {
 
     /// The block of projections that the author found.
     pub fn of([q_proj, k_proj, v_proj]: [Linear; 3], o_proj: Linear, head_dim: usize) -> Self {
-        let scale = (head_dim as f32).powf(-0.5);
-        let qk_norm = QkNorm::None;
-        Self { q_proj, k_proj, v_proj, o_proj, qk_norm, rope: None, head_dim, scale, softcap: None, window: None }
+        Self {
+            q_proj,
+            k_proj,
+            v_proj,
+            o_proj,
+            qk_norm: QkNorm::None,
+            rope: None,
+            head_dim,
+            scale: (head_dim as f32).powf(-0.5),
+            softcap: None,
+            clip: None,
+            growth: None,
+            window: None,
+        }
     }
 
     /// Turns queries and keys by their positions; `None` leaves this layer without.
@@ -81,6 +95,21 @@ impl SelfAttention {
     /// Normalizes all heads of queries and of keys as one, before the rope: norms of `heads * head_dim` lanes.
     pub fn whole_norms(self, q_norm: impl Into<Norm>, k_norm: impl Into<Norm>) -> Self {
         Self { qk_norm: QkNorm::Whole(q_norm.into(), k_norm.into()), ..self }
+    }
+
+    /// Normalizes each head of queries and keys alone, after the rope: norms of `head_dim` lanes.
+    pub fn turned_norms(self, q_norm: impl Into<Norm>, k_norm: impl Into<Norm>) -> Self {
+        Self { qk_norm: QkNorm::Turned(q_norm.into(), k_norm.into()), ..self }
+    }
+
+    /// Holds what the three projections give within ± `clip`.
+    pub fn clip(self, clip: Option<f32>) -> Self {
+        Self { clip, ..self }
+    }
+
+    /// Multiplies queries by `1 + beta · ln(1 + ⌊position / span⌋)`, with `(beta, span)`: sharper attention in long texts.
+    pub fn growing_queries(self, growth: Option<(f32, f32)>) -> Self {
+        Self { growth, ..self }
     }
 
     /// Keys seen, counting the query's own.
@@ -101,21 +130,36 @@ impl SelfAttention {
     /// Queries, keys and values `[tokens, heads, head_dim]`, normalized and turned.
     #[track_caller]
     pub fn project(&self, x: &Tensor, layer: &mut Layer) -> [Tensor; 3] {
-        let (q, k) = (self.q_proj.forward(x), self.k_proj.forward(x));
-        let v = self.v_proj.forward(x).split_heads(self.head_dim);
-        let (q, k) = match &self.qk_norm {
-            QkNorm::None => (q.split_heads(self.head_dim), k.split_heads(self.head_dim)),
-            QkNorm::Heads(q_norm, k_norm) => {
-                (q_norm.forward(&q.split_heads(self.head_dim)), k_norm.forward(&k.split_heads(self.head_dim)))
-            }
-            QkNorm::Whole(q_norm, k_norm) => {
-                (q_norm.forward(&q).split_heads(self.head_dim), k_norm.forward(&k).split_heads(self.head_dim))
-            }
-        };
-        match &self.rope {
-            Some(rope) => [layer.rotate(rope, q), layer.rotate(rope, k), v],
+        let [q, k, v] = [&self.q_proj, &self.k_proj, &self.v_proj].map(|proj| proj.forward(x));
+        let [q, k, v] = match self.clip {
+            Some(most) => [q, k, v].map(|x| x.clamp(-most, most)),
             None => [q, k, v],
-        }
+        };
+        let (q, k) = match &self.qk_norm {
+            QkNorm::Whole(q_norm, k_norm) => (q_norm.forward(&q), k_norm.forward(&k)),
+            _ => (q, k),
+        };
+        let [q, k, v] = [q, k, v].map(|x| x.split_heads(self.head_dim));
+        let (q, k) = match &self.qk_norm {
+            QkNorm::Heads(q_norm, k_norm) => (q_norm.forward(&q), k_norm.forward(&k)),
+            _ => (q, k),
+        };
+        let (q, k) = match &self.rope {
+            Some(rope) => (layer.rotate(rope, q), layer.rotate(rope, k)),
+            None => (q, k),
+        };
+        let (q, k) = match &self.qk_norm {
+            QkNorm::Turned(q_norm, k_norm) => (q_norm.forward(&q), k_norm.forward(&k)),
+            _ => (q, k),
+        };
+        [self.grown(q, layer), k, v]
+    }
+
+    fn grown(&self, q: Tensor, layer: &Layer) -> Tensor {
+        let Some((beta, span)) = self.growth else { return q };
+        // [tokens, 1, 1], to meet [tokens, heads, head_dim].
+        let positions = layer.positions().unflatten(1).transpose().unflatten(1);
+        q * (((positions / span).floor() + 1.0).log() * beta + 1.0)
     }
 
     /// Attention over all keys so far, heads joined: `[tokens, heads * head_dim]`, for what stands between it and `o_proj`.
@@ -136,5 +180,15 @@ impl SelfAttention {
     pub fn forward(&self, x: &Tensor, layer: &mut Layer) -> Tensor {
         let qkv = self.project(x, layer);
         self.output(&self.attend(qkv, layer))
+    }
+}
+
+impl Mixer for SelfAttention {
+    fn forward(&self, x: &Tensor, layer: &mut Layer) -> Tensor {
+        self.forward(x, layer)
+    }
+
+    fn cache(&self) -> Cache {
+        Cache::key_value(self.window)
     }
 }

@@ -1,6 +1,6 @@
 //! What stands around the blocks of nearly every language model: the embedding before them, the norm and the output head after them.
 
-use crate::{Embedding, Layer, Linear, Norm, Result, Step, Tensor, Weights};
+use crate::{Block, Cache, Embedding, FeedForward, Layer, Linear, Mixer, Norm, Result, Step, Tensor, Weights};
 
 /// The output head: a layer of its own, or the embedding table once more. <https://arxiv.org/abs/1608.05859>
 #[derive(Debug)]
@@ -16,11 +16,17 @@ impl LmHead {
     /// checkpoint may store the table under `lm_head` too; that copy is not read.
     #[track_caller]
     pub fn new(w: &Weights, embedding: &Embedding, vocab: usize, dim: usize, tied: Option<bool>) -> Self {
-        if tied.unwrap_or_else(|| !w.has("lm_head.weight")) {
-            w.ignore("lm_head.");
+        Self::named(w, "lm_head", embedding, vocab, dim, tied)
+    }
+
+    /// The same under another name than `lm_head`.
+    #[track_caller]
+    pub fn named(w: &Weights, name: &str, embedding: &Embedding, vocab: usize, dim: usize, tied: Option<bool>) -> Self {
+        if tied.unwrap_or_else(|| !w.has(&format!("{name}.weight"))) {
+            w.ignore(&format!("{name}."));
             return Self::Tied(Embedding(embedding.0));
         }
-        Self::Own(w.linear("lm_head", dim, vocab, false))
+        Self::Own(w.linear(name, dim, vocab, false))
     }
 
     /// Hidden `[rows, dim]` -> logits `[rows, vocab]`
@@ -35,7 +41,7 @@ impl LmHead {
 
 /// The shell of a decoder: `head(norm(blocks(embed_tokens(ids))))`.
 #[derive(Debug)]
-pub struct Decoder<B> {
+pub struct Decoder<B = Block> {
     /// ids -> `[tokens, dim]`
     pub embed_tokens: Embedding,
     /// The blocks, first to last.
@@ -44,6 +50,9 @@ pub struct Decoder<B> {
     pub norm: Norm,
     /// `[rows, dim]` -> logits
     pub lm_head: LmHead,
+    embed_scale: f32,
+    logit_scale: f32,
+    softcap: Option<f32>,
 }
 
 /// The config keys that shape a [`Decoder`].
@@ -67,12 +76,37 @@ impl<B> Decoder<B> {
     pub fn new(w: &Weights, shape: DecoderShape, block: impl FnMut(&Weights, usize) -> Result<B>) -> Result<Self> {
         let (model, dim) = (w.at("model"), shape.hidden_size);
         let embed_tokens = model.embedding("embed_tokens", shape.vocab_size, dim);
-        Ok(Self {
-            layers: model.at("layers").each(shape.num_hidden_layers, block)?,
-            norm: model.rms_norm("norm", dim, shape.rms_norm_eps).into(),
-            lm_head: LmHead::new(w, &embed_tokens, shape.vocab_size, dim, shape.tie_word_embeddings),
-            embed_tokens,
-        })
+        let layers = model.at("layers").each(shape.num_hidden_layers, block)?;
+        let norm = model.rms_norm("norm", dim, shape.rms_norm_eps);
+        let lm_head = LmHead::new(w, &embed_tokens, shape.vocab_size, dim, shape.tie_word_embeddings);
+        Ok(Self::of(embed_tokens, layers, norm, lm_head))
+    }
+
+    /// The shell around what the author found under other names.
+    pub fn of(embed_tokens: Embedding, layers: Vec<B>, norm: impl Into<Norm>, lm_head: LmHead) -> Self {
+        let norm = norm.into();
+        Self { embed_tokens, layers, norm, lm_head, embed_scale: 1.0, logit_scale: 1.0, softcap: None }
+    }
+
+    /// Multiplies the embeddings.
+    pub fn embed_scale(self, embed_scale: f32) -> Self {
+        Self { embed_scale, ..self }
+    }
+
+    /// Multiplies the logits.
+    pub fn logit_scale(self, logit_scale: f32) -> Self {
+        Self { logit_scale, ..self }
+    }
+
+    /// `softcap * tanh(logits / softcap)`, after any scale.
+    pub fn softcap(self, softcap: Option<f32>) -> Self {
+        Self { softcap, ..self }
+    }
+
+    /// ids `[tokens]` -> `[tokens, dim]`, what the first block sees.
+    #[track_caller]
+    pub fn embed(&self, tokens: &Tensor) -> Tensor {
+        scaled(self.embed_tokens.forward(tokens), self.embed_scale)
     }
 
     /// ids `[tokens]` -> hidden `[tokens, dim]`, the last norm included.
@@ -83,10 +117,10 @@ impl<B> Decoder<B> {
         step: &mut Step,
         block: impl Fn(&B, &Tensor, &mut Layer) -> Tensor,
     ) -> Tensor {
-        self.forward_from(self.embed_tokens.forward(tokens), step, block)
+        self.forward_from(self.embed(tokens), step, block)
     }
 
-    /// The same from embeddings `[tokens, dim]` that the author has scaled or added to.
+    /// The same from embeddings `[tokens, dim]` that the author has normalized or added to.
     #[track_caller]
     pub fn forward_from(
         &self,
@@ -100,7 +134,28 @@ impl<B> Decoder<B> {
     /// Hidden `[rows, dim]` -> logits `[rows, vocab]`
     #[track_caller]
     pub fn head(&self, hidden: &Tensor) -> Tensor {
-        self.lm_head.forward(hidden)
+        let logits = scaled(self.lm_head.forward(hidden), self.logit_scale);
+        match self.softcap {
+            Some(cap) => (logits / cap).tanh() * cap,
+            None => logits,
+        }
+    }
+}
+
+fn scaled(x: Tensor, by: f32) -> Tensor {
+    if by == 1.0 { x } else { x * by }
+}
+
+impl<M: Mixer, F: FeedForward> Decoder<Block<M, F>> {
+    /// What the blocks remember.
+    pub fn caches(&self) -> Vec<Cache> {
+        self.layers.iter().map(|block| block.mixer.cache()).collect()
+    }
+
+    /// ids `[tokens]` -> hidden `[tokens, dim]`, the last norm included.
+    #[track_caller]
+    pub fn run(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
+        self.forward(tokens, step, Block::forward)
     }
 }
 

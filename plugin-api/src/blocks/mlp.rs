@@ -15,8 +15,14 @@ impl GatedMlp {
     /// `gate_proj` and `up_proj` `[hidden, dim]`, `down_proj` `[dim, hidden]`, all with `bias` or none.
     #[track_caller]
     pub fn new(w: &Weights, dim: usize, hidden: usize, bias: bool, act: Activation) -> Self {
-        let [gate_proj, up_proj] = w.linears(dim, bias, [("gate_proj", hidden), ("up_proj", hidden)]);
-        Self { gate_proj, up_proj, down_proj: w.linear("down_proj", hidden, dim, bias), act }
+        Self::named(w, ["gate_proj", "up_proj", "down_proj"], dim, hidden, bias, act)
+    }
+
+    /// The same under other names, in the same order.
+    #[track_caller]
+    pub fn named(w: &Weights, names: [&str; 3], dim: usize, hidden: usize, bias: bool, act: Activation) -> Self {
+        let [gate_proj, up_proj] = w.linears(dim, bias, [(names[0], hidden), (names[1], hidden)]);
+        Self { gate_proj, up_proj, down_proj: w.linear(names[2], hidden, dim, bias), act }
     }
 
     /// The block of projections that the author found: two `[hidden, dim]`, one `[dim, hidden]`.

@@ -3,12 +3,14 @@
 
 mod activation;
 mod attention;
+mod block;
 mod decoder;
 mod mlp;
 mod moe;
 
 pub use activation::{Activation, LayerTypes};
 pub use attention::{Heads, SelfAttention};
+pub use block::{Block, FeedForward, Mixer};
 pub use decoder::{Decoder, DecoderShape, LmHead};
 pub use mlp::{GatedMlp, Mlp};
 pub use moe::{Ffn, GroupScore, Moe, Router};
