@@ -18,7 +18,6 @@ use low_rank::LowRank;
 use settings::Settings;
 use std::{
     collections::BTreeMap,
-    ops::Range,
     path::Path,
     sync::atomic::{AtomicBool, Ordering},
 };
@@ -75,14 +74,14 @@ impl Adapters {
 
     /// For the linear layer `path` with this weight.
     pub fn linear(&self, path: &str, weight: &Weight, place: &Placement) -> Result<Option<Adapter>> {
-        self.linear_rows(path, 0..weight.rows(), weight.rows(), weight, place)
+        self.linear_rows(path, &(0..weight.rows()).collect::<Vec<_>>(), weight.rows(), weight, place)
     }
 
-    /// For a linear layer that is some rows of the `of` rows of `path`, as architectures cut fused projections.
+    /// For a linear layer that is these of the `of` rows of `path`: all of them, or a part, as architectures cut fused projections.
     pub fn linear_rows(
         &self,
         path: &str,
-        rows: Range<usize>,
+        rows: &[usize],
         of: usize,
         weight: &Weight,
         place: &Placement,
@@ -90,26 +89,40 @@ impl Adapters {
         self.parts.layers.get(path).map(|part| part.over_linear(weight, rows, of, place)).transpose()
     }
 
+    /// An error where the adapter changes the module of this tensor, whose numbers the architecture uses in another form.
+    pub fn refuse(&self, tensor: &str) -> Result<()> {
+        let path = tensor.strip_suffix(".weight").unwrap_or(tensor);
+        match self.parts.layers.contains_key(path) {
+            false => Ok(()),
+            true => Err(Error::Adapter(format!(
+                "{path}: the adapter changes this layer, which the architecture uses in another form than it is stored in: merge the adapter into the model first"
+            ))),
+        }
+    }
+
     /// For the embedding `path` with this table.
     pub fn embedding(&self, path: &str, weight: &Weight, place: &Placement) -> Result<Option<Adapter>> {
         self.parts.layers.get(path).map(|part| part.over_embedding(weight, place)).transpose()
     }
 
-    /// For expert `expert.0` of `expert.1`. `path` is that of the stack (`mlp.switch_mlp.up_proj`) or of the one expert
-    /// (`mlp.experts.3.up_proj`), as the checkpoint has it; the adapter may have it the other way.
-    pub fn expert(
+    /// For expert `expert.0` of `expert.1`. `paths` are those of the stack (`mlp.switch_mlp.up_proj`) or of the one expert
+    /// (`mlp.experts.3.up_proj`); the first that the adapter has counts, and it may have one expert's under the stack's name.
+    pub fn expert<'a>(
         &self,
-        path: &str,
+        paths: impl IntoIterator<Item = &'a str>,
         expert: (usize, usize),
         weight: &Weight,
         place: &Placement,
     ) -> Result<Option<Adapter>> {
         let layers = &self.parts.layers;
         let single = format!(".experts.{}.", expert.0);
-        let part = layers
-            .get(path)
-            .or_else(|| layers.get(&path.replacen(".switch_mlp.", &single, 1)))
-            .or_else(|| layers.get(&path.replacen(&single, ".switch_mlp.", 1)));
+        let find = |path: &str| {
+            layers
+                .get(path)
+                .or_else(|| layers.get(&path.replacen(".switch_mlp.", &single, 1)))
+                .or_else(|| layers.get(&path.replacen(&single, ".switch_mlp.", 1)))
+        };
+        let part = paths.into_iter().find_map(find);
         part.map(|part| part.over_expert(weight, expert, place)).transpose()
     }
 

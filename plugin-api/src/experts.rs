@@ -52,13 +52,15 @@ pub struct ExpertsShape {
     pub identity: usize,
     /// The router's weight multiplies an expert's input, not its output.
     pub scaled_input: bool,
+    /// Where gate and up are stored as one tensor, their rows take turns.
+    pub in_turns: bool,
 }
 
 impl ExpertsShape {
     /// SwiGLU experts without biases.
     pub fn new(experts: usize, dim: usize, hidden: usize) -> Self {
         let kind = ExpertKind::Swiglu;
-        ExpertsShape { experts, dim, hidden, kind, bias: false, identity: 0, scaled_input: false }
+        ExpertsShape { experts, dim, hidden, kind, bias: false, identity: 0, scaled_input: false, in_turns: false }
     }
 
     /// The same of another kind.
@@ -79,7 +81,9 @@ impl ExpertsShape {
         let flag = |is: bool, flag: u32| if is { flag } else { 0 };
         ExpertsSpec {
             activation,
-            flags: flag(self.bias, abi::EXPERTS_WITH_BIAS) | flag(self.scaled_input, abi::EXPERTS_WITH_SCALED_INPUT),
+            flags: flag(self.bias, abi::EXPERTS_WITH_BIAS)
+                | flag(self.scaled_input, abi::EXPERTS_WITH_SCALED_INPUT)
+                | flag(self.in_turns, abi::EXPERTS_IN_TURNS),
             experts: self.experts as u64,
             dim: self.dim as u64,
             hidden: self.hidden as u64,

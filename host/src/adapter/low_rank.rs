@@ -133,9 +133,11 @@ impl Factor {
 }
 
 impl LowRank {
-    /// Over a linear layer that is rows `rows` of a stored matrix of `of` rows.
-    pub fn over_linear(&self, weight: &Weight, rows: Range<usize>, of: usize, place: &Placement) -> Result<Adapter> {
-        let cut = |t: Tensor, axis| t.narrow(axis, rows.start, rows.len());
+    /// Over a linear layer that is these of the `of` rows of a stored matrix.
+    pub fn over_linear(&self, weight: &Weight, rows: &[usize], of: usize, place: &Placement) -> Result<Adapter> {
+        let ids = rows.iter().map(|&row| row as u32).collect::<Vec<_>>();
+        let ids = Tensor::from_vec(ids, rows.len(), &Device::Cpu)?;
+        let cut = |t: Tensor, axis| t.contiguous()?.index_select(&ids, axis);
         let a = self.a.read([weight.cols(), self.rank], None)?;
         let b = cut(self.scaled_b(of, None)?, 1)?;
         let magnitude = match &self.m {
@@ -148,7 +150,7 @@ impl LowRank {
     /// Over expert `expert.0` of `expert.1`; from a stack, or from parts stored one by one.
     pub fn over_expert(&self, weight: &Weight, expert: (usize, usize), place: &Placement) -> Result<Adapter> {
         if !self.a.is_stack() {
-            return self.over_linear(weight, 0..weight.rows(), weight.rows(), place);
+            return self.over_linear(weight, &(0..weight.rows()).collect::<Vec<_>>(), weight.rows(), place);
         }
         let a = self.a.read([weight.cols(), self.rank], Some(expert))?;
         let b = self.scaled_b(weight.rows(), Some(expert))?;

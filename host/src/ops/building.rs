@@ -2,18 +2,18 @@
 //! senseless are collected, so that one report has them all.
 
 use crate::{
-    layers::{experts::Activation, rope::Rope},
+    layers::rope::Rope,
     weights::{
         plan::Wanted,
         recipe::{Pantry, Recipe},
     },
 };
-use plugin_api::abi::{self, Slot, SourceId, SpecRef};
+use plugin_api::abi::{self, Slot, SourceId};
 use serde_json::Value as Json;
 use std::{collections::HashMap, sync::Arc};
 
 /// More slots than any model has.
-const MOST_SLOTS: usize = 1_000_000;
+pub(super) const MOST_SLOTS: usize = 1_000_000;
 
 /// A source goes through a handful of transforms; reading one walks through them, with the stack for its limit.
 const DEEPEST: usize = 64;
@@ -33,7 +33,7 @@ pub struct Building<'a> {
     pub config: &'a Json,
     sources: Vec<Source>,
     ropes: HashMap<(u64, u64, String), Slot>,
-    expert_sources: usize,
+    pub(super) expert_sources: usize,
     /// The slots, in order.
     pub wanted: Vec<Wanted>,
     /// Prefixes of tensors that the architecture leaves alone.
@@ -74,7 +74,7 @@ impl<'a> Building<'a> {
         SourceId(self.sources.len() as u32)
     }
 
-    fn slot(&mut self, wanted: Wanted) -> Slot {
+    pub(super) fn slot(&mut self, wanted: Wanted) -> Slot {
         if self.wanted.len() >= MOST_SLOTS {
             self.complain(format!("the plugin asks for more than {MOST_SLOTS} layers"));
             return Slot(u32::MAX);
@@ -83,7 +83,7 @@ impl<'a> Building<'a> {
         Slot(self.wanted.len() as u32 - 1)
     }
 
-    fn recipe(&mut self, id: SourceId) -> Arc<Recipe> {
+    pub(super) fn recipe(&mut self, id: SourceId) -> Arc<Recipe> {
         match (id.0 as usize).checked_sub(1).and_then(|i| self.sources.get(i)) {
             Some(source) => source.recipe.clone(),
             None => {
@@ -93,7 +93,7 @@ impl<'a> Building<'a> {
         }
     }
 
-    fn some(&mut self, id: SourceId) -> Option<Recipe> {
+    pub(super) fn some(&mut self, id: SourceId) -> Option<Recipe> {
         (id != SourceId::NONE).then(|| (*self.recipe(id)).clone())
     }
 
@@ -164,11 +164,6 @@ impl<'a> Building<'a> {
         self.slot(Wanted::Conv1d { weight, bias, channels: channels as usize, kernel: kernel as usize })
     }
 
-    pub fn experts_from(&mut self, _sources: &[SourceId], _spec: SpecRef<'_>) -> Slot {
-        self.complain("experts_from: this dylm does not have it yet".into());
-        Slot(u32::MAX)
-    }
-
     pub fn linear_layer(&mut self, weight: SourceId, bias: SourceId, inputs: u64, outputs: u64) -> Slot {
         let (weight, bias) = ((*self.recipe(weight)).clone(), self.some(bias));
         self.slot(Wanted::Linear { weight, bias, inputs: inputs as usize, outputs: outputs as usize })
@@ -185,50 +180,6 @@ impl<'a> Building<'a> {
         }
         let (weight, bias) = (self.some(weight), self.some(bias));
         self.slot(Wanted::Norm { centred: kind == abi::NORM_LAYER, weight, bias, dim: dim as usize, eps: eps as f32 })
-    }
-
-    /// Experts come stacked (MLX's `switch_mlp`) or one by one; where neither is there, the report names the latter.
-    pub fn experts_layer(&mut self, prefix: &str, spec: SpecRef<'_>) -> Slot {
-        let Some(spec) = spec.read::<abi::ExpertsSpec>() else {
-            self.complain(format!(
-                "{prefix}: the plugin asks for experts in a way that this dylm does not know; update dylm"
-            ));
-            return Slot(u32::MAX);
-        };
-        let activation = match spec.activation {
-            abi::EXPERTS_SWIGLU => Activation::Swiglu,
-            abi::EXPERTS_GEGLU => Activation::Geglu,
-            other => {
-                self.complain(format!(
-                    "{prefix}: the plugin asks for experts of kind {other}, which this dylm does not have"
-                ));
-                Activation::Swiglu
-            }
-        };
-        let stacked = self.has(&format!("{prefix}switch_mlp.gate_proj.weight"));
-        let experts = usize::try_from(spec.experts).unwrap_or(usize::MAX);
-        // Each expert is three sources, which count like all others.
-        self.expert_sources = self.expert_sources.saturating_add(experts.saturating_mul(3));
-        if self.expert_sources > MOST_SLOTS {
-            self.complain(format!("{prefix}: {experts} experts are more than any model has"));
-            return Slot(u32::MAX);
-        }
-        let recipe = |part: &str| match stacked {
-            true => Recipe::Stored(format!("{prefix}switch_mlp.{part}.weight")),
-            false => Recipe::Stack(
-                (0..experts).map(|e| Arc::new(Recipe::Stored(format!("{prefix}experts.{e}.{part}.weight")))).collect(),
-            ),
-        };
-        let (gate, up, down) = (recipe("gate_proj"), recipe("up_proj"), recipe("down_proj"));
-        self.slot(Wanted::Experts {
-            gate,
-            up,
-            down,
-            experts,
-            dim: spec.dim as usize,
-            hidden: spec.hidden as usize,
-            activation,
-        })
     }
 
     pub fn parameter_layer(&mut self, source: SourceId, dims: &[u64]) -> Slot {

@@ -82,7 +82,7 @@ impl Value {
     pub fn zip(&self, other: &Value, compute: impl FnOnce(&Tensor, &Tensor) -> candle_core::Result<Tensor>) -> Outcome {
         let dims = broadcast(self.dims()?, other.dims()?)?;
         match (self, other) {
-            (Value::Real(a), Value::Real(b)) if a.dtype() == b.dtype() => {
+            (Value::Real(a), Value::Real(b)) if a.dtype() == b.dtype() && a.dtype() != DType::U32 => {
                 compute(a, b).map(Value::Real).map_err(Fault::from)
             }
             // Ids and positions, and what was computed from them, join the other side's type.
@@ -280,4 +280,48 @@ fn broadcast(a: &[usize], b: &[usize]) -> Outcome<Vec<usize>> {
             _ => Err(fault!("{a:?} against {b:?}")),
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn numbers(x: &[f32]) -> Value {
+        Value::Real(Tensor::new(x, &candle_core::Device::Cpu).unwrap())
+    }
+
+    fn ids(x: &[u32]) -> Value {
+        Value::Real(Tensor::new(x, &candle_core::Device::Cpu).unwrap())
+    }
+
+    fn read(outcome: Outcome) -> Vec<f32> {
+        match outcome.unwrap() {
+            Value::Real(t) => t.flatten_all().unwrap().to_vec1().unwrap(),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn halves_are_rounded_to_the_even_neighbour_and_floors_go_down() {
+        let x = [-2.5f32, -1.5, -1.2, -0.5, 0.0, 0.4, 0.5, 0.6, 1.5, 2.5, 3.7];
+        assert_eq!(read(numbers(&x).round()), x.map(f32::round_ties_even));
+        assert_eq!(read(numbers(&x).map(|t| t.floor())), x.map(f32::floor));
+    }
+
+    #[test]
+    fn the_mask_of_the_largest_takes_the_first_of_equals() {
+        assert_eq!(read(numbers(&[1.0, 3.0, 2.0, 3.0, 3.0]).top_mask(2)), [0.0, 1.0, 0.0, 1.0, 0.0]);
+        assert!(matches!(Value::planned(&[2, 5]).top_mask(2).unwrap(), Value::Planned(dims) if dims == [2, 5]));
+        assert!(numbers(&[1.0]).top_mask(2).is_err());
+    }
+
+    #[test]
+    fn ids_count_as_numbers_in_arithmetic() {
+        let (a, b) = (ids(&[1, 5, 9]), ids(&[2, 2, 2]));
+        assert_eq!(read(a.zip(&b, |a, b| a.broadcast_sub(b))), [-1.0, 3.0, 7.0]);
+        assert_eq!(read(a.zip(&numbers(&[0.5, 0.5, 0.5]), |a, b| a.broadcast_mul(b))), [0.5, 2.5, 4.5]);
+        assert_eq!(read(numbers(&[0.5, 0.5, 0.5]).zip(&b, |a, b| a.broadcast_add(b))), [2.5, 2.5, 2.5]);
+        assert_eq!(read(a.map(|t| t * 0.5)), [0.5, 2.5, 4.5]);
+        assert_eq!(read(a.greater(&b)), [0.0, 1.0, 1.0]);
+    }
 }

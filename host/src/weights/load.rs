@@ -2,7 +2,7 @@
 //! CPU that means little more than slicing maps.
 
 use super::{
-    plan::Wanted,
+    plan::{Projection, Wanted},
     recipe::{Pantry, Recipe},
 };
 use crate::{
@@ -60,12 +60,15 @@ impl Loader<'_> {
                     native: self.place.native,
                 })
             }
-            Wanted::Experts { gate, up, down, experts, activation, .. } => {
-                let (gate, up, down) =
-                    (self.split(gate, *experts)?, self.split(up, *experts)?, self.split(down, *experts)?);
+            Wanted::Experts { gate, up, down, experts, kind, .. } => {
+                let (up, down) = (self.projection(up, *experts)?, self.projection(down, *experts)?);
+                let gate: Vec<Option<Linear>> = match gate {
+                    Some(gate) => self.projection(gate, *experts)?.into_iter().map(Some).collect(),
+                    None => up.iter().map(|_| None).collect(),
+                };
                 let join = |((gate, up), down)| Expert { gate, up, down };
                 let experts = gate.into_iter().zip(up).zip(down).map(join).collect();
-                Layer::Experts(Experts { experts, activation: *activation, native: self.place.native })
+                Layer::Experts(Experts { experts, kind: *kind, native: self.place.native })
             }
             Wanted::MultiLinear { .. } | Wanted::Conv1d { .. } => {
                 return Err(crate::error::Error::Weights(format!(
@@ -80,17 +83,15 @@ impl Loader<'_> {
         })
     }
 
-    /// The adapter of a layer that is a stored weight, or rows of one. Of other transforms an adapter knows nothing.
+    /// The adapter of a layer that is a stored weight, or some rows of one. Of other transforms an adapter knows nothing.
     fn linear_adapter(&self, recipe: &Recipe, placed: &Weight) -> Result<Option<Adapter>> {
-        match recipe {
-            Recipe::Rows(whole, from, to) => match (whole.path(), self.pantry.shape(whole)?.first()) {
-                (Some(path), Some(&of)) => self.adapters.linear_rows(path, *from..*to, of, placed, self.place),
-                _ => Ok(None),
-            },
-            recipe => match recipe.path() {
-                Some(path) => self.adapters.linear(path, placed, self.place),
-                None => Ok(None),
-            },
+        match self.pantry.rows_of_module(recipe)? {
+            Some((path, of, rows)) => self.adapters.linear_rows(path, &rows, of, placed, self.place),
+            None => {
+                let mut names = Vec::new();
+                recipe.names(&mut names);
+                names.into_iter().try_for_each(|name| self.adapters.refuse(name)).map(|()| None)
+            }
         }
     }
 
@@ -102,28 +103,37 @@ impl Loader<'_> {
             .to_device(&self.place.device)?)
     }
 
-    /// A stack of matrices, one linear layer each. Per-expert checkpoints are not stacked first: their parts are taken as they lie.
-    fn split(&self, recipe: &Recipe, experts: usize) -> Result<Vec<Linear>> {
-        let matrices = match recipe {
-            Recipe::Stack(parts) => parts.iter().map(|p| self.pantry.matrix(p)).collect::<Result<Vec<_>>>()?,
-            stacked => {
-                let all = self.pantry.matrix(stacked)?;
-                let rows = all.rows() / experts.max(1);
-                (0..experts).filter_map(|e| all.slice_rows(e * rows..(e + 1) * rows)).collect()
+    /// One projection, as a linear layer for each expert. Checkpoints with single experts are not stacked first: their parts are taken as
+    /// they lie.
+    fn projection(&self, projection: &Projection, experts: usize) -> Result<Vec<Linear>> {
+        let Projection { weight: recipe, bias, modules } = projection;
+        let matrices = self.pantry.pages(recipe)?;
+        let biases = match bias {
+            Some(bias) => {
+                let numbers = self.pantry.floats(bias)?;
+                let outputs = numbers.len() / experts.max(1);
+                let tensor = |row: &[f32]| {
+                    Tensor::new(row, &candle_core::Device::Cpu)?
+                        .to_dtype(self.place.activations())?
+                        .to_device(&self.place.device)
+                };
+                numbers
+                    .chunks(outputs.max(1))
+                    .map(|row| tensor(row).map(Some))
+                    .collect::<candle_core::Result<Vec<_>>>()?
             }
+            None => vec![None; matrices.len()],
         };
-        let linear = |(expert, matrix): (usize, Matrix)| {
+        let linear = |(expert, (matrix, bias)): (usize, (Matrix, Option<Tensor>))| {
             let weight = Weight::place(matrix, self.place)?;
-            let path = match recipe {
+            let single = match recipe {
                 Recipe::Stack(parts) => parts.get(expert).and_then(|part| part.path()),
                 stacked => stacked.path(),
             };
-            let adapter = match path {
-                Some(path) => self.adapters.expert(path, (expert, experts), &weight, self.place)?,
-                None => None,
-            };
-            Ok(Linear { weight, bias: None, adapter })
+            let paths = single.into_iter().chain(modules.iter().map(String::as_str));
+            let adapter = self.adapters.expert(paths, (expert, experts), &weight, self.place)?;
+            Ok(Linear { weight, bias, adapter })
         };
-        matrices.into_iter().enumerate().map(linear).collect()
+        matrices.into_iter().zip(biases).enumerate().map(linear).collect()
     }
 }

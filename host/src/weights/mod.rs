@@ -2,12 +2,15 @@
 
 pub mod bytes;
 pub mod checkpoint;
+mod floats;
 pub mod gguf;
 pub mod load;
 pub mod names;
 pub mod plan;
 pub mod recipe;
+mod rows;
 pub mod safetensors;
+mod shape;
 pub mod stored;
 
 pub use checkpoint::Checkpoint;

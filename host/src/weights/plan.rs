@@ -43,20 +43,20 @@ pub enum Wanted {
     },
     /// gate, up `[experts, hidden, dim]` and down `[experts, dim, hidden]`
     Experts {
-        /// Stacked, or a stack of single ones.
-        gate: Recipe,
+        /// In the kinds that have one.
+        gate: Option<Projection>,
         /// Like `gate`.
-        up: Recipe,
+        up: Projection,
         /// The way back.
-        down: Recipe,
+        down: Projection,
         /// How many.
         experts: usize,
         /// Outer width.
         dim: usize,
         /// Inner width.
         hidden: usize,
-        /// How gate and up are joined.
-        activation: crate::layers::experts::Activation,
+        /// How they compute.
+        kind: crate::layers::experts::Kind,
     },
     /// weight `[heads, outputs, inputs]`, bias `[heads, outputs]`
     MultiLinear {
@@ -93,6 +93,17 @@ pub enum Wanted {
     Rope(crate::layers::rope::Rope),
 }
 
+/// One projection of all experts of a layer.
+#[derive(Debug, Clone)]
+pub struct Projection {
+    /// `[experts, outputs, inputs]`: stacked, or a stack of single ones.
+    pub weight: Recipe,
+    /// `[experts, outputs]`
+    pub bias: Option<Recipe>,
+    /// Module paths under which adapters may have the stack.
+    pub modules: Vec<String>,
+}
+
 impl Wanted {
     /// The recipes of the slot with the shapes that the plugin stated.
     pub fn recipes(&self) -> Vec<(&Recipe, Vec<usize>)> {
@@ -104,8 +115,12 @@ impl Wanted {
             Wanted::Embedding { weight, vocab, dim } => vec![(weight, vec![*vocab, *dim])],
             Wanted::Norm { weight, bias, dim, .. } => weight.iter().chain(bias).map(|r| (r, vec![*dim])).collect(),
             Wanted::Experts { gate, up, down, experts, dim, hidden, .. } => {
-                let (inner, outer) = (vec![*experts, *hidden, *dim], vec![*experts, *dim, *hidden]);
-                vec![(gate, inner.clone()), (up, inner), (down, outer)]
+                let into = gate.iter().chain([up]).map(|p| (p, [*hidden, *dim]));
+                let all = into.chain([(down, [*dim, *hidden])]).flat_map(|(p, [outputs, inputs])| {
+                    let weight = (&p.weight, vec![*experts, outputs, inputs]);
+                    [weight].into_iter().chain(p.bias.iter().map(move |b| (b, vec![*experts, outputs])))
+                });
+                all.collect()
             }
             Wanted::MultiLinear { weight, bias, heads, inputs, outputs } => {
                 let weight = (weight, vec![*heads, *outputs, *inputs]);

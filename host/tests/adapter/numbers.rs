@@ -87,7 +87,7 @@ fn rows_of_a_fused_projection_take_their_part_of_its_adapter() {
     let (w, x) = (numbers("w", ROWS * COLS), numbers("x", COLS));
     let whole = linear(&adapters, "qkv", weight(&w, ROWS, COLS, formats()[0], place), None, place);
     let cut = weight(&w[8 * COLS..20 * COLS], 12, COLS, formats()[0], place);
-    let adapter = adapters.linear_rows("qkv", 8..20, ROWS, &cut, place).unwrap();
+    let adapter = adapters.linear_rows("qkv", &(8..20).collect::<Vec<_>>(), ROWS, &cut, place).unwrap();
     let cut = Linear { weight: cut, bias: None, adapter };
     let expected: Vec<f64> = run(&whole, &x)[8..20].iter().map(|y| f64::from(*y)).collect();
     assert_near(&run(&cut, &x), &expected, "rows 8..20");
@@ -141,7 +141,7 @@ fn experts_find_their_part_in_a_stack_and_one_by_one_whichever_way_the_checkpoin
             let of_expert = |e: usize| {
                 let w = weight(&w, ROWS, COLS, formats()[0], place);
                 let adapter =
-                    adapters.expert(&names.replace('E', &e.to_string()), (e, experts), &w, place).unwrap().unwrap();
+                    adapters.expert([&*names.replace('E', &e.to_string())], (e, experts), &w, place).unwrap().unwrap();
                 run(&Linear { weight: w, bias: None, adapter: Some(adapter) }, &x)
             };
             outputs.push((0..experts).flat_map(of_expert).collect());

@@ -127,7 +127,7 @@ fn an_adapter_of_another_shape_than_the_layer_is_refused() {
     );
     let stack = open_mlx("lora", &[named(A, &[3, RANK, 64]), named(B, &[3, 24, RANK])]).unwrap();
     assert_refused(
-        stack.expert(PATH, (1, 4), &layer(24, 64), place),
+        stack.expert([PATH], (1, 4), &layer(24, 64), place),
         "lora_a: adapter has [3, 4, 64], the layer takes [4, 4, 64]",
     );
     assert_refused(

@@ -95,7 +95,7 @@ fn experts_compute_what_mlx_lm_computes() {
         let of_token = |(token, expert): (usize, u32)| {
             let expert = expert as usize;
             let w = weight(&all.values[expert * rows * cols..][..rows * cols], rows, cols, formats()[0], &place);
-            let adapter = adapters.expert("mlp.switch_mlp.up_proj", (expert, all.shape[0]), &w, &place).unwrap();
+            let adapter = adapters.expert(["mlp.switch_mlp.up_proj"], (expert, all.shape[0]), &w, &place).unwrap();
             run(&Linear { weight: w, bias: None, adapter }, &x.values[token * cols..][..cols])
         };
         let y: Vec<f32> = fixture.ids("chosen").into_iter().enumerate().flat_map(of_token).collect();

@@ -97,6 +97,8 @@ pub const EXPERTS_SILU: u32 = 6;
 pub const EXPERTS_WITH_BIAS: u32 = 1;
 /// The router's weight multiplies an expert's input, not its output.
 pub const EXPERTS_WITH_SCALED_INPUT: u32 = 2;
+/// Where gate and up are stored as one tensor, their rows take turns.
+pub const EXPERTS_IN_TURNS: u32 = 4;
 
 /// Normalize by the root mean square.
 pub const NORM_RMS: u32 = 0;
