@@ -1,6 +1,6 @@
 //! What a plugin named, made into numbers: a stored tensor with the transforms that the plugin asked for.
 //!
-//! Packed weights stay packed through everything that moves whole rows (`rows`, `stack`, a reshape that keeps the last axis); any other
+//! Packed weights stay packed through everything that moves whole rows (`rows`, `stack`, what keeps the last axis); any other
 //! transform unpacks them, since a packed group cannot be cut.
 
 use super::{
@@ -212,6 +212,13 @@ impl Pantry {
             }
             Recipe::Stack(parts) => Matrix::stack(&parts.iter().map(|p| self.matrix(p)).collect::<Result<Vec<_>>>()?),
             Recipe::Reshape(inner, _) if self.shape(inner)?.last() == Some(&cols) => self.matrix(inner),
+            // Whole rows, of every page of an inner axis.
+            Recipe::Narrow(inner, axis, from, to) if axis + 1 < shape.len() => {
+                let (whole, len) = (self.matrix(inner)?, self.shape(inner)?[*axis]);
+                let chunk = shape[axis + 1..shape.len() - 1].iter().product::<usize>();
+                let kept = (0..whole.rows()).filter(|row| (from..to).contains(&&(row / chunk.max(1) % len.max(1))));
+                Ok(whole.permute_rows(&kept.collect::<Vec<_>>()))
+            }
             _ => Matrix::quantize(&self.floats(recipe)?, rows, cols, Format::Dense(self.float(recipe.name()))),
         }
     }
