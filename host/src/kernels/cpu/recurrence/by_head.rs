@@ -137,24 +137,3 @@ impl<R: Recurrence> Job for Walk<'_, R> {
         self.recurrence.walk(self.shape, self.head, self.state, self.out);
     }
 }
-
-#[cfg(test)]
-pub(super) mod tests {
-    /// Numbers between -1 and 1 that differ from each other.
-    pub fn numbers(seed: u32, len: usize) -> Vec<f32> {
-        let bits = |i: u32| {
-            (i ^ seed.wrapping_mul(0x9e37_79b9)).wrapping_mul(0x85eb_ca6b).rotate_left(13).wrapping_mul(0xc2b2_ae35)
-        };
-        (0..len as u32).map(|i| (bits(i) >> 8) as f32 / (1 << 23) as f32 - 1.0).collect()
-    }
-
-    /// Whether both agree to f32's accuracy over some hundred additions.
-    pub fn assert_close(found: &[f32], expected: &[f64]) {
-        assert_eq!(found.len(), expected.len());
-        let largest = expected.iter().fold(0.0f64, |l, x| l.max(x.abs()));
-        assert!(largest > 0.1, "the naive version gives nothing");
-        for (i, (&f, &x)) in found.iter().zip(expected).enumerate() {
-            assert!((f64::from(f) - x).abs() < 1e-5 * largest, "number {i} is {f}, not {x}");
-        }
-    }
-}

@@ -46,8 +46,8 @@ impl Recurrence for LinearAttention<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::by_head::{
-        recur,
+    use super::super::{
+        by_head::recur,
         tests::{assert_close, numbers},
     };
     use super::*;

@@ -44,7 +44,7 @@ pub fn rg_lru(x: &[f32], log_a: &[f32], first: bool, state: &mut [f32], out: &mu
 
 #[cfg(test)]
 mod tests {
-    use super::super::by_head::tests::{assert_close, numbers};
+    use super::super::tests::{assert_close, numbers};
     use super::*;
 
     const TOKENS: usize = 5;

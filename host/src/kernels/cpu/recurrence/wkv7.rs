@@ -62,8 +62,8 @@ impl Recurrence for Wkv7<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::by_head::{
-        recur,
+    use super::super::{
+        by_head::recur,
         tests::{assert_close, numbers},
     };
     use super::*;
