@@ -106,6 +106,7 @@ fn short(value: &Value) -> String {
 
 /// Declares the keys of config.json that an architecture reads. An absent or null key takes its default, which may use the fields above
 /// it; a key without default must be there. `where` bounds a value from below, which divisors need: `num_attention_heads: usize where >= 1`.
+/// What it declares may be the type of a key itself.
 #[macro_export]
 macro_rules! config {
     ($(#[$meta:meta])* struct $name:ident { $($field:ident: $ty:ty $(where >= $least:literal)? $(= $default:expr)?),* $(,)? }) => {
@@ -126,6 +127,14 @@ macro_rules! config {
                     })?
                 )*
                 Ok(Self { $($field),* })
+            }
+        }
+
+        /// As a key of a larger one.
+        impl $crate::config::Read for $name {
+            const WHAT: &'static str = concat!("an object of " $(, stringify!($field), " ")*);
+            fn read(json: &$crate::config::Json) -> Option<Self> {
+                <Self as $crate::config::FromConfig>::from_json(json, "").ok()
             }
         }
     };

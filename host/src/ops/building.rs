@@ -109,6 +109,15 @@ impl<'a> Building<'a> {
         self.pantry.checkpoint.get(name).is_some()
     }
 
+    pub fn has_shape(&self, name: &str, dims: &[u64]) -> bool {
+        let shape = self.pantry.shape(&Recipe::Stored(name.to_owned()));
+        shape.is_ok_and(|shape| shape.iter().map(|&d| d as u64).eq(dims.iter().copied()))
+    }
+
+    pub fn numbers(&mut self, values: &[f32]) -> SourceId {
+        self.put(Recipe::Numbers(values.into()), &[])
+    }
+
     pub fn source(&mut self, name: &str) -> SourceId {
         self.put(Recipe::Stored(name.to_owned()), &[])
     }

@@ -19,6 +19,8 @@ use std::sync::Arc;
 pub enum Recipe {
     /// The tensor of this full name.
     Stored(String),
+    /// Numbers `[len]` that the plugin computed.
+    Numbers(Arc<[f32]>),
     /// Entries of the first axis.
     Rows(Arc<Recipe>, usize, usize),
     /// Every element times `.1` plus `.2`.
@@ -44,6 +46,7 @@ impl Recipe {
     pub fn names<'a>(&'a self, to: &mut Vec<&'a str>) {
         match self {
             Recipe::Stored(name) => to.push(name),
+            Recipe::Numbers(_) => {}
             Recipe::Rows(r, ..)
             | Recipe::Affine(r, ..)
             | Recipe::Transpose(r)

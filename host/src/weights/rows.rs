@@ -19,7 +19,7 @@ impl Recipe {
                 r.moves_rows()
             }
             Recipe::Stack(parts) | Recipe::Join(parts, _) => parts.iter().all(|p| p.moves_rows()),
-            Recipe::Affine(..) | Recipe::Transpose(_) | Recipe::UnitRows(..) => false,
+            Recipe::Numbers(_) | Recipe::Affine(..) | Recipe::Transpose(_) | Recipe::UnitRows(..) => false,
         }
     }
 }

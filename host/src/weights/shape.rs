@@ -16,6 +16,7 @@ impl Pantry {
                 }
                 shape
             }
+            Recipe::Numbers(values) => vec![values.len()],
             Recipe::Rows(inner, from, to) => {
                 let mut shape = self.shape(inner)?;
                 match shape.first_mut() {
