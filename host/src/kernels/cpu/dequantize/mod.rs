@@ -7,7 +7,8 @@ mod mx;
 
 use super::format::{Float, Format};
 pub(super) use ggml::{scale_and_min, six_bit_scale};
-pub(super) use mx::{E2M1, e4m3_to_f32, e8m0_to_f32};
+pub use mx::e8m0_to_f32;
+pub(super) use mx::{E2M1, e4m3_to_f32};
 
 /// Unpacks one row. The slices are the row's own, of exactly the sizes that `format` asks for `out.len()` columns.
 pub(super) fn dequantize_row(format: Format, data: &[u8], scales: &[u8], biases: &[u8], out: &mut [f32]) {

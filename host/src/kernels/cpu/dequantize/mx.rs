@@ -7,7 +7,7 @@ pub(in super::super) const E2M1: [f32; 16] =
 
 /// A power of two: 2^(b - 127); 0 stands for 2^-127.
 #[inline]
-pub(in super::super) fn e8m0_to_f32(b: u8) -> f32 {
+pub fn e8m0_to_f32(b: u8) -> f32 {
     f32::from_bits(if b == 0 { 0x0040_0000 } else { u32::from(b) << 23 })
 }
 
