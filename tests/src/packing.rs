@@ -247,6 +247,7 @@ impl Packing {
                 let tensors = vec![
                     Tensor { name: ".weight".into(), dtype: Dtype::F8_E4M3, shape: vec![rows, cols], bytes },
                     floats(".weight_scale_inv", &[down, across], &scales),
+                    floats(".input_scale", &[], &[1.0]),
                 ];
                 Packed { tensors, back: coded.iter().enumerate().map(|(i, (_, x))| x * scale(i)).collect() }
             }

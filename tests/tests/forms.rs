@@ -111,6 +111,72 @@ fn what_other_tools_packed_unpacks_to_the_very_numbers_that_they_unpack() {
     }
 }
 
+/// The same tensors under other names, `type` changed where it is given.
+fn renamed(tensors: Vec<Tensor>, names: &[(&str, &str, Option<Dtype>)]) -> Vec<Tensor> {
+    let rename = |t: Tensor| match names.iter().find(|(from, ..)| *from == t.name) {
+        Some((_, to, dtype)) => Tensor { name: (*to).into(), dtype: dtype.unwrap_or(t.dtype), ..t },
+        None => t,
+    };
+    tensors.into_iter().map(rename).collect()
+}
+
+#[test]
+fn the_same_numbers_under_the_names_of_further_tools_are_the_same_weights() {
+    let float = |name: &str, x: f32| Tensor {
+        name: name.into(),
+        dtype: Dtype::F32,
+        shape: vec![],
+        bytes: x.to_le_bytes().into(),
+    };
+    let deepseek = [("x.weight_scale_inv", "x.scale", None)];
+    let deepseek_fp4 =
+        [("x.weight_packed", "x.weight", Some(Dtype::I8)), ("x.weight_scale", "x.scale", Some(Dtype::F8_E8M0))];
+    let modelopt = [("x.weight_packed", "x.weight", None), ("x.weight_global_scale", "x.unused", None)];
+    let fp8 = json!({"quant_method": "fp8", "weight_block_size": [128, 128]});
+    for (name, names, added, format) in [
+        ("fp8.powers", &deepseek[..], None, Format::Mxfp8),
+        ("mxfp4", &deepseek_fp4[..], None, Format::Mxfp4),
+        ("nvfp4", &modelopt[..], Some(float("x.weight_scale_2", 1.0 / 512.0)), Format::Nvfp4Scaled),
+    ] {
+        let mut tensors = case(name);
+        let (shape, want) = take(&mut tensors, "x.back");
+        tensors = renamed(tensors, names);
+        tensors.extend(added);
+        let pantry = pantry(&tensors, &fp8).unwrap();
+        assert_eq!(pantry.shape(&stored("x.weight")).unwrap(), shape, "{name}");
+        let matrix = pantry.matrix(&stored("x.weight")).unwrap();
+        assert_eq!((matrix.format(), back(&matrix)), (format, want), "{name}");
+    }
+}
+
+#[test]
+fn stacks_of_fp8_matrices_have_scales_of_blocks_or_one_each() {
+    let mut tensors = case("fp8.blocks");
+    let (_, want) = take(&mut tensors, "x.back");
+    for t in &mut tensors {
+        t.shape.insert(0, 2);
+        t.bytes.extend_from_within(..);
+        // Weights that are no linear layer's: their scales come after the whole name.
+        t.name = t.name.replace("x.weight", "x.gate_up_proj");
+    }
+    let config = json!({"quant_method": "fp8", "weight_block_size": [16, 32]});
+    let stack = stored("x.gate_up_proj");
+    let blocks = pantry(&tensors, &config).unwrap();
+    assert_eq!(blocks.shape(&stack).unwrap(), [2, 40, 100]);
+    assert_eq!(back(&blocks.matrix(&stack).unwrap()), [want.clone(), want.clone()].concat());
+    let plain = {
+        let weight = tensors.iter().find(|t| t.dtype == Dtype::F8_E4M3).unwrap().clone();
+        back(&pantry(&[weight], &Value::Null).unwrap().matrix(&stack).unwrap())
+    };
+    for shape in [vec![2], vec![2, 1, 1]] {
+        let scales = tensors.iter_mut().find(|t| t.dtype == Dtype::F32).unwrap();
+        (scales.shape, scales.bytes) = (shape, [0.5f32, 2.0].into_iter().flat_map(f32::to_le_bytes).collect());
+        let got = back(&pantry(&tensors, &config).unwrap().matrix(&stack).unwrap());
+        let one = |(i, w): (usize, &f32)| if i < 4000 { w * 0.5 } else { w * 2.0 };
+        assert_eq!(got, plain.iter().enumerate().map(one).collect::<Vec<_>>());
+    }
+}
+
 #[test]
 fn bitnet_layers_round_their_inputs_as_transformers_does() {
     for device in [DeviceChoice::Cpu, DeviceChoice::CpuByCandle] {
@@ -220,6 +286,8 @@ fn rows_stacks_and_reshapes_of_packed_weights_stay_packed() {
             let matrix = pantry.matrix(&recipe).unwrap();
             assert_eq!((matrix.format(), back(&matrix)), (format, expected), "{packing:?}: {recipe:?}");
         }
+        let mixed = Recipe::Stack(vec![Recipe::Affine(whole.clone(), 1.0, 0.0).into(), whole.clone()]);
+        assert_eq!(back(&pantry.matrix(&mixed).unwrap()), [want.clone(), want.clone()].concat(), "{packing:?}");
         let doubled = pantry.matrix(&Recipe::Affine(whole.clone(), 2.0, 1.0)).unwrap();
         assert_eq!(doubled.format(), Format::Dense(Float::F32), "{packing:?}: other transforms unpack");
         assert_eq!(back(&doubled), want.iter().map(|w| w * 2.0 + 1.0).collect::<Vec<_>>(), "{packing:?}");

@@ -35,6 +35,11 @@ fn model(quantization_config: Value, pack: impl Fn(&TensorSpec, &[f32]) -> Vec<T
             None => tensors.push(dense(&spec.name, &spec.shape, &values)),
         }
     }
+    if !quantization_config.is_null() {
+        // Of no use without a cache in FP8, nor are scales of inputs; neither may count as left over.
+        tensors.push(dense("model.layers.0.self_attn.k_scale", &[], &[0.5]));
+        tensors.push(dense("model.layers.0.self_attn.v_proj.v_scale", &[], &[0.5]));
+    }
     packing::write(&tensors, &folder.path().join("model.safetensors")).unwrap();
     let path = folder.path().join("config.json");
     let mut config: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
