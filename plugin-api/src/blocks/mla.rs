@@ -4,6 +4,7 @@
 //! The paper's per-head keys and values are products of the latent. Here they are never made: `(Wk c) · q = c · (Wkᵀ q)`, so each query is
 //! taken into the latent space, attends there with the latents as keys and as values, and only the result is taken out again.
 
+use super::attention::grown;
 use crate::{
     Attend, Cache, Layer, Linear, Mixer, MultiLinear, Norm, RmsNorm, Rope, RopeScaling, Source, Tensor, Weights,
 };
@@ -53,6 +54,7 @@ pub struct Mla {
     rope: Rope,
     shape: MlaShape,
     scale: f32,
+    growth: Option<(f32, f32)>,
 }
 
 /// Under the root of the latents' norms, whatever config.json says of the other norms.
@@ -91,6 +93,7 @@ impl Mla {
             rope,
             shape: s,
             scale: ((nope + s.qk_rope_head_dim) as f32).powf(-0.5),
+            growth: None,
         }
     }
 
@@ -100,6 +103,11 @@ impl Mla {
         let (factor, all) = (number("factor").unwrap_or(1.0), number("mscale_all_dim").unwrap_or(0.0));
         let mscale = if factor > 1.0 { 0.1 * all * factor.ln() + 1.0 } else { 1.0 };
         Self { scale: self.scale * mscale * mscale, ..self }
+    }
+
+    /// Multiplies queries by `1 + beta · ln(1 + ⌊position / span⌋)`, with `(beta, span)`: sharper attention in long texts.
+    pub fn growing_queries(self, growth: Option<(f32, f32)>) -> Self {
+        Self { growth, ..self }
     }
 
     /// Multiplies all queries by the first number and the latents of keys and values, not the turned keys, by the second.
@@ -133,6 +141,7 @@ impl Mla {
         let k_rope = layer.rotate(&self.rope, kv.narrow(rank, turned).split_heads(turned));
         let q_rope = layer.rotate(&self.rope, q.narrow(nope, turned));
         let q = Tensor::concat(&[&self.embed_q.forward(&q.narrow(0, nope)), &q_rope]);
+        let q = grown(q, self.growth, layer);
         let how = Attend { scale: self.scale, selection, ..Default::default() };
         let attended = layer.attend_latent(q, Tensor::concat(&[&c, &k_rope]), rank, &how);
         self.o_proj.forward(&self.unembed_out.forward(&attended).merge_heads())

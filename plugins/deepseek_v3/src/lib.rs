@@ -1,4 +1,5 @@
-//! DeepSeek V2, V3 and V3.2, and the models of others in their shape: Kimi K2, GLM 4.7 Flash, GLM 5, JoyAI, Youtu (all dense).
+//! DeepSeek V2, V3 and V3.2, and the models of others in their shape: Kimi K2, GLM 4.7 Flash, GLM 5, JoyAI,
+//! Mistral Small 4, and Youtu (all dense).
 //! V2: <https://arxiv.org/abs/2405.04434>, V3: <https://arxiv.org/abs/2412.19437>, V3.2: <https://arxiv.org/abs/2512.02556>
 //!
 //! ```text
@@ -8,7 +9,7 @@
 //!
 //! MoE(x) = SwiGLUₛ(x) + a Σ pᵢ SwiGLUᵢ(x)  over the k best experts of the best groups
 //!   V3: pᵢ = sᵢ / Σ s over the chosen, s = sigmoid(x Wgate); s + b chooses, groups by the sum of their best two
-//!   V2: pᵢ = softmax(x Wgate)ᵢ, groups by their best
+//!   V2: pᵢ = softmax(x Wgate)ᵢ, groups by their best; Mistral: the same with V3's groups and sum
 //!
 //! V3.2: attention sees only the keys of the k largest Iₛ = Σⱼ wⱼ relu(qⱼ · kₛ) over an indexer's heads j
 //!   q = rope(c Wq), k = rope(LayerNorm(x Wk)), w = x Ww / √(heads d), c the queries' latent
@@ -45,7 +46,7 @@ config! {
         n_group: usize = 1,
         topk_group: usize where >= 1 = n_group.max(1),
         norm_topk_prob: bool = true,
-        routed_scaling_factor: f32 = if model_type == "deepseek_v2" { 1.0 } else { 2.5 },
+        routed_scaling_factor: f32 = if matches!(model_type.as_str(), "deepseek_v2" | "mistral4") { 1.0 } else { 2.5 },
         first_k_dense_replace: usize = if model_type == "glm4_moe_lite" { 1 } else { 0 },
         moe_layer_freq: usize where >= 1 = 1,
         mlp_layer_types: Option<Vec<String>> = None,
@@ -128,7 +129,10 @@ fn mla(c: &Config, w: &Weights) -> Mla {
         attention_bias: c.attention_bias,
     };
     let rope = w.rope(c.qk_rope_head_dim, c.rope_theta, &c.rope_scaling);
-    Mla::new(w, shape, if c.rope_interleave { rope.interleaved() } else { rope }).mscale(&c.rope_scaling)
+    let number = |key| c.rope_scaling.as_ref().and_then(|s| s.number(key));
+    Mla::new(w, shape, if c.rope_interleave { rope.interleaved() } else { rope })
+        .mscale(&c.rope_scaling)
+        .growing_queries(number("llama_4_scaling_beta").zip(number("original_max_position_embeddings")))
 }
 
 fn ffn(c: &Config, w: &Weights, layer: usize) -> Ffn {
@@ -138,13 +142,16 @@ fn ffn(c: &Config, w: &Weights, layer: usize) -> Ffn {
         return Ffn::Dense(mlp(w, c.intermediate_size));
     };
     let gate = w.linear("gate", dim, experts, false);
-    let router = if c.model_type == "deepseek_v2" {
-        Router::softmax(gate, c.num_experts_per_tok).groups(c.n_group, c.topk_group, GroupScore::Best)
-    } else {
-        Router::sigmoid(gate, c.num_experts_per_tok)
+    let (k, groups, kept) = (c.num_experts_per_tok, c.n_group, c.topk_group);
+    let router = match c.model_type.as_str() {
+        "deepseek_v2" => Router::softmax(gate, k).groups(groups, kept, GroupScore::Best),
+        "mistral4" => {
+            Router::softmax(gate, k).groups(groups, kept, GroupScore::BestTwo).normalized(c.norm_topk_prob, 1e-20)
+        }
+        _ => Router::sigmoid(gate, k)
             .correction(w.at("gate").tensor("e_score_correction_bias", &[experts]))
-            .groups(c.n_group, c.topk_group, GroupScore::BestTwo)
-            .normalized(c.norm_topk_prob, 1e-20)
+            .groups(groups, kept, GroupScore::BestTwo)
+            .normalized(c.norm_topk_prob, 1e-20),
     };
     let shared = c.n_shared_experts.filter(|&n| n > 0).map(|n| mlp(&w.at("shared_experts"), n * hidden));
     let experts = w.experts(ExpertsShape::new(experts, dim, hidden));
@@ -206,6 +213,7 @@ impl Architecture for DeepseekV3 {
         "kimi_k2",
         "kimi_k25",
         "kimi_vl",
+        "mistral4",
         "youtu",
         "youtu_llm",
     ];
