@@ -93,7 +93,7 @@ fn token(format: Format) {
 }
 
 fn attention() {
-    let how = Attend { scale: 0.1, softcap: None, window: None, keep: 0, sinks: None };
+    let how = Attend { scale: 0.1, ..Attend::default() };
     for (tokens, entries) in [(1usize, 8192usize), (512, 512)] {
         let cache = vec![half::f16::from_f32(0.1); entries * 8 * 128];
         let q = vec![0.1f32; tokens * 32 * 128];
@@ -101,7 +101,7 @@ fn attention() {
         let keys: Vec<u32> = (0..entries as u32).collect();
         let queries = &keys[entries - tokens..];
         let rows = Rows::F16(&cache);
-        let time = seconds(|| attend(&q, 32, 128, queries, rows, rows, 8, 128, &keys, &how, &mut out));
+        let time = seconds(|| attend(&q, 32, 128, queries, rows, Some(rows), 8, 128, &keys, &how, &mut out));
         let flops = 4.0 * 32.0 * 128.0 * (tokens * entries) as f64 * if tokens == 1 { 1.0 } else { 0.5 };
         let (gb, flops) = (cache.len() as f64 * 4.0 / time / 1e9, flops / time / 1e9);
         println!("attention, {tokens} tokens, {entries} keys: {:.2} ms, {gb:.1} GB/s, {flops:.0} GFLOP/s", time * 1e3);

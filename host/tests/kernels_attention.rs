@@ -1,6 +1,6 @@
 //! Attention against the textbook, in f64 and with the whole matrix of scores.
 
-use dylm::kernels::cpu::{Attend, Rows, attend, quantize_rows};
+use dylm::kernels::cpu::{Attend, Rows, attend, attention::Blocks, quantize_rows};
 
 struct Random(u64);
 
@@ -23,7 +23,16 @@ struct Case {
     v_dim: usize,
 }
 
-const PLAIN: Attend<'_> = Attend { scale: 0.3, softcap: None, window: None, keep: 0, sinks: None };
+const PLAIN: Attend<'_> = Attend {
+    scale: 0.3,
+    softcap: None,
+    window: None,
+    keep: 0,
+    chunk: None,
+    sinks: None,
+    selection: None,
+    blocks: None,
+};
 
 struct Inputs {
     q: Vec<f32>,
@@ -55,7 +64,13 @@ fn textbook(case: Case, i: &Inputs, how: &Attend<'_>) -> Vec<f64> {
             for (e, &at) in i.keys.iter().enumerate() {
                 let near =
                     how.window.is_none_or(|w| i64::from(p) - i64::from(at) < w as i64) || (at as usize) < how.keep;
-                if at > p || !near {
+                let in_chunk = how.chunk.is_none_or(|chunk| at as usize >= p as usize - p as usize % chunk);
+                let chosen = how.selection.is_none_or(|chosen| chosen[t].contains(&at));
+                let in_blocks = how.blocks.is_none_or(|Blocks { size, local, stride }| {
+                    let (query, key) = (p as usize / size, at as usize / size);
+                    key + local > query || (key + head + 1).is_multiple_of(stride)
+                });
+                if at > p || !near || !in_chunk || !chosen || !in_blocks {
                     continue;
                 }
                 let q = &i.q[(t * q_heads + head) * dim..][..dim];
@@ -78,6 +93,10 @@ fn textbook(case: Case, i: &Inputs, how: &Attend<'_>) -> Vec<f64> {
 }
 
 fn run(case: Case, i: &Inputs, keys: Rows<'_>, values: Rows<'_>, how: &Attend<'_>) -> Vec<f32> {
+    run_with(case, i, keys, Some(values), how)
+}
+
+fn run_with(case: Case, i: &Inputs, keys: Rows<'_>, values: Option<Rows<'_>>, how: &Attend<'_>) -> Vec<f32> {
     let Case { q_heads, kv_heads, dim, v_dim } = case;
     let mut out = vec![f32::NAN; i.queries.len() * q_heads * v_dim];
     attend(&i.q, q_heads, dim, &i.queries, keys, values, kv_heads, v_dim, &i.keys, how, &mut out);
@@ -125,6 +144,39 @@ fn windows_kept_keys_sinks_and_caps_change_what_the_textbook_says_they_do() {
             check(case, &i, &Attend { sinks: Some(&sinks), ..PLAIN }, "sinks");
             let all = Attend { sinks: Some(&sinks), softcap: Some(1.5), window: Some(33), keep: 2, ..PLAIN };
             check(case, &i, &all, "everything");
+        }
+    }
+}
+
+#[test]
+fn chunks_selections_and_blocks_hide_what_the_textbook_hides() {
+    let mut r = Random(8);
+    for case in CASES {
+        for (tokens, entries) in [(1, 90), (40, 90), (3, 1300)] {
+            let i = inputs(case, tokens, entries, &mut r);
+            check(case, &i, &Attend { chunk: Some(16), ..PLAIN }, "chunk");
+            check(case, &i, &Attend { chunk: Some(30), window: Some(7), ..PLAIN }, "chunk and window");
+            let chosen: Vec<Vec<u32>> = i.queries.iter().map(|&p| vec![p / 3, p / 2 + 1, p]).collect();
+            check(case, &i, &Attend { selection: Some(&chosen), ..PLAIN }, "selection");
+            let blocks = Some(Blocks { size: 8, local: 2, stride: 3 });
+            check(case, &i, &Attend { blocks, ..PLAIN }, "blocks");
+            check(case, &i, &Attend { blocks, selection: Some(&chosen), window: Some(50), ..PLAIN }, "all three");
+        }
+    }
+}
+
+#[test]
+fn the_first_lanes_of_a_key_can_be_its_value() {
+    let mut r = Random(9);
+    for case in [Case { v_dim: 20, ..CASES[4] }, Case { v_dim: 24, ..CASES[5] }, CASES[3]] {
+        for (tokens, entries) in [(1, 70), (9, 130), (2, 2500)] {
+            let mut i = inputs(case, tokens, entries, &mut r);
+            i.v = i.k.chunks(case.dim).flat_map(|key| key[..case.v_dim].to_vec()).collect();
+            let got = run_with(case, &i, Rows::F32(&i.k), None, &PLAIN);
+            for (got, want) in got.iter().zip(textbook(case, &i, &PLAIN)) {
+                assert!((f64::from(*got) - want).abs() < 2e-5, "{case:?}: {got}, not {want}");
+            }
+            assert_eq!(got, run(case, &i, Rows::F32(&i.k), Rows::F32(&i.v), &PLAIN), "{case:?}: stored twice");
         }
     }
 }

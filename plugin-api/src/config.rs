@@ -74,6 +74,13 @@ impl<T: Read> Read for Vec<T> {
 #[derive(Debug, Clone)]
 pub struct RopeScaling(pub(crate) String);
 
+impl RopeScaling {
+    /// A number in it, for what an architecture does with it beside turning.
+    pub fn number(&self, key: &str) -> Option<f32> {
+        serde_json::from_str::<Value>(&self.0).ok()?.get(key).and_then(f32::read)
+    }
+}
+
 impl Read for RopeScaling {
     const WHAT: &'static str = "an object";
     fn read(json: &Value) -> Option<Self> {

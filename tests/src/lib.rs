@@ -2,10 +2,12 @@
 //! by strangers.
 
 pub mod binary;
+pub mod models;
 pub mod outside;
 pub mod smollm2;
 pub mod tiny;
 mod tiny_tokenizer;
+pub mod variant;
 
 /// README.md, so that its Rust is compiled with the doctests.
 #[cfg(doctest)]

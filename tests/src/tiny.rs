@@ -74,11 +74,8 @@ pub fn fixtures() -> PathBuf {
     std::env::var_os("TINY_FIXTURES").map_or_else(own, PathBuf::from)
 }
 
-/// The folder of every entry that `TINY` lets through, sorted by name.
-///
-/// # Errors
-/// If a name in `TINY` is none of an entry: a mistyped name must not pass for a test that succeeds.
-pub fn entries() -> Result<Vec<PathBuf>> {
+/// The folder of every entry, sorted by name.
+pub fn all_entries() -> Result<Vec<PathBuf>> {
     let folder = fixtures();
     let mut entries: Vec<_> = std::fs::read_dir(&folder)
         .map_err(|error| format!("{}: {error}", folder.display()))?
@@ -86,6 +83,15 @@ pub fn entries() -> Result<Vec<PathBuf>> {
         .collect::<Result<_, std::io::Error>>()?;
     entries.retain(|entry| entry.join("tensors.json").is_file());
     entries.sort();
+    Ok(entries)
+}
+
+/// Those of [`all_entries`] that `TINY` lets through.
+///
+/// # Errors
+/// If a name in `TINY` is none of an entry: a mistyped name must not pass for a test that succeeds.
+pub fn entries() -> Result<Vec<PathBuf>> {
+    let mut entries = all_entries()?;
     let Ok(wanted) = std::env::var("TINY") else { return Ok(entries) };
     let fits = |entry: &PathBuf, pattern: &str| {
         let name = name(entry);
@@ -93,10 +99,21 @@ pub fn entries() -> Result<Vec<PathBuf>> {
     };
     let patterns: Vec<&str> = wanted.split(',').map(str::trim).filter(|pattern| !pattern.is_empty()).collect();
     if let Some(none) = patterns.iter().find(|pattern| !entries.iter().any(|entry| fits(entry, pattern))) {
-        return Err(format!("TINY: no entry {none:?} with a tensors.json in {}", folder.display()).into());
+        return Err(format!("TINY: no entry {none:?} with a tensors.json in {}", fixtures().display()).into());
     }
     entries.retain(|entry| patterns.iter().any(|pattern| fits(entry, pattern)));
     Ok(entries)
+}
+
+/// config.json of an entry, or of a folder that it was written into.
+pub fn config(entry: &Path) -> Result<Value> {
+    read_json(&entry.join("config.json"))
+}
+
+/// entry.json of an entry, or null where there is nothing to say.
+pub fn facts(entry: &Path) -> Result<Value> {
+    let file = entry.join("entry.json");
+    if file.is_file() { read_json(&file) } else { Ok(Value::Null) }
 }
 
 /// An entry's name: that of its folder.
@@ -125,7 +142,7 @@ pub fn write_adapter(adapter: &Path, out: &Path) -> Result<()> {
 pub fn write_as(entry: &Path, out: &Path, dtype: WeightDtype) -> Result<()> {
     Checkpoint::read(entry)?.write(&out.join("model.safetensors"), dtype)?;
 
-    let mut config = read_json(&entry.join("config.json"))?;
+    let mut config = config(entry)?;
     crate::tiny_tokenizer::write(&config, out)?;
     if dtype == WeightDtype::Bf16 {
         for key in ["torch_dtype", "dtype"] {
@@ -186,10 +203,8 @@ impl Expected {
         let id = |id: &Value| Some(id.as_u64()? as u32);
         let row = |row: &Value| row.as_array()?.iter().map(|x| Some(x.as_f64()? as f32)).collect::<Option<Vec<_>>>();
         let sample = |s: &Value| Some((s[0].as_str()?.to_owned(), s[1].as_u64()? as usize, s[2].as_u64()? as u32));
-        let facts = entry.join("entry.json");
-        let facts = if facts.is_file() { read_json(&facts)? } else { Value::Null };
         Ok(Self {
-            bound: facts["bound"].as_f64().map_or(BOUND, |bound| bound as f32),
+            bound: facts(entry)?["bound"].as_f64().map_or(BOUND, |bound| bound as f32),
             prompt: list(&json, "prompt", id)?,
             steps: list(&json, "steps", id)?,
             logits: list(&json, "logits", row)?,
@@ -224,6 +239,12 @@ fn names(pattern: &str) -> Option<Vec<String>> {
         }
     }
     Some(all)
+}
+
+/// Numbers between `-scale` and `scale`, by the rule of the checkpoints, with seed 0.
+pub fn uniform(name: &str, count: usize, scale: f32) -> Vec<f32> {
+    let spec = TensorSpec { name: name.to_owned(), shape: vec![count], center: 0.0, scale: f64::from(scale) };
+    spec.values(0).collect()
 }
 
 /// Fowler-Noll-Vo 1a, 64 bits.

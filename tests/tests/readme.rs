@@ -1,30 +1,31 @@
 //! Holds README.md to the code: what it lists is there, and what is there it lists. Its Rust is compiled by this crate's doctests.
 
-use std::{fs, path::Path};
-
-fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap()
-}
+use std::fs;
+use tests::{models, tiny};
 
 fn readme() -> String {
-    fs::read_to_string(root().join("README.md")).unwrap()
+    fs::read_to_string(models::readme()).unwrap()
 }
 
 #[test]
-fn the_readme_lists_every_model_type_of_every_plugin() {
-    let mut types = 0;
-    for plugin in fs::read_dir(root().join("plugins")).unwrap() {
-        let plugin = plugin.unwrap().path();
-        let source = fs::read_to_string(plugin.join("src/lib.rs")).unwrap();
-        let list = source.split_once("MODEL_TYPES: &'static [&'static str] = &[").unwrap().1.split_once(']').unwrap().0;
-        let name = plugin.file_name().unwrap().to_str().unwrap();
-        for model_type in list.split(',').map(|text| text.trim().trim_matches('"')).filter(|text| !text.is_empty()) {
-            types += 1;
-            let listed = |line: &str| line.contains(&format!("`{model_type}`")) && line.contains(&format!("`{name}`"));
-            assert!(readme().lines().any(listed), "README.md: no row of the models table has {model_type} and {name}");
-        }
+fn the_readme_s_table_of_models_is_the_one_that_model_table_writes() {
+    let (is, wanted) = (readme(), models::with_table(&readme()).unwrap());
+    let lines: Vec<&str> = is.lines().collect();
+    if let Some(line) = wanted.lines().find(|line| !lines.contains(line)) {
+        panic!("README.md: no line {line:?}: run cargo run -p tests --bin model-table");
     }
-    assert!(types >= 5);
+    assert_eq!(is, wanted, "run cargo run -p tests --bin model-table");
+    assert!(models::served().unwrap().len() >= 7);
+}
+
+#[test]
+fn every_model_type_of_every_plugin_has_a_tiny_checkpoint() {
+    let entries = tiny::all_entries().unwrap();
+    let tried: Vec<_> = entries.iter().map(|entry| tiny::config(entry).unwrap()["model_type"].clone()).collect();
+    let untried =
+        models::served().unwrap().into_iter().filter(|(model_type, _)| !tried.contains(&model_type.as_str().into()));
+    let untried: Vec<String> = untried.map(|(model_type, plugin)| format!("{model_type} ({plugin})")).collect();
+    assert!(untried.is_empty(), "no entry in tests/fixtures/tiny for {}", untried.join(", "));
 }
 
 #[test]

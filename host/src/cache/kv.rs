@@ -1,13 +1,13 @@
 //! Keys and values of one layer, in the order of time, with the position that each entry had.
 //!
-//! Two rules drop entries: a layer's own sliding window, and `max_kv_size`, which keeps the first few tokens and the last ones. Both are
+//! Two rules drop entries: a layer's own window or chunk, and `max_kv_size`, which keeps the first few tokens and the last ones. Both are
 //! rules about positions ("which keys does the query at p see"), so the result does not depend on how a prompt was cut into chunks.
 //! Entries leave in blocks of `SLACK`, which costs little memory, moves little, and leaves room to go back a few tokens.
 
 use super::{CacheOptions, KEEP, rows::Table};
 use crate::device::Placement;
 use candle_core::{Result, Tensor};
-use plugin_api::abi::CacheSpec;
+use plugin_api::abi::{CACHE_IN_CHUNKS, CacheSpec};
 
 /// Entries kept beyond what is needed, so that dropping is rare and speculative decoding can take tokens back.
 pub const SLACK: usize = 256;
@@ -17,13 +17,14 @@ pub const SLACK: usize = 256;
 pub struct KvCache {
     /// Keys.
     pub keys: Table,
-    /// Values.
+    /// Values; nothing where they are lanes of the keys, or where keys only choose.
     pub values: Table,
     /// Where each entry stood in its sequence.
     pub positions: Vec<u32>,
-    /// `[heads, dim]` of a key, `[heads, dim]` of a value; known from the first tokens on.
+    /// `[heads, dim]` of a key, `[heads, dim]` of a value; known from the first tokens on. No values: their dim is 0.
     pub shape: Option<[usize; 4]>,
     window: Option<usize>,
+    chunk: Option<usize>,
     options: CacheOptions,
 }
 
@@ -32,40 +33,52 @@ pub struct KvCache {
 pub struct Sight {
     /// The last so many, the query's own included.
     pub window: Option<usize>,
+    /// Of these, none before the last multiple of this.
+    pub chunk: Option<usize>,
     /// And the first so many of the sequence, whatever the window.
     pub keep: usize,
+}
+
+impl Sight {
+    /// The first position that a query at `p` sees, beside the kept ones.
+    pub fn oldest(&self, p: usize) -> usize {
+        let in_window = self.window.map_or(0, |window| (p + 1).saturating_sub(window));
+        in_window.max(self.chunk.map_or(0, |chunk| p / chunk * chunk))
+    }
 }
 
 impl KvCache {
     /// An empty cache.
     pub fn new(spec: &CacheSpec, place: &Placement, options: CacheOptions) -> Self {
-        let window = (spec.window > 0).then_some(spec.window as usize);
+        let span = (spec.window > 0).then_some(spec.window as usize);
+        let in_chunks = spec.flags & CACHE_IN_CHUNKS != 0;
+        let (window, chunk) = if in_chunks { (None, span) } else { (span, None) };
         KvCache {
             keys: Table::new(place),
             values: Table::new(place),
             positions: Vec::new(),
             shape: None,
             window,
+            chunk,
             options,
         }
     }
 
-    /// What a query sees, given the window of its own attention.
-    pub fn sight(&self, window: Option<usize>) -> Sight {
-        match (window, self.options.max_kv_size) {
-            (Some(window), Some(max)) if window > max => Sight { window: Some(max - KEEP), keep: KEEP },
-            (Some(window), _) => Sight { window: Some(window), keep: 0 },
-            (None, Some(max)) => Sight { window: Some(max - KEEP), keep: KEEP },
-            (None, None) => Sight { window: None, keep: 0 },
+    /// What a query sees, given the window and the chunk of its own attention.
+    pub fn sight(&self, window: Option<usize>, chunk: Option<usize>) -> Sight {
+        let span = window.into_iter().chain(chunk).min();
+        match self.options.max_kv_size {
+            Some(max) if span.is_none_or(|span| span > max) => Sight { window: Some(max - KEEP), chunk, keep: KEEP },
+            _ => Sight { window, chunk, keep: 0 },
         }
     }
 
     /// What the layer keeps for its queries.
     pub fn rule(&self) -> Sight {
-        self.sight(self.window)
+        self.sight(self.window, self.chunk)
     }
 
-    /// Appends keys `[tokens, heads, dim]` and values given as f32 slices (CPU kernels), for tokens from `offset` on.
+    /// Appends keys `[tokens, heads, dim]` and values (or none) given as f32 slices (CPU kernels), for tokens from `offset` on.
     pub fn append(&mut self, keys: &[f32], values: &[f32], offset: usize, tokens: usize) {
         self.keys.extend(keys);
         self.values.extend(values);
@@ -73,9 +86,15 @@ impl KvCache {
     }
 
     /// The same for candle tensors.
-    pub fn append_tensors(&mut self, keys: &Tensor, values: &Tensor, offset: usize, tokens: usize) -> Result<()> {
+    pub fn append_tensors(
+        &mut self,
+        keys: &Tensor,
+        values: Option<&Tensor>,
+        offset: usize,
+        tokens: usize,
+    ) -> Result<()> {
         self.keys.extend_tensor(keys)?;
-        self.values.extend_tensor(values)?;
+        values.map_or(Ok(()), |values| self.values.extend_tensor(values))?;
         self.positions.extend((offset..offset + tokens).map(|p| p as u32));
         Ok(())
     }
@@ -110,14 +129,12 @@ impl KvCache {
 
     /// After a step that ended at `offset`: drops what no later query will see, and packs what is to be packed.
     pub fn settle(&mut self, offset: usize) -> Result<()> {
-        let Sight { window, keep } = self.rule();
-        if let Some(window) = window {
-            let pinned = self.positions.partition_point(|&p| (p as usize) < keep);
-            let oldest = (offset + 1).saturating_sub(window) as u32;
-            let stale = self.positions.partition_point(|&p| p < oldest);
-            if stale >= pinned + 2 * SLACK {
-                self.remove(pinned, stale - SLACK)?;
-            }
+        let rule = self.rule();
+        let pinned = self.positions.partition_point(|&p| (p as usize) < rule.keep);
+        let oldest = rule.oldest(offset);
+        let stale = self.positions.partition_point(|&p| (p as usize) < oldest);
+        if stale >= pinned + 2 * SLACK {
+            self.remove(pinned, stale - SLACK)?;
         }
         if let Some(bits) = self.options.kv_bits
             && offset >= self.options.quantized_kv_start
@@ -131,8 +148,7 @@ impl KvCache {
 
     /// Whether everything that a query at `offset` would see is still here.
     pub fn can_trim_to(&self, offset: usize) -> bool {
-        let Sight { window, keep } = self.rule();
-        let oldest = window.map_or(0, |w| (offset + 1).saturating_sub(w));
+        let (keep, oldest) = (self.rule().keep, self.rule().oldest(offset));
         // Dropping leaves one gap, between the kept tokens and the rest: the entry after it tells.
         let rest = self.positions.iter().position(|&p| p as usize >= keep.max(1)).map(|i| self.positions[i] as usize);
         rest.is_none_or(|first| first <= oldest.max(keep.max(1)))

@@ -128,6 +128,19 @@ impl Table {
         Ok(table)
     }
 
+    /// A table like this one, without rows.
+    pub fn emptied(&self) -> Table {
+        match self {
+            Table::F32(_) => Table::F32(Vec::new()),
+            Table::F16(_) => Table::F16(Vec::new()),
+            Table::BF16(_) => Table::BF16(Vec::new()),
+            Table::Packed { bits, group, .. } => {
+                Table::Packed { data: Vec::new(), scales: Vec::new(), biases: Vec::new(), bits: *bits, group: *group }
+            }
+            Table::Tensor(_) => Table::Tensor(None),
+        }
+    }
+
     /// Memory held.
     pub fn bytes(&self) -> usize {
         match self {

@@ -1,16 +1,22 @@
 //! Attention of a step's queries over each sequence's own keys. New keys join the cache first; which of them a query sees is decided by
 //! positions alone, so a step may hold many sequences, of any lengths.
 
-use super::slices::{filled, with_f32};
+use super::{
+    indexer,
+    slices::{filled, with_f32},
+};
 use crate::{
-    cache::{kv::Sight, rows::Table},
+    cache::{kv::KvCache, rows::Table},
     device::Placement,
-    kernels::cpu::attention::{Attend, attend as attend_on_cpu},
-    ops::running::Part,
+    kernels::cpu::attention::{Attend, Blocks, attend as attend_on_cpu},
+    ops::{attending::memory, running::Part},
 };
 use candle_core::{D, DType, Device, Result, Tensor, bail};
 
-/// How scores are made.
+#[cfg(test)]
+mod tests;
+
+/// How scores are made, and which keys are seen.
 pub struct Scores {
     /// Multiplies q·k.
     pub scale: f32,
@@ -18,37 +24,61 @@ pub struct Scores {
     pub softcap: Option<f32>,
     /// Keys seen, counting the query's own.
     pub window: Option<usize>,
+    /// Keys are seen from the last multiple of this on.
+    pub chunk: Option<usize>,
     /// `[heads]`
     pub sinks: Option<Tensor>,
+    /// Positions `[tokens, count]` of the only keys that are seen.
+    pub selection: Option<Tensor>,
+    /// Which blocks of keys are seen.
+    pub blocks: Option<Blocks>,
+    /// The first so many lanes of a key are its value.
+    pub lanes: Option<usize>,
 }
 
-/// q `[tokens, heads, d]`, k `[tokens, kv_heads, d]`, v `[tokens, kv_heads, e]` -> `[tokens, heads, e]`.
+/// What joins the cache: k `[tokens, kv_heads, d]`, and v `[tokens, kv_heads, e]` unless keys hold the values. Nothing where queries look
+/// at what another layer has put there.
+pub struct New {
+    /// Keys.
+    pub k: Option<Tensor>,
+    /// Values.
+    pub v: Option<Tensor>,
+}
+
+/// q `[tokens, heads, d]` -> `[tokens, heads, e]`.
 pub fn attend(
     cache: usize,
     q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
+    new: &New,
     how: &Scores,
     parts: &mut [Part],
     place: &Placement,
 ) -> Result<Tensor> {
+    let sinks = how.sinks.as_ref().map(|s| s.to_dtype(DType::F32)?.to_vec1::<f32>()).transpose()?;
     let mut outputs = Vec::with_capacity(parts.len());
     for part in parts {
-        let rows = |t: &Tensor| t.narrow(0, part.tokens.start, part.tokens.len());
-        let (q, k, v) = (rows(q)?, rows(k)?, rows(v)?);
-        let (offset, count) = (part.state.offset, part.tokens.len());
-        let Some(kv) = part.state.layers.get_mut(cache) else { bail!("cache {cache} is not there") };
-        let shape = [k.dim(1)?, k.dim(2)?, v.dim(1)?, v.dim(2)?];
-        kv.shaped(shape)?;
-        let sight = kv.sight(how.window);
+        let (start, count, offset) = (part.tokens.start, part.tokens.len(), part.state.offset);
+        let rows = |t: &Tensor| t.narrow(0, start, count);
+        let kv = memory(part, cache)?;
+        if let Some(k) = &new.k {
+            join(kv, &rows(k)?, new.v.as_ref().map(rows).transpose()?.as_ref(), offset, place)?;
+        }
+        let (q, sight) = (rows(q)?, kv.sight(how.window, how.chunk));
+        let selection = how.selection.as_ref().map(|s| sorted(&rows(s)?)).transpose()?;
+        let attend = Attend {
+            scale: how.scale,
+            softcap: how.softcap,
+            window: sight.window,
+            keep: sight.keep,
+            chunk: sight.chunk,
+            sinks: sinks.as_deref(),
+            selection: selection.as_deref(),
+            blocks: how.blocks,
+        };
         let queries: Vec<u32> = (offset..offset + count).map(|p| p as u32).collect();
-        outputs.push(if place.native {
-            with_f32(&k, |k| with_f32(&v, |v| kv.append(k, v, offset, count)))??;
-            on_cpu(&q, &queries, &kv.keys, &kv.values, shape, &kv.positions, how, sight)?
-        } else {
-            let dtype = place.dtype;
-            kv.append_tensors(&k.to_dtype(dtype)?, &v.to_dtype(dtype)?, offset, count)?;
-            by_candle(&q, &queries, &kv.keys, &kv.values, &kv.positions, how, sight, &place.device)?
+        outputs.push(match place.native {
+            true => on_cpu(&q, &queries, kv, how.lanes, &attend)?,
+            false => by_candle(&q, &queries, kv, how.lanes, &attend, &place.device)?,
         });
     }
     match outputs.len() {
@@ -57,49 +87,59 @@ pub fn attend(
     }
 }
 
-#[allow(clippy::too_many_arguments)] // each is a different thing, and a struct would be built for this one call
-fn on_cpu(
-    q: &Tensor,
-    queries: &[u32],
-    keys: &Table,
-    values: &Table,
-    [kv_heads, d, _, e]: [usize; 4],
-    positions: &[u32],
-    how: &Scores,
-    sight: Sight,
-) -> Result<Tensor> {
+fn join(kv: &mut KvCache, k: &Tensor, v: Option<&Tensor>, offset: usize, place: &Placement) -> Result<()> {
+    let (tokens, heads, dim) = k.dims3()?;
+    kv.shaped([heads, dim, heads, v.map_or(Ok(0), |v| v.dim(2))?])?;
+    match (place.native, v) {
+        (true, Some(v)) => with_f32(k, |k| with_f32(v, |v| kv.append(k, v, offset, tokens)))?,
+        (true, None) => with_f32(k, |k| kv.append(k, &[], offset, tokens)),
+        (false, v) => {
+            let v = v.map(|v| v.to_dtype(place.dtype)).transpose()?;
+            kv.append_tensors(&k.to_dtype(place.dtype)?, v.as_ref(), offset, tokens)
+        }
+    }
+}
+
+/// Each query's chosen positions, in rising order, without what fills them up.
+fn sorted(selection: &Tensor) -> Result<Vec<Vec<u32>>> {
+    let mut rows = selection.to_dtype(DType::U32)?.to_vec2::<u32>()?;
+    for row in &mut rows {
+        row.retain(|&k| k != indexer::NONE);
+        row.sort_unstable();
+    }
+    Ok(rows)
+}
+
+fn on_cpu(q: &Tensor, queries: &[u32], kv: &KvCache, lanes: Option<usize>, how: &Attend) -> Result<Tensor> {
     let (tokens, heads) = (q.dim(0)?, q.dim(1)?);
-    let (Some(keys), Some(values)) = (keys.rows(), values.rows()) else { bail!("the cache is not on the cpu") };
-    let sinks = how.sinks.as_ref().map(|s| s.to_dtype(DType::F32)?.to_vec1::<f32>()).transpose()?;
-    let attend = Attend {
-        scale: how.scale,
-        softcap: how.softcap,
-        window: sight.window,
-        keep: sight.keep,
-        sinks: sinks.as_deref(),
+    let (Some(keys), Some(values), Some([kv_heads, d, _, e])) = (kv.keys.rows(), kv.values.rows(), kv.shape) else {
+        bail!("the cache is not on the cpu")
     };
+    let (values, e) = lanes.map_or((Some(values), e), |lanes| (None, lanes));
     with_f32(q, |q| {
         filled((tokens, heads, e), |out| {
-            attend_on_cpu(q, heads, d, queries, keys, values, kv_heads, e, positions, &attend, out);
+            attend_on_cpu(q, heads, d, queries, keys, values, kv_heads, e, &kv.positions, how, out);
         })
     })?
 }
 
 /// The same by matmul, mask, softmax and matmul, for devices without a kernel of ours.
-#[allow(clippy::too_many_arguments)] // as above
 fn by_candle(
     q: &Tensor,
     queries: &[u32],
-    keys: &Table,
-    values: &Table,
-    positions: &[u32],
-    how: &Scores,
-    sight: Sight,
+    kv: &KvCache,
+    lanes: Option<usize>,
+    how: &Attend,
     device: &Device,
 ) -> Result<Tensor> {
-    let (Table::Tensor(Some(keys)), Table::Tensor(Some(values))) = (keys, values) else { bail!("the cache is empty") };
+    let values = match (&kv.keys, &kv.values, lanes) {
+        (Table::Tensor(Some(keys)), _, Some(lanes)) => &keys.narrow(2, 0, lanes)?,
+        (_, Table::Tensor(Some(values)), None) => values,
+        _ => bail!("the cache is empty"),
+    };
+    let Table::Tensor(Some(keys)) = &kv.keys else { bail!("the cache is empty") };
     let (tokens, heads, _) = q.dims3()?;
-    let groups = heads / keys.dim(1)?;
+    let (groups, positions) = (heads / keys.dim(1)?, &kv.positions);
     // [entries, kv_heads, d] -> [heads, entries, d], each kv head repeated for its group of query heads
     let spread = |t: &Tensor| -> Result<Tensor> {
         let (entries, kv_heads, dim) = t.dims3()?;
@@ -112,14 +152,19 @@ fn by_candle(
     if let Some(cap) = how.softcap {
         scores = scores.affine(1.0 / cap as f64, 0.0)?.tanh()?.affine(cap as f64, 0.0)?;
     }
-    let seen = |p: u32, k: u32| k <= p && (sight.window.is_none_or(|w| p - k < w as u32) || (k as usize) < sight.keep);
-    let mask = |&p: &u32| positions.iter().map(move |&k| if seen(p, k) { 0.0 } else { f32::NEG_INFINITY });
-    let mask: Vec<f32> = queries.iter().flat_map(mask).collect();
-    let mut scores = scores.broadcast_add(&Tensor::from_vec(mask, (1, tokens, positions.len()), device)?)?;
-    if let Some(sinks) = &how.sinks {
-        let column =
-            sinks.to_dtype(DType::F32)?.reshape((heads, 1, 1))?.broadcast_as((heads, tokens, 1))?.contiguous()?;
-        scores = Tensor::cat(&[&scores, &column], D::Minus1)?;
+    // Block-sparse heads see different keys, others the same ones.
+    let masks = if how.blocks.is_some() { heads } else { 1 };
+    let mut mask = Vec::with_capacity(masks * tokens * positions.len());
+    for head in 0..masks {
+        for (token, &p) in queries.iter().enumerate() {
+            let add = |&k: &u32| if how.sees(token, head, p, k) { 0.0 } else { f32::NEG_INFINITY };
+            mask.extend(positions.iter().map(add));
+        }
+    }
+    let mut scores = scores.broadcast_add(&Tensor::from_vec(mask, (masks, tokens, positions.len()), device)?)?;
+    if let Some(sinks) = how.sinks {
+        let column = Tensor::new(sinks, device)?.reshape((heads, 1, 1))?.broadcast_as((heads, tokens, 1))?;
+        scores = Tensor::cat(&[&scores, &column.contiguous()?], D::Minus1)?;
     }
     let shares = candle_nn::ops::softmax_last_dim(&scores)?.narrow(D::Minus1, 0, positions.len())?;
     let y = shares.to_dtype(values.dtype())?.contiguous()?.matmul(&values)?;

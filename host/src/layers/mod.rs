@@ -4,7 +4,9 @@ pub mod adapted;
 pub mod attention;
 pub mod embedding;
 pub mod experts;
+pub mod indexer;
 pub mod linear;
+pub mod multi_linear;
 pub mod norm;
 pub mod rope;
 pub mod slices;
@@ -22,6 +24,8 @@ pub enum Layer {
     Norm(norm::Norm),
     /// Routed experts.
     Experts(experts::Experts),
+    /// A matrix a head.
+    MultiLinear(multi_linear::MultiLinear),
     /// A tensor as it is.
     Parameter(Tensor),
     /// Rotary angles.

@@ -1,9 +1,10 @@
 //! What the host does for a plugin: the op table, and behind each entry a check of shapes and then the numbers.
 //!
-//! `table` is the ABI face; `building` (with `experts`) runs while a plugin names its weights, `running` and `recurring` while it computes. `arena` turns handles into
-//! values; `value` has the ops that need neither weights nor sequence.
+//! `table` is the ABI face; `building` (with `experts`) runs while a plugin names its weights, `running`, `attending` and `recurring` while
+//! it computes. `arena` turns handles into values; `value` has the ops that need neither weights nor sequence.
 
 pub(crate) mod arena;
+pub(crate) mod attending;
 pub(crate) mod building;
 mod experts;
 pub(crate) mod recurring;

@@ -27,6 +27,4 @@ not_yet! {
     linear_attention(cache: u32, inputs: [Handle; 4]);
     wkv7(cache: u32, inputs: [Handle; 6]);
     rg_lru(cache: u32, inputs: [Handle; 2]);
-    multi_linear(slot: Slot, x: Handle);
-    index(cache: u32, q: Handle, k: Handle, weights: Handle, count: usize);
 }

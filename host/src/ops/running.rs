@@ -9,10 +9,10 @@ use crate::{
     cache::State,
     device::Placement,
     kernels::cpu::Angles,
-    layers::{Layer, attention, experts::Activation, rope},
+    layers::{Layer, experts::Activation, rope},
     weights::plan::Wanted,
 };
-use plugin_api::abi::{AttendSpec, Handle, Slot, SpecRef};
+use plugin_api::abi::{Handle, Slot};
 use std::{
     collections::{BTreeMap, HashMap},
     ops::Range,
@@ -214,56 +214,20 @@ impl Running<'_> {
         gate.zip(&up, |gate, up| if native { activation.on_cpu(gate, up) } else { activation.by_candle(gate, up) })
     }
 
-    pub fn attend(&mut self, cache: u32, q: Handle, k: Handle, v: Handle, spec: SpecRef<'_>) -> Outcome {
-        let spec = spec.read::<AttendSpec>().filter(|spec| spec.flags == 0);
-        let spec =
-            spec.ok_or_else(|| fault!("the plugin asks for a kind of attention that this dylm does not know"))?;
-        let (q, k, v) = (self.arena.get(q)?, self.arena.get(k)?, self.arena.get(v)?);
-        let sinks = if spec.sinks == Handle::NONE { None } else { Some(self.arena.get(spec.sinks)?) };
-        let (&[tokens, heads, d], &[k_tokens, kv_heads, k_d], &[v_tokens, v_heads, e]) =
-            (q.dims()?, k.dims()?, v.dims()?)
-        else {
-            return Err(fault!(
-                "q {:?}, k {:?}, v {:?} are not all [tokens, heads, dim]",
-                q.dims()?,
-                k.dims()?,
-                v.dims()?
-            ));
+    /// x `[tokens, heads, inputs]` -> `[tokens, heads, outputs]`
+    pub fn multi_linear(&mut self, slot: Slot, x: Handle) -> Outcome {
+        let x = self.arena.get(x)?;
+        let Wanted::MultiLinear { heads, inputs, outputs, .. } = self.wanted(slot)? else {
+            return Err(fault!("this layer is not linear by heads"));
         };
-        let fits = k_tokens == tokens && v_tokens == tokens && k_d == d && v_heads == kv_heads;
-        if !fits || kv_heads == 0 || !heads.is_multiple_of(kv_heads) {
-            return Err(fault!(
-                "q [{tokens}, {heads}, {d}] against k [{k_tokens}, {kv_heads}, {k_d}], v [{v_tokens}, {v_heads}, {e}]"
-            ));
+        let dims = Self::with_last(&x, *inputs, *outputs)?;
+        if dims.len() != 3 || dims[1] != *heads {
+            return Err(fault!("input {:?}, it takes [tokens, {heads}, {inputs}]", x.dims()?));
         }
-        if let Some(sinks) = &sinks
-            && sinks.dims()? != [heads]
-        {
-            return Err(fault!("sinks {:?} for {heads} heads", sinks.dims()?));
-        }
-        if cache as usize >= self.fed.len() {
-            return Err(fault!("the layer declares no further keys and values in caches()"));
-        }
-        if tokens != self.tokens {
-            return Err(fault!("{tokens} tokens in a step of {}", self.tokens));
-        }
-        match self.fed.get_mut(cache as usize) {
-            Some(fed) if !*fed => *fed = true,
-            _ => return Err(fault!("cache {cache} is fed twice in one step")),
-        }
-        let (Value::Real(q), Value::Real(k), Value::Real(v)) = (&q, &k, &v) else {
-            self.shapes.insert(cache, [kv_heads, d, kv_heads, e]);
-            return Ok(Value::planned(&[tokens, heads, e]));
-        };
-        let how = attention::Scores {
-            scale: spec.scale,
-            softcap: (spec.softcap > 0.0).then_some(spec.softcap),
-            window: (spec.window > 0).then_some(spec.window as usize),
-            sinks: match sinks {
-                Some(Value::Real(t)) => Some(t),
-                _ => None,
-            },
-        };
-        Ok(Value::Real(attention::attend(cache as usize, q, k, v, &how, &mut self.parts, self.place)?))
+        let layer = self.layer(slot);
+        x.make(dims, |x| match layer {
+            Ok(Layer::MultiLinear(l)) => l.forward(x),
+            _ => candle_core::bail!("this layer is not loaded"),
+        })
     }
 }

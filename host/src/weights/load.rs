@@ -16,6 +16,7 @@ use crate::{
         embedding::Embedding,
         experts::{Expert, Experts},
         linear::Linear,
+        multi_linear::MultiLinear,
         norm::Norm,
         weight::Weight,
     },
@@ -70,7 +71,12 @@ impl Loader<'_> {
                 let experts = gate.into_iter().zip(up).zip(down).map(join).collect();
                 Layer::Experts(Experts { experts, kind: *kind, native: self.place.native })
             }
-            Wanted::MultiLinear { .. } | Wanted::Conv1d { .. } => {
+            Wanted::MultiLinear { weight, bias, heads, inputs, outputs } => {
+                let placed = Weight::place(self.pantry.matrix(weight)?, self.place)?;
+                let bias = bias.as_ref().map(|b| self.tensor(b, self.place.activations())).transpose()?;
+                Layer::MultiLinear(MultiLinear::new(placed, bias, [*heads, *outputs, *inputs])?)
+            }
+            Wanted::Conv1d { .. } => {
                 return Err(crate::error::Error::Weights(format!(
                     "{}: this dylm cannot load such a layer yet",
                     wanted.name()

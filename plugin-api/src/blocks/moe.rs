@@ -1,6 +1,6 @@
 //! Mixtures of experts: the router, in the flavours that architectures have made of it, and the block around it.
 
-use crate::{Experts, GatedMlp, Linear, Parameter, Tensor};
+use crate::{Experts, GatedMlp, Linear, Mlp, Parameter, Tensor};
 
 /// How a router turns its logits into scores.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -155,6 +155,8 @@ impl Moe {
 pub enum Ffn {
     /// One for all tokens.
     Dense(GatedMlp),
+    /// One for all tokens, without a gate.
+    Plain(Mlp),
     /// Experts.
     Sparse(Moe),
 }
@@ -165,6 +167,7 @@ impl Ffn {
     pub fn forward(&self, x: &Tensor) -> Tensor {
         match self {
             Ffn::Dense(mlp) => mlp.forward(x),
+            Ffn::Plain(mlp) => mlp.forward(x),
             Ffn::Sparse(moe) => moe.forward(x),
         }
     }

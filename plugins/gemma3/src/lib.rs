@@ -54,92 +54,31 @@ fn norm(w: &Weights, name: &str, dim: usize, eps: f32) -> RmsNorm {
     RmsNorm::of(w.source(&format!("{name}.weight")).plus(1.0), dim, eps)
 }
 
-struct Attention {
-    q_proj: Linear,
-    k_proj: Linear,
-    v_proj: Linear,
-    o_proj: Linear,
-    q_norm: RmsNorm,
-    k_norm: RmsNorm,
-    rope: Rope,
-    scale: f32,
-    head_dim: usize,
-    window: Option<usize>,
+fn attention(c: &Config, w: &Weights, layer: usize) -> Result<SelfAttention> {
+    let (dim, heads, kv_heads) = (c.hidden_size, c.num_attention_heads, c.num_key_value_heads);
+    let shape = Heads { dim, heads, kv_heads, head_dim: c.head_dim };
+    let head_norm = |name| norm(w, name, c.head_dim, c.rms_norm_eps);
+    let local = c.slides(layer)?;
+    let rope = match local {
+        true => w.rope(c.head_dim, c.rope_local_base_freq, &None),
+        false => w.rope(c.head_dim, c.rope_theta, &c.rope_scaling),
+    };
+    Ok(SelfAttention::new(w, shape, c.attention_bias, c.attention_bias)
+        .head_norms(head_norm("q_norm"), head_norm("k_norm"))
+        .rope(rope)
+        .scale(c.query_pre_attn_scalar.powf(-0.5))
+        .window(local.then_some(c.sliding_window)))
 }
 
-impl Attention {
-    fn new(c: &Config, w: &Weights, layer: usize) -> Result<Self> {
-        let (q_dim, kv_dim) = (c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim);
-        let projections = [("q_proj", q_dim), ("k_proj", kv_dim), ("v_proj", kv_dim)];
-        let [q_proj, k_proj, v_proj] = w.linears(c.hidden_size, c.attention_bias, projections);
-        let local = c.slides(layer)?;
-        Ok(Self {
-            q_proj,
-            k_proj,
-            v_proj,
-            o_proj: w.linear("o_proj", q_dim, c.hidden_size, c.attention_bias),
-            q_norm: norm(w, "q_norm", c.head_dim, c.rms_norm_eps),
-            k_norm: norm(w, "k_norm", c.head_dim, c.rms_norm_eps),
-            rope: match local {
-                true => w.rope(c.head_dim, c.rope_local_base_freq, &None),
-                false => w.rope(c.head_dim, c.rope_theta, &c.rope_scaling),
-            },
-            scale: c.query_pre_attn_scalar.powf(-0.5),
-            head_dim: c.head_dim,
-            window: local.then_some(c.sliding_window),
-        })
-    }
-
-    fn forward(&self, x: &Tensor, layer: &mut Layer) -> Tensor {
-        let q = self.q_proj.forward(x).split_heads(self.head_dim);
-        let k = self.k_proj.forward(x).split_heads(self.head_dim);
-        let v = self.v_proj.forward(x).split_heads(self.head_dim);
-
-        let q = layer.rotate(&self.rope, self.q_norm.forward(&q));
-        let k = layer.rotate(&self.rope, self.k_norm.forward(&k));
-        let y = layer.attend(q, k, v, &Attend { scale: self.scale, window: self.window, ..Default::default() });
-        self.o_proj.forward(&y.merge_heads())
-    }
+fn block(c: &Config, w: &Weights, layer: usize) -> Result<Block> {
+    let norms =
+        ["input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"];
+    let mlp = GatedMlp::new(&w.at("mlp"), c.hidden_size, c.intermediate_size, false, c.hidden_activation);
+    let norms = norms.map(|name| norm(w, name, c.hidden_size, c.rms_norm_eps));
+    Ok(Block::both_norms(norms, attention(c, &w.at("self_attn"), layer)?, mlp))
 }
 
-struct Block {
-    input_layernorm: RmsNorm,
-    self_attn: Attention,
-    post_attention_layernorm: RmsNorm,
-    pre_feedforward_layernorm: RmsNorm,
-    mlp: GatedMlp,
-    post_feedforward_layernorm: RmsNorm,
-}
-
-impl Block {
-    fn new(c: &Config, w: &Weights, layer: usize) -> Result<Self> {
-        let norm = |name| norm(w, name, c.hidden_size, c.rms_norm_eps);
-        Ok(Self {
-            input_layernorm: norm("input_layernorm"),
-            self_attn: Attention::new(c, &w.at("self_attn"), layer)?,
-            post_attention_layernorm: norm("post_attention_layernorm"),
-            pre_feedforward_layernorm: norm("pre_feedforward_layernorm"),
-            mlp: GatedMlp::new(&w.at("mlp"), c.hidden_size, c.intermediate_size, false, c.hidden_activation),
-            post_feedforward_layernorm: norm("post_feedforward_layernorm"),
-        })
-    }
-
-    fn forward(&self, x: &Tensor, layer: &mut Layer) -> Tensor {
-        let attended = self.self_attn.forward(&self.input_layernorm.forward(x), layer);
-        let h = x + self.post_attention_layernorm.forward(&attended);
-        let fed = self.mlp.forward(&self.pre_feedforward_layernorm.forward(&h));
-        &h + self.post_feedforward_layernorm.forward(&fed)
-    }
-}
-
-struct Gemma3 {
-    embed_tokens: Embedding,
-    layers: Vec<Block>,
-    norm: RmsNorm,
-    lm_head: LmHead,
-    embed_scale: f32,
-    softcap: Option<f32>,
-}
+struct Gemma3(Decoder);
 
 impl Architecture for Gemma3 {
     const MODEL_TYPES: &'static [&'static str] = &["gemma3", "gemma3_text"];
@@ -151,34 +90,24 @@ impl Architecture for Gemma3 {
                 "config.json: use_bidirectional_attention makes an embedding model, which generates no text".into()
             );
         }
-        let model = w.at("model");
-        let embed_tokens = model.embedding("embed_tokens", c.vocab_size, c.hidden_size);
-        Ok(Self {
-            layers: model.at("layers").each(c.num_hidden_layers, |w, i| Block::new(&c, w, i))?,
-            norm: norm(&model, "norm", c.hidden_size, c.rms_norm_eps),
-            lm_head: LmHead::new(w, &embed_tokens, c.vocab_size, c.hidden_size, c.tie_word_embeddings),
-            embed_tokens,
-            embed_scale: (c.hidden_size as f32).sqrt(),
-            softcap: c.final_logit_softcapping,
-        })
+        let (model, vocab, dim) = (w.at("model"), c.vocab_size, c.hidden_size);
+        let embed_tokens = model.embedding("embed_tokens", vocab, dim);
+        let layers = model.at("layers").each(c.num_hidden_layers, |w, i| block(&c, w, i))?;
+        let lm_head = LmHead::new(w, &embed_tokens, vocab, dim, c.tie_word_embeddings);
+        let decoder = Decoder::of(embed_tokens, layers, norm(&model, "norm", dim, c.rms_norm_eps), lm_head);
+        Ok(Self(decoder.embed_scale((dim as f32).sqrt()).softcap(c.final_logit_softcapping)))
     }
 
     fn caches(&self) -> Vec<Cache> {
-        self.layers.iter().map(|block| Cache::key_value(block.self_attn.window)).collect()
+        self.0.caches()
     }
 
     fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
-        let embedded = self.embed_tokens.forward(tokens) * self.embed_scale;
-        let h = step.through(&self.layers, embedded, Block::forward);
-        self.norm.forward(&h)
+        self.0.run(tokens, step)
     }
 
     fn head(&self, hidden: &Tensor) -> Tensor {
-        let logits = self.lm_head.forward(hidden);
-        match self.softcap {
-            Some(cap) => (logits / cap).tanh() * cap,
-            None => logits,
-        }
+        self.0.head(hidden)
     }
 }
 

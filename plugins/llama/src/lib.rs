@@ -1,4 +1,4 @@
-//! LLaMA and its family: Llama 1 to 3, Mistral, and whatever else calls itself llama. <https://arxiv.org/abs/2302.13971>
+//! LLaMA and the many that are LLaMA but for a line. <https://arxiv.org/abs/2302.13971>
 //!
 //! ```text
 //! h = x + Attention(RMSNorm(x))            per layer
@@ -7,140 +7,165 @@
 //!
 //! Attention(x) = softmax(rope(x Wq) · rope(x Wk)ᵀ / √d) · (x Wv) · Wo
 //! SwiGLU(x) = (silu(x Wgate) * (x Wup)) · Wdown
+//!
+//! model_type                 what differs
+//! llama, iquestcoder         nothing; attention_bias and mlp_bias add biases, layer_types windows
+//! mistral, ministral         a window, in all layers or in those of layer_types
+//! ministral3                 q · (1 + β ln(1 + ⌊position / span⌋)), the numbers in rope_parameters
+//! mistral3, pixtral, llava   one of these three, or llama, beside a vision tower: text_config says which
+//! cwm                        three of four layers see a window
+//! smollm3                    every fourth layer knows no positions
+//! seed_oss                   biases on q, k and v, another key for the one on Wo
+//! internlm3                  qkv_bias and bias are its keys for the biases
+//! ernie4_5, helium           rope turns neighbouring lanes; use_bias is ernie4_5's key
+//! telechat3                  a YaRN of its own name
+//! arcee                      relu(x Wup)² · Wdown, no gate
 //! ```
 
 use plugin_api::prelude::*;
 
 config! {
     struct Config {
-        vocab_size: usize,
-        hidden_size: usize,
-        intermediate_size: usize,
-        num_hidden_layers: usize,
-        num_attention_heads: usize where >= 1,
-        num_key_value_heads: usize = num_attention_heads,
+        model_type: String = "llama".into(),
+        text_model_type: String = model_type.clone(),
+        vocab_size: usize = unsaid(text_model_type != model_type, "vocab_size", 32_000)?,
+        hidden_size: usize = unsaid(text_model_type != model_type, "hidden_size", 4096)?,
+        intermediate_size: usize = {
+            let of_class = if text_model_type == "llama" { 11_008 } else { 14_336 };
+            unsaid(text_model_type != model_type, "intermediate_size", of_class)?
+        },
+        num_hidden_layers: usize = unsaid(text_model_type != model_type, "num_hidden_layers", 32)?,
+        num_attention_heads: usize where >= 1 = unsaid(text_model_type != model_type, "num_attention_heads", 32)?,
+        num_key_value_heads: usize = match &*text_model_type {
+            "mistral" | "ministral3" if text_model_type != model_type => 8,
+            _ => num_attention_heads,
+        },
         head_dim: usize = hidden_size / num_attention_heads,
-        rms_norm_eps: f32,
+        hidden_act: Activation = Activation::Silu,
+        rms_norm_eps: f32 = unsaid(text_model_type != model_type, "rms_norm_eps", 1e-6)?,
         rope_theta: f32 = 10_000.0,
         rope_scaling: Option<RopeScaling> = None,
-        rope_traditional: bool = false,
-        // Mistral states one window for all layers, MLX's llama a type for each.
+        rope_traditional: bool = matches!(&*text_model_type, "helium" | "ernie4_5"),
+        no_rope_layer_interval: usize where >= 1 = 4,
+        no_rope_layers: Option<Vec<usize>> = None,
+        use_sliding_window: bool = false,
         sliding_window: Option<usize> = None,
         layer_types: Option<LayerTypes> = None,
-        model_type: String = "llama".into(),
-        hidden_act: Activation = Activation::Silu,
-        attention_bias: bool = false,
-        mlp_bias: bool = false,
+        use_bias: bool = false,
+        qkv_bias: bool = false,
+        bias: bool = false,
+        attention_bias: bool = match &*text_model_type {
+            "ernie4_5" => use_bias,
+            "internlm3" => qkv_bias,
+            kind => kind == "seed_oss",
+        },
+        attention_out_bias: bool = attention_bias && text_model_type != "seed_oss",
+        mlp_bias: bool = match &*text_model_type {
+            "ernie4_5" => use_bias,
+            kind => kind == "internlm3" && bias,
+        },
         tie_word_embeddings: Option<bool> = None,
     }
 }
 
+/// A text_config leaves out what equals the default of its class in transformers; a config of its own says everything.
+fn unsaid<T>(in_text_config: bool, key: &str, default: T) -> Result<T> {
+    in_text_config.then_some(default).ok_or_else(|| format!("config.json: {key} is missing").into())
+}
+
 impl Config {
+    fn turns(&self, layer: usize) -> bool {
+        match &self.no_rope_layers {
+            _ if self.text_model_type != "smollm3" => true,
+            Some(list) => list.get(layer) != Some(&0),
+            None => !(layer + 1).is_multiple_of(self.no_rope_layer_interval),
+        }
+    }
+
     fn window(&self, layer: usize) -> Result<Option<usize>> {
-        let slides = match &self.layer_types {
-            Some(types) => types.slides(layer)?,
-            None => self.model_type == "mistral",
+        let slides = match (&*self.text_model_type, &self.layer_types) {
+            ("smollm3", _) if !self.use_sliding_window => false,
+            (_, Some(types)) => types.slides(layer)?,
+            ("smollm3", None) => !self.turns(layer),
+            ("cwm", None) => !layer.is_multiple_of(4),
+            (kind, None) => kind.contains("mistral") || kind == "ministral",
         };
         Ok(self.sliding_window.filter(|_| slides))
     }
+
+    /// ministral3's β and span.
+    fn growth(&self) -> Option<(f32, f32)> {
+        let scaling = self.rope_scaling.as_ref().filter(|_| self.text_model_type == "ministral3")?;
+        scaling.number("llama_4_scaling_beta").zip(scaling.number("original_max_position_embeddings"))
+    }
 }
 
-struct Attention {
-    q_proj: Linear,
-    k_proj: Linear,
-    v_proj: Linear,
-    o_proj: Linear,
-    rope: Rope,
-    head_dim: usize,
-    window: Option<usize>,
-}
-
-impl Attention {
-    fn new(c: &Config, w: &Weights, layer: usize) -> Result<Self> {
-        let (q_dim, kv_dim) = (c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim);
-        let projections = [("q_proj", q_dim), ("k_proj", kv_dim), ("v_proj", kv_dim)];
-        let [q_proj, k_proj, v_proj] = w.linears(c.hidden_size, c.attention_bias, projections);
+fn attention(c: &Config, w: &Weights, layer: usize) -> Result<SelfAttention> {
+    let (dim, heads, kv_heads) = (c.hidden_size, c.num_attention_heads, c.num_key_value_heads);
+    let shape = Heads { dim, heads, kv_heads, head_dim: c.head_dim };
+    let rope = c.turns(layer).then(|| {
         let rope = w.rope(c.head_dim, c.rope_theta, &c.rope_scaling);
-        Ok(Self {
-            q_proj,
-            k_proj,
-            v_proj,
-            o_proj: w.linear("o_proj", q_dim, c.hidden_size, c.attention_bias),
-            rope: if c.rope_traditional { rope.interleaved() } else { rope },
-            head_dim: c.head_dim,
-            window: c.window(layer)?,
-        })
-    }
-
-    fn forward(&self, x: &Tensor, layer: &mut Layer) -> Tensor {
-        let q = self.q_proj.forward(x).split_heads(self.head_dim);
-        let k = self.k_proj.forward(x).split_heads(self.head_dim);
-        let v = self.v_proj.forward(x).split_heads(self.head_dim);
-
-        let (q, k) = (layer.rotate(&self.rope, q), layer.rotate(&self.rope, k));
-        let scale = (self.head_dim as f32).powf(-0.5);
-        let y = layer.attend(q, k, v, &Attend { scale, window: self.window, ..Default::default() });
-        self.o_proj.forward(&y.merge_heads())
-    }
+        if c.rope_traditional { rope.interleaved() } else { rope }
+    });
+    let attention = SelfAttention::new(w, shape, c.attention_bias, c.attention_out_bias);
+    Ok(attention.rope(rope).window(c.window(layer)?).growing_queries(c.growth()))
 }
 
-struct Block {
-    input_layernorm: RmsNorm,
-    self_attn: Attention,
-    post_attention_layernorm: RmsNorm,
-    mlp: GatedMlp,
+fn block(c: &Config, w: &Weights, layer: usize) -> Result<Block<SelfAttention, Ffn>> {
+    let norm = |name| w.rms_norm(name, c.hidden_size, c.rms_norm_eps);
+    let (mlp, dim, hidden) = (w.at("mlp"), c.hidden_size, c.intermediate_size);
+    let ffn = match &*c.text_model_type {
+        "arcee" => Ffn::Plain(Mlp::new(&mlp, ["up_proj", "down_proj"], dim, hidden, c.mlp_bias, c.hidden_act)),
+        _ => Ffn::Dense(GatedMlp::new(&mlp, dim, hidden, c.mlp_bias, c.hidden_act)),
+    };
+    let norms = [norm("input_layernorm"), norm("post_attention_layernorm")];
+    Ok(Block::pre_norm(norms, attention(c, &w.at("self_attn"), layer)?, ffn))
 }
 
-impl Block {
-    fn new(c: &Config, w: &Weights, layer: usize) -> Result<Self> {
-        let norm = |name| w.rms_norm(name, c.hidden_size, c.rms_norm_eps);
-        Ok(Self {
-            input_layernorm: norm("input_layernorm"),
-            self_attn: Attention::new(c, &w.at("self_attn"), layer)?,
-            post_attention_layernorm: norm("post_attention_layernorm"),
-            mlp: GatedMlp::new(&w.at("mlp"), c.hidden_size, c.intermediate_size, c.mlp_bias, c.hidden_act),
-        })
-    }
-
-    fn forward(&self, x: &Tensor, layer: &mut Layer) -> Tensor {
-        let h = x + self.self_attn.forward(&self.input_layernorm.forward(x), layer);
-        &h + self.mlp.forward(&self.post_attention_layernorm.forward(&h))
-    }
-}
-
-struct Llama {
-    embed_tokens: Embedding,
-    layers: Vec<Block>,
-    norm: RmsNorm,
-    lm_head: LmHead,
-}
+struct Llama(Decoder<Block<SelfAttention, Ffn>>);
 
 impl Architecture for Llama {
-    const MODEL_TYPES: &'static [&'static str] = &["llama", "mistral"];
+    const MODEL_TYPES: &'static [&'static str] = &[
+        "llama",
+        "iquestcoder",
+        "mistral",
+        "ministral",
+        "ministral3",
+        "mistral3",
+        "pixtral",
+        "llava",
+        "cwm",
+        "smollm3",
+        "seed_oss",
+        "internlm3",
+        "ernie4_5",
+        "helium",
+        "telechat3",
+        "arcee",
+    ];
     type Config = Config;
 
     fn new(c: Config, w: &Weights) -> Result<Self> {
-        let model = w.at("model");
-        let embed_tokens = model.embedding("embed_tokens", c.vocab_size, c.hidden_size);
-        Ok(Self {
-            layers: model.at("layers").each(c.num_hidden_layers, |w, i| Block::new(&c, w, i))?,
-            norm: model.rms_norm("norm", c.hidden_size, c.rms_norm_eps),
-            lm_head: LmHead::new(w, &embed_tokens, c.vocab_size, c.hidden_size, c.tie_word_embeddings),
-            embed_tokens,
-        })
+        let shape = DecoderShape {
+            vocab_size: c.vocab_size,
+            hidden_size: c.hidden_size,
+            num_hidden_layers: c.num_hidden_layers,
+            rms_norm_eps: c.rms_norm_eps,
+            tie_word_embeddings: c.tie_word_embeddings,
+        };
+        Ok(Self(Decoder::new(w, shape, |w, layer| block(&c, w, layer))?))
     }
 
     fn caches(&self) -> Vec<Cache> {
-        self.layers.iter().map(|block| Cache::key_value(block.self_attn.window)).collect()
+        self.0.caches()
     }
 
     fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
-        let h = step.through(&self.layers, self.embed_tokens.forward(tokens), Block::forward);
-        self.norm.forward(&h)
+        self.0.run(tokens, step)
     }
 
     fn head(&self, hidden: &Tensor) -> Tensor {
-        self.lm_head.forward(hidden)
+        self.0.head(hidden)
     }
 }
 

@@ -1,24 +1,33 @@
-//! Qwen2 and Qwen2.5: LLaMA whose queries, keys and values have a bias. <https://arxiv.org/abs/2407.10671>
+//! Qwen2 to Qwen3, dense, alone or as the language model beside a vision tower. <https://arxiv.org/abs/2407.10671>,
+//! <https://arxiv.org/abs/2505.09388>
 //!
 //! ```text
 //! h = x + Attention(RMSNorm(x))            per layer
 //! y = h + SwiGLU(RMSNorm(h))
 //! logits = RMSNorm(y) · Eᵀ
 //!
-//! Attention(x) = softmax(rope(x Wq + bq) · rope(x Wk + bk)ᵀ / √d) · (x Wv + bv) · Wo
+//! Attention(x) = softmax(q · kᵀ / √d) · v · Wo
+//!   Qwen2: q = rope(x Wq + bq), k = rope(x Wk + bk), v = x Wv + bv
+//!   Qwen3: q = rope(RMSNorm(x Wq)), k = rope(RMSNorm(x Wk)), v = x Wv      each head normalized alone
+//!
+//! model_type                 what differs
+//! qwen2, mimo                mimo's checkpoints have layers that guess further tokens, for training
+//! qwen2_vl, qwen2_5_vl       Qwen2 whose rope has axes for images, which turn as one in text
+//! qwen3, qwen3_vl            norms in place of the biases, as above
 //! ```
 
 use plugin_api::prelude::*;
 
 config! {
     struct Config {
+        model_type: String = "qwen2".into(),
         vocab_size: usize,
         hidden_size: usize,
         intermediate_size: usize,
         num_hidden_layers: usize,
         num_attention_heads: usize where >= 1,
         num_key_value_heads: usize = num_attention_heads,
-        head_dim: usize = hidden_size / num_attention_heads,
+        head_dim: usize = if model_type.starts_with("qwen3") { 128 } else { hidden_size / num_attention_heads },
         hidden_act: Activation = Activation::Silu,
         rms_norm_eps: f32 = 1e-6,
         rope_theta: f32 = 10_000.0,
@@ -27,6 +36,8 @@ config! {
         sliding_window: Option<usize> = Some(4096),
         max_window_layers: usize = 28,
         layer_types: Option<LayerTypes> = None,
+        // Qwen3's key; Qwen2 has its biases without saying so.
+        attention_bias: bool = false,
         tie_word_embeddings: Option<bool> = None,
     }
 }
@@ -42,102 +53,55 @@ impl Config {
     }
 }
 
-struct Attention {
-    q_proj: Linear,
-    k_proj: Linear,
-    v_proj: Linear,
-    o_proj: Linear,
-    rope: Rope,
-    head_dim: usize,
-    window: Option<usize>,
+fn attention(c: &Config, w: &Weights, layer: usize) -> Result<SelfAttention> {
+    let (dim, heads, kv_heads) = (c.hidden_size, c.num_attention_heads, c.num_key_value_heads);
+    let shape = Heads { dim, heads, kv_heads, head_dim: c.head_dim };
+    let attention = if c.model_type.starts_with("qwen3") {
+        let norm = |name| w.rms_norm(name, c.head_dim, c.rms_norm_eps);
+        SelfAttention::new(w, shape, c.attention_bias, c.attention_bias).head_norms(norm("q_norm"), norm("k_norm"))
+    } else {
+        SelfAttention::new(w, shape, true, false)
+    };
+    Ok(attention.rope(w.rope(c.head_dim, c.rope_theta, &c.rope_scaling)).window(c.window(layer)?))
 }
 
-impl Attention {
-    fn new(c: &Config, w: &Weights, layer: usize) -> Result<Self> {
-        let (q_dim, kv_dim) = (c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim);
-        let projections = [("q_proj", q_dim), ("k_proj", kv_dim), ("v_proj", kv_dim)];
-        let [q_proj, k_proj, v_proj] = w.linears(c.hidden_size, true, projections);
-        Ok(Self {
-            q_proj,
-            k_proj,
-            v_proj,
-            o_proj: w.linear("o_proj", q_dim, c.hidden_size, false),
-            rope: w.rope(c.head_dim, c.rope_theta, &c.rope_scaling),
-            head_dim: c.head_dim,
-            window: c.window(layer)?,
-        })
-    }
-
-    fn forward(&self, x: &Tensor, layer: &mut Layer) -> Tensor {
-        let q = self.q_proj.forward(x).split_heads(self.head_dim);
-        let k = self.k_proj.forward(x).split_heads(self.head_dim);
-        let v = self.v_proj.forward(x).split_heads(self.head_dim);
-
-        let (q, k) = (layer.rotate(&self.rope, q), layer.rotate(&self.rope, k));
-        let scale = (self.head_dim as f32).powf(-0.5);
-        let y = layer.attend(q, k, v, &Attend { scale, window: self.window, ..Default::default() });
-        self.o_proj.forward(&y.merge_heads())
-    }
+fn block(c: &Config, w: &Weights, layer: usize) -> Result<Block> {
+    let norm = |name| w.rms_norm(name, c.hidden_size, c.rms_norm_eps);
+    let norms = [norm("input_layernorm"), norm("post_attention_layernorm")];
+    let mlp = GatedMlp::new(&w.at("mlp"), c.hidden_size, c.intermediate_size, false, c.hidden_act);
+    Ok(Block::pre_norm(norms, attention(c, &w.at("self_attn"), layer)?, mlp))
 }
 
-struct Block {
-    input_layernorm: RmsNorm,
-    self_attn: Attention,
-    post_attention_layernorm: RmsNorm,
-    mlp: GatedMlp,
-}
+struct Qwen(Decoder);
 
-impl Block {
-    fn new(c: &Config, w: &Weights, layer: usize) -> Result<Self> {
-        let norm = |name| w.rms_norm(name, c.hidden_size, c.rms_norm_eps);
-        Ok(Self {
-            input_layernorm: norm("input_layernorm"),
-            self_attn: Attention::new(c, &w.at("self_attn"), layer)?,
-            post_attention_layernorm: norm("post_attention_layernorm"),
-            mlp: GatedMlp::new(&w.at("mlp"), c.hidden_size, c.intermediate_size, false, c.hidden_act),
-        })
-    }
-
-    fn forward(&self, x: &Tensor, layer: &mut Layer) -> Tensor {
-        let h = x + self.self_attn.forward(&self.input_layernorm.forward(x), layer);
-        &h + self.mlp.forward(&self.post_attention_layernorm.forward(&h))
-    }
-}
-
-struct Qwen2 {
-    embed_tokens: Embedding,
-    layers: Vec<Block>,
-    norm: RmsNorm,
-    lm_head: LmHead,
-}
-
-impl Architecture for Qwen2 {
-    const MODEL_TYPES: &'static [&'static str] = &["qwen2"];
+impl Architecture for Qwen {
+    const MODEL_TYPES: &'static [&'static str] = &["qwen2", "qwen2_vl", "qwen2_5_vl", "mimo", "qwen3", "qwen3_vl"];
     type Config = Config;
 
     fn new(c: Config, w: &Weights) -> Result<Self> {
-        let model = w.at("model");
-        let embed_tokens = model.embedding("embed_tokens", c.vocab_size, c.hidden_size);
-        Ok(Self {
-            layers: model.at("layers").each(c.num_hidden_layers, |w, i| Block::new(&c, w, i))?,
-            norm: model.rms_norm("norm", c.hidden_size, c.rms_norm_eps),
-            lm_head: LmHead::new(w, &embed_tokens, c.vocab_size, c.hidden_size, c.tie_word_embeddings),
-            embed_tokens,
-        })
+        w.ignore("visual.");
+        w.ignore("model.mtp_layers.");
+        let shape = DecoderShape {
+            vocab_size: c.vocab_size,
+            hidden_size: c.hidden_size,
+            num_hidden_layers: c.num_hidden_layers,
+            rms_norm_eps: c.rms_norm_eps,
+            tie_word_embeddings: c.tie_word_embeddings,
+        };
+        Ok(Self(Decoder::new(w, shape, |w, layer| block(&c, w, layer))?))
     }
 
     fn caches(&self) -> Vec<Cache> {
-        self.layers.iter().map(|block| Cache::key_value(block.self_attn.window)).collect()
+        self.0.caches()
     }
 
     fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
-        let h = step.through(&self.layers, self.embed_tokens.forward(tokens), Block::forward);
-        self.norm.forward(&h)
+        self.0.run(tokens, step)
     }
 
     fn head(&self, hidden: &Tensor) -> Tensor {
-        self.lm_head.forward(hidden)
+        self.0.head(hidden)
     }
 }
 
-export_plugin!(Qwen2);
+export_plugin!(Qwen);

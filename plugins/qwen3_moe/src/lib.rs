@@ -51,125 +51,32 @@ impl Config {
     }
 }
 
-struct Attention {
-    q_proj: Linear,
-    k_proj: Linear,
-    v_proj: Linear,
-    o_proj: Linear,
-    q_norm: RmsNorm,
-    k_norm: RmsNorm,
-    rope: Rope,
-    head_dim: usize,
-    window: Option<usize>,
+fn attention(c: &Config, w: &Weights) -> SelfAttention {
+    let (dim, heads, kv_heads) = (c.hidden_size, c.num_attention_heads, c.num_key_value_heads);
+    let shape = Heads { dim, heads, kv_heads, head_dim: c.head_dim };
+    let norm = |name| w.rms_norm(name, c.head_dim, c.rms_norm_eps);
+    SelfAttention::new(w, shape, c.attention_bias, c.attention_bias)
+        .head_norms(norm("q_norm"), norm("k_norm"))
+        .rope(w.rope(c.head_dim, c.rope_theta, &c.rope_scaling))
+        .window(c.sliding_window.filter(|_| c.use_sliding_window))
 }
 
-impl Attention {
-    fn new(c: &Config, w: &Weights) -> Self {
-        let (q_dim, kv_dim) = (c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim);
-        let projections = [("q_proj", q_dim), ("k_proj", kv_dim), ("v_proj", kv_dim)];
-        let [q_proj, k_proj, v_proj] = w.linears(c.hidden_size, c.attention_bias, projections);
-        Self {
-            q_proj,
-            k_proj,
-            v_proj,
-            o_proj: w.linear("o_proj", q_dim, c.hidden_size, c.attention_bias),
-            q_norm: w.rms_norm("q_norm", c.head_dim, c.rms_norm_eps),
-            k_norm: w.rms_norm("k_norm", c.head_dim, c.rms_norm_eps),
-            rope: w.rope(c.head_dim, c.rope_theta, &c.rope_scaling),
-            head_dim: c.head_dim,
-            window: c.sliding_window.filter(|_| c.use_sliding_window),
-        }
+fn mlp(c: &Config, w: &Weights, layer: usize) -> Ffn {
+    if !c.is_sparse(layer) {
+        return Ffn::Dense(GatedMlp::new(w, c.hidden_size, c.intermediate_size, false, c.hidden_act));
     }
-
-    fn forward(&self, x: &Tensor, layer: &mut Layer) -> Tensor {
-        let q = self.q_proj.forward(x).split_heads(self.head_dim);
-        let k = self.k_proj.forward(x).split_heads(self.head_dim);
-        let v = self.v_proj.forward(x).split_heads(self.head_dim);
-
-        let q = layer.rotate(&self.rope, self.q_norm.forward(&q));
-        let k = layer.rotate(&self.rope, self.k_norm.forward(&k));
-        let scale = (self.head_dim as f32).powf(-0.5);
-        let y = layer.attend(q, k, v, &Attend { scale, window: self.window, ..Default::default() });
-        self.o_proj.forward(&y.merge_heads())
-    }
+    let gate = w.linear("gate", c.hidden_size, c.num_experts, false);
+    let router = Router::softmax(gate, c.num_experts_per_tok).normalized(c.norm_topk_prob, 0.0);
+    Ffn::Sparse(Moe::new(router, w.experts(ExpertsShape::new(c.num_experts, c.hidden_size, c.moe_intermediate_size))))
 }
 
-/// Each token goes to the experts that the router finds most probable.
-struct Sparse {
-    gate: Linear,
-    experts: Experts,
-    num_experts_per_tok: usize,
-    norm_topk_prob: bool,
+fn block(c: &Config, w: &Weights, layer: usize) -> Block<SelfAttention, Ffn> {
+    let norm = |name| w.rms_norm(name, c.hidden_size, c.rms_norm_eps);
+    let norms = [norm("input_layernorm"), norm("post_attention_layernorm")];
+    Block::pre_norm(norms, attention(c, &w.at("self_attn")), mlp(c, &w.at("mlp"), layer))
 }
 
-impl Sparse {
-    fn new(c: &Config, w: &Weights) -> Self {
-        Self {
-            gate: w.linear("gate", c.hidden_size, c.num_experts, false),
-            experts: w.experts(ExpertsShape::new(c.num_experts, c.hidden_size, c.moe_intermediate_size)),
-            num_experts_per_tok: c.num_experts_per_tok,
-            norm_topk_prob: c.norm_topk_prob,
-        }
-    }
-
-    fn forward(&self, x: &Tensor) -> Tensor {
-        let (p, chosen) = self.gate.forward(x).softmax().topk(self.num_experts_per_tok);
-        let p = if self.norm_topk_prob { &p / p.sum() } else { p };
-        self.experts.forward(x, &chosen, &p)
-    }
-}
-
-enum Mlp {
-    Dense(GatedMlp),
-    Sparse(Sparse),
-}
-
-impl Mlp {
-    fn new(c: &Config, w: &Weights, layer: usize) -> Self {
-        if c.is_sparse(layer) {
-            return Self::Sparse(Sparse::new(c, w));
-        }
-        Self::Dense(GatedMlp::new(w, c.hidden_size, c.intermediate_size, false, c.hidden_act))
-    }
-
-    fn forward(&self, x: &Tensor) -> Tensor {
-        match self {
-            Self::Dense(mlp) => mlp.forward(x),
-            Self::Sparse(moe) => moe.forward(x),
-        }
-    }
-}
-
-struct Block {
-    input_layernorm: RmsNorm,
-    self_attn: Attention,
-    post_attention_layernorm: RmsNorm,
-    mlp: Mlp,
-}
-
-impl Block {
-    fn new(c: &Config, w: &Weights, layer: usize) -> Self {
-        let norm = |name| w.rms_norm(name, c.hidden_size, c.rms_norm_eps);
-        Self {
-            input_layernorm: norm("input_layernorm"),
-            self_attn: Attention::new(c, &w.at("self_attn")),
-            post_attention_layernorm: norm("post_attention_layernorm"),
-            mlp: Mlp::new(c, &w.at("mlp"), layer),
-        }
-    }
-
-    fn forward(&self, x: &Tensor, layer: &mut Layer) -> Tensor {
-        let h = x + self.self_attn.forward(&self.input_layernorm.forward(x), layer);
-        &h + self.mlp.forward(&self.post_attention_layernorm.forward(&h))
-    }
-}
-
-struct Qwen3Moe {
-    embed_tokens: Embedding,
-    layers: Vec<Block>,
-    norm: RmsNorm,
-    lm_head: LmHead,
-}
+struct Qwen3Moe(Decoder<Block<SelfAttention, Ffn>>);
 
 impl Architecture for Qwen3Moe {
     const MODEL_TYPES: &'static [&'static str] = &["qwen3_moe"];
@@ -179,27 +86,26 @@ impl Architecture for Qwen3Moe {
         if c.hidden_act != Activation::Silu {
             return Err("config.json: hidden_act of qwen3_moe should be silu, the experts know no other".into());
         }
-        let model = w.at("model");
-        let embed_tokens = model.embedding("embed_tokens", c.vocab_size, c.hidden_size);
-        Ok(Self {
-            layers: model.at("layers").each(c.num_hidden_layers, |w, i| Ok(Block::new(&c, w, i)))?,
-            norm: model.rms_norm("norm", c.hidden_size, c.rms_norm_eps),
-            lm_head: LmHead::new(w, &embed_tokens, c.vocab_size, c.hidden_size, c.tie_word_embeddings),
-            embed_tokens,
-        })
+        let shape = DecoderShape {
+            vocab_size: c.vocab_size,
+            hidden_size: c.hidden_size,
+            num_hidden_layers: c.num_hidden_layers,
+            rms_norm_eps: c.rms_norm_eps,
+            tie_word_embeddings: c.tie_word_embeddings,
+        };
+        Ok(Self(Decoder::new(w, shape, |w, layer| Ok(block(&c, w, layer)))?))
     }
 
     fn caches(&self) -> Vec<Cache> {
-        self.layers.iter().map(|block| Cache::key_value(block.self_attn.window)).collect()
+        self.0.caches()
     }
 
     fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
-        let h = step.through(&self.layers, self.embed_tokens.forward(tokens), Block::forward);
-        self.norm.forward(&h)
+        self.0.run(tokens, step)
     }
 
     fn head(&self, hidden: &Tensor) -> Tensor {
-        self.lm_head.forward(hidden)
+        self.0.head(hidden)
     }
 }
 

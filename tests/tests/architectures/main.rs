@@ -3,6 +3,8 @@
 //!
 //! Entries run side by side, and all that fail are told. `TINY` and `TINY_FIXTURES` restrict and move them: see `tests::tiny`.
 
+mod forms;
+
 use dylm::{
     LanguageModel, LoadOptions,
     cache::{CacheOptions, State},
@@ -58,11 +60,19 @@ fn each_entry(check: impl Fn(&Path) -> Held + Sync) {
 }
 
 impl Tiny {
+    fn options() -> LoadOptions {
+        LoadOptions { device: DeviceChoice::Cpu, dtype: DtypeChoice::Float32, ..Default::default() }
+    }
+
     fn load(entry: &Path, device: DeviceChoice) -> tiny::Result<Self> {
         let folder = tempfile::tempdir()?;
         tiny::write(entry, folder.path())?;
-        let options = LoadOptions { device, dtype: DtypeChoice::Float32, ..Default::default() };
-        let lm = dylm::load(folder.path().to_str(), &options)?;
+        Self::open(entry, folder.path(), &LoadOptions { device, ..Self::options() })
+    }
+
+    /// The entry as it was written into `folder`.
+    fn open(entry: &Path, folder: &Path, options: &LoadOptions) -> tiny::Result<Self> {
+        let lm = dylm::load(folder.to_str(), options)?;
         Ok(Self { name: tiny::name(entry), lm, expected: Expected::read(entry)? })
     }
 

@@ -119,7 +119,7 @@ impl PromptCache {
         let class = self.classes[index].as_str();
         match (class, &self.facts) {
             ("KVCache" | "QuantizedKVCache", _) => {}
-            ("RotatingKVCache" | "WindowedQuantizedKVCache", Some(_)) => {}
+            ("RotatingKVCache" | "ChunkedKVCache" | "WindowedQuantizedKVCache", Some(_)) => {}
             _ => {
                 return Err(self.wrong(format!(
                     "layer {index} is a {class} of mlx-lm, which cannot be taken over; make it with `dylm cache-prompt`"
@@ -140,7 +140,10 @@ impl PromptCache {
         };
         if class.ends_with("QuantizedKVCache") {
             let (keys, [heads, dim]) = self.read_packed(index, 0, entries)?;
-            let (values, [v_heads, v_dim]) = self.read_packed(index, 1, entries)?;
+            let (values, [v_heads, v_dim]) = match self.tensors.get(&format!("{index}.1.0")) {
+                Some(_) => self.read_packed(index, 1, entries)?,
+                None => (keys.emptied(), [heads, 0]),
+            };
             if !matches!(layer.keys, Table::F32(_) | Table::F16(_) | Table::BF16(_)) {
                 return Err(Error::Usage(format!(
                     "{}: a quantized cache, which works on the cpu; use --device cpu",
@@ -151,7 +154,11 @@ impl PromptCache {
             layer.shape = Some([heads, dim, v_heads, v_dim]);
         } else {
             let (heads, dim) = self.read_dense(&format!("{index}.0"), entries, &mut layer.keys, place)?;
-            let (v_heads, v_dim) = self.read_dense(&format!("{index}.1"), entries, &mut layer.values, place)?;
+            // Values may be lanes of the keys.
+            let (v_heads, v_dim) = match self.tensors.get(&format!("{index}.1")) {
+                Some(_) => self.read_dense(&format!("{index}.1"), entries, &mut layer.values, place)?,
+                None => (heads, 0),
+            };
             layer.shape = Some([heads, dim, v_heads, v_dim]);
         }
         layer.positions = runs.into_iter().flat_map(|(from, to)| from..to).collect();

@@ -48,7 +48,9 @@ pub fn save(path: &Path, state: &State, origin: &Origin) -> Result<()> {
         let Some([heads, dim, v_heads, v_dim]) = layer.shape else { return Err(wrong(&"a layer's cache is empty")) };
         let entries = layer.positions.len();
         write_table(&mut tensors, format!("{index}.0"), &layer.keys, [entries, heads, dim])?;
-        write_table(&mut tensors, format!("{index}.1"), &layer.values, [entries, v_heads, v_dim])?;
+        if v_dim > 0 {
+            write_table(&mut tensors, format!("{index}.1"), &layer.values, [entries, v_heads, v_dim])?;
+        }
         for (place, number) in (2..).zip(scalars) {
             numbers += 1;
             let name = format!("{index}.{place}");
@@ -72,15 +74,18 @@ pub fn save(path: &Path, state: &State, origin: &Origin) -> Result<()> {
 fn describe(layer: &KvCache, offset: usize) -> (&'static str, Vec<usize>) {
     let rule = layer.rule();
     match (&layer.keys, rule.window) {
-        (Table::Packed { bits, group, .. }, None) => ("QuantizedKVCache", vec![offset, *group, *bits as usize]),
-        (Table::Packed { bits, group, .. }, Some(_)) => {
-            ("WindowedQuantizedKVCache", vec![offset, *group, *bits as usize])
+        (Table::Packed { bits, group, .. }, None) if rule.chunk.is_none() => {
+            ("QuantizedKVCache", vec![offset, *group, *bits as usize])
         }
+        (Table::Packed { bits, group, .. }, _) => ("WindowedQuantizedKVCache", vec![offset, *group, *bits as usize]),
         (_, Some(window)) => {
             let entries = layer.positions.len();
             ("RotatingKVCache", vec![offset, rule.keep, window + rule.keep, entries])
         }
-        (_, None) => ("KVCache", vec![offset]),
+        (_, None) => match (rule.chunk, layer.positions.first()) {
+            (Some(chunk), Some(&first)) => ("ChunkedKVCache", vec![offset, chunk, first as usize]),
+            _ => ("KVCache", vec![offset]),
+        },
     }
 }
 

@@ -14,6 +14,7 @@ mod matmul;
 pub mod matrix;
 pub mod norm;
 mod quantize;
+pub mod recurrence;
 pub mod rope;
 mod stream;
 mod tile;

@@ -52,12 +52,13 @@ pub(super) struct Step<'a> {
     /// Keys, widened; rows padded with zeros to `len`.
     pub(super) keys: Block,
     pub(super) len: usize,
-    /// Values, `[keys, state.width]`.
+    /// Values, `state.width` lanes a key, from every `pitch`-th number on.
     pub(super) values: *const f32,
-    /// For each token which keys it sees, from the lowest bit on.
+    pub(super) pitch: usize,
+    /// Which keys are seen, from the lowest bit on, by each `alike` rows.
     pub(super) visible: &'a [u64],
-    /// Rows of a token: heads of the group.
-    pub(super) heads: usize,
+    /// Rows that see the same keys: heads of a token.
+    pub(super) alike: usize,
     pub(super) softcap: Option<f32>,
     /// Room for `[rows, KEYS]` scores.
     pub(super) scores: &'a mut [f32],
@@ -107,7 +108,7 @@ impl Step<'_> {
     /// Scores of a row to weights, relative to the new peak; what was summed before is scaled to it.
     #[inline(always)]
     unsafe fn soften<L: Lanes>(&mut self, row: usize) {
-        let visible = self.visible[row / self.heads];
+        let visible = self.visible[row / self.alike];
         let scores = &mut self.scores[row * KEYS..(row + 1) * KEYS];
         if visible == 0 {
             return scores.fill(0.0);
@@ -158,7 +159,7 @@ impl Step<'_> {
     #[inline(always)]
     unsafe fn weigh<L: Lanes, const R: usize, const V: usize>(&mut self, row: usize, at: usize) {
         let width = self.state.width;
-        // SAFETY: rows and lanes lie inside the state; values have `width` lanes for every key.
+        // SAFETY: rows and lanes lie inside the state; values have `width` lanes at every key's place.
         unsafe {
             let sum = self.state.sum.as_mut_ptr().add(row * width + at);
             let weights = self.scores.as_ptr().add(row * KEYS);
@@ -171,7 +172,7 @@ impl Step<'_> {
             for key in 0..self.keys.rows {
                 let mut values = [L::splat(0.0); V];
                 for v in 0..V {
-                    values[v] = L::load(self.values.add(key * width + at + v * L::W));
+                    values[v] = L::load(self.values.add(key * self.pitch + at + v * L::W));
                 }
                 for r in 0..R {
                     let weight = L::splat(*weights.add(r * KEYS + key));

@@ -4,8 +4,10 @@
 
 mod block;
 mod rows;
+mod sight;
 
 pub use rows::Rows;
+pub use sight::{Attend, Blocks};
 
 use super::{
     lanes::{Isa, dispatch},
@@ -20,29 +22,6 @@ const STRETCH: usize = 1024;
 /// Query rows (tokens x heads of a group) that share one widened block of keys.
 const ROWS: usize = 48;
 
-/// What a query sees, and how scores become weights.
-#[derive(Clone, Copy, Debug)]
-pub struct Attend<'a> {
-    /// Multiplies q · k.
-    pub scale: f32,
-    /// c: scores become c * tanh(score / c).
-    pub softcap: Option<f32>,
-    /// A key is seen for this many positions, its own included.
-    pub window: Option<usize>,
-    /// Keys at positions below this are seen beyond the window.
-    pub keep: usize,
-    /// `[q_heads]`: a logit that joins each softmax and is dropped.
-    pub sinks: Option<&'a [f32]>,
-}
-
-impl Attend<'_> {
-    /// Whether a query at position `p` sees a key at position `k`.
-    #[inline]
-    pub fn sees(&self, p: u32, k: u32) -> bool {
-        k <= p && (self.window.is_none_or(|window| ((p - k) as usize) < window) || (k as usize) < self.keep)
-    }
-}
-
 /// One call's shapes and inputs.
 #[derive(Clone, Copy)]
 struct Call<'a> {
@@ -52,7 +31,7 @@ struct Call<'a> {
     dim: usize,
     query_positions: &'a [u32],
     keys: Rows<'a>,
-    values: Rows<'a>,
+    values: Option<Rows<'a>>,
     kv_heads: usize,
     v_dim: usize,
     key_positions: &'a [u32],
@@ -61,6 +40,7 @@ struct Call<'a> {
 
 /// out = softmax(scale q · k, over the keys that are seen) · v. `q` is `[tokens, q_heads, dim]`, keys `[entries, kv_heads, dim]`,
 /// values `[entries, kv_heads, v_dim]`, `out` `[tokens, q_heads, v_dim]`; query head h reads key head h / (q_heads / kv_heads).
+/// Without values, a key's first `v_dim` lanes are its value.
 /// Entries may lie in any order (a ring): positions decide. A query that sees nothing gives zeros.
 ///
 /// # Panics
@@ -72,7 +52,7 @@ pub fn attend(
     dim: usize,
     query_positions: &[u32],
     keys: Rows<'_>,
-    values: Rows<'_>,
+    values: Option<Rows<'_>>,
     kv_heads: usize,
     v_dim: usize,
     key_positions: &[u32],
@@ -85,10 +65,12 @@ pub fn attend(
         "attend: {q_heads} query heads over {kv_heads} key heads"
     );
     assert!(q.len() == tokens * q_heads * dim && out.len() == tokens * q_heads * v_dim, "attend: {tokens} tokens");
-    assert!(
-        keys.holds(entries * kv_heads, dim) && values.holds(entries * kv_heads, v_dim),
-        "attend: {entries} entries"
-    );
+    let held = match values {
+        Some(values) => values.holds(entries * kv_heads, v_dim),
+        None => v_dim <= dim,
+    };
+    assert!(held && keys.holds(entries * kv_heads, dim), "attend: {entries} entries");
+    assert!(how.selection.is_none_or(|chosen| chosen.len() == tokens), "attend: one selection a token");
     assert!(how.sinks.is_none_or(|sinks| sinks.len() == q_heads), "attend: one sink a query head");
     let isa = Isa::best();
     let call = Call { isa, q, q_heads, dim, query_positions, keys, values, kv_heads, v_dim, key_positions, how };
@@ -148,13 +130,19 @@ impl Call<'_> {
         let (len, width) = (self.dim.next_multiple_of(16), self.v_dim.next_multiple_of(16));
         let mut state = State::new(rows, width);
         let end = self.key_positions.len().min((stretch + 1) * STRETCH);
+        // Keys that double as values are widened once.
+        let pitch = if self.values.is_some() { width } else { len };
+        // Block-sparse heads see different keys, others the same ones.
+        let alike = if self.how.blocks.is_some() { 1 } else { group };
         let mut scratch = Vec::new();
-        let mut visible = vec![0u64; block.tokens];
+        let mut visible = vec![0u64; rows / alike];
         for first in (stretch * STRETCH..end).step_by(KEYS) {
             let keys = KEYS.min(end - first);
             let positions = &self.key_positions[first..first + keys];
-            for (seen, &p) in visible.iter_mut().zip(&self.query_positions[block.first..]) {
-                let bits = positions.iter().enumerate().map(|(i, &k)| u64::from(self.how.sees(p, k)) << i);
+            for (row, seen) in visible.iter_mut().enumerate().map(|(i, seen)| (i * alike, seen)) {
+                let (token, head) = (block.first + row / group, block.head * group + row % group);
+                let p = self.query_positions[token];
+                let bits = positions.iter().enumerate().map(|(i, &k)| u64::from(self.how.sees(token, head, p, k)) << i);
                 *seen = bits.fold(0, |all, bit| all | bit);
             }
             if visible.iter().all(|&seen| seen == 0) {
@@ -180,16 +168,19 @@ impl Call<'_> {
             // SAFETY: blocks are sized above; `attend` checked that the rows hold all entries.
             unsafe {
                 dispatch(self.isa, widen(self.keys, self.dim, len, wide_keys));
-                dispatch(self.isa, widen(self.values, self.v_dim, width, wide_values));
+                if let Some(values) = self.values {
+                    dispatch(self.isa, widen(values, self.v_dim, width, wide_values));
+                }
                 dispatch(
                     self.isa,
                     Step {
                         queries: Block { data: queries.as_ptr(), stride: len, rows },
                         keys: Block { data: wide_keys.as_ptr(), stride: len, rows: keys },
                         len,
-                        values: wide_values.as_ptr(),
+                        values: if self.values.is_some() { wide_values.as_ptr() } else { wide_keys.as_ptr() },
+                        pitch,
                         visible: &visible,
-                        heads: group,
+                        alike,
                         softcap: self.how.softcap,
                         scores,
                         state: &mut state,

@@ -1,0 +1,182 @@
+//! Attention through the caches, on dylm's kernels and by candle's ops, in steps of any size, held to attention over lists.
+
+use super::*;
+use crate::{
+    cache::{CacheOptions, State},
+    device::{DeviceChoice, DtypeChoice},
+};
+use plugin_api::abi::{CACHE_IN_CHUNKS, CACHE_KEY_VALUE, CacheSpec};
+
+const HEADS: usize = 4;
+const DIM: usize = 24;
+const TOKENS: usize = 40;
+
+fn places() -> [Placement; 2] {
+    [DeviceChoice::Cpu, DeviceChoice::CpuByCandle].map(|d| Placement::new(d, DtypeChoice::Float32, DType::F32).unwrap())
+}
+
+fn numbers(seed: u64, dims: [usize; 3]) -> Tensor {
+    let mut x = seed;
+    let next = |_| {
+        x = x.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (x >> 40) as f32 / (1 << 23) as f32 - 1.0
+    };
+    let list: Vec<f32> = (0..dims.iter().product()).map(next).collect();
+    Tensor::from_vec(list, &dims, &Device::Cpu).unwrap()
+}
+
+fn spec(flags: u32, window: usize) -> CacheSpec {
+    CacheSpec { kind: CACHE_KEY_VALUE, flags, window: window as u64, dims: [0; 6] }
+}
+
+const PLAIN: Scores = Scores {
+    scale: 0.4,
+    softcap: None,
+    window: None,
+    chunk: None,
+    sinks: None,
+    selection: None,
+    blocks: None,
+    lanes: None,
+};
+
+/// q over k and v `[TOKENS, 1, _]`, where `sees` says (token, head, key).
+fn naive(q: &Tensor, k: &Tensor, v: &Tensor, sees: impl Fn(usize, usize, usize) -> bool) -> Vec<Vec<Vec<f32>>> {
+    let lists = |t: &Tensor| t.to_vec3::<f32>().unwrap();
+    let (q, k, v) = (lists(q), lists(k), lists(v));
+    let row = |p: usize, h: usize| {
+        let dot = |j: usize| q[p][h].iter().zip(&k[j][0]).map(|(a, b)| a * b).sum::<f32>();
+        let shares: Vec<(usize, f32)> = (0..=p).filter(|&j| sees(p, h, j)).map(|j| (j, (dot(j) * 0.4).exp())).collect();
+        let mass: f32 = shares.iter().map(|(_, share)| share).sum();
+        (0..v[0][0].len()).map(|lane| shares.iter().map(|&(j, share)| share / mass * v[j][0][lane]).sum()).collect()
+    };
+    (0..TOKENS).map(|p| (0..HEADS).map(|h| row(p, h)).collect()).collect()
+}
+
+/// The same sequence in steps of `size`, over one cache.
+fn in_steps(
+    place: &Placement,
+    size: usize,
+    cache: CacheSpec,
+    step: impl Fn(&mut [Part], usize, usize) -> Tensor,
+) -> Tensor {
+    let mut state = State::new(&[cache, cache], place, &CacheOptions::default()).unwrap();
+    let mut outputs = Vec::new();
+    for start in (0..TOKENS).step_by(size) {
+        let count = size.min(TOKENS - start);
+        outputs.push(step(&mut [Part { state: &mut state, tokens: 0..count }], start, count));
+        state.offset += count;
+        for cache in 0..2 {
+            let mut part = Part { state: &mut state, tokens: 0..0 };
+            memory(&mut part, cache).unwrap().settle(start + count).unwrap();
+        }
+    }
+    Tensor::cat(&outputs, 0).unwrap()
+}
+
+fn near(what: &str, got: &Tensor, want: &[Vec<Vec<f32>>]) {
+    let got = got.to_vec3::<f32>().unwrap();
+    for (p, (got, want)) in got.iter().zip(want).enumerate() {
+        for (got, want) in got.iter().flatten().zip(want.iter().flatten()) {
+            assert!((got - want).abs() < 1e-5, "{what}: token {p} gives {got}, not {want}");
+        }
+    }
+}
+
+/// Both paths, several step sizes; `how` is asked for the scores of tokens `start..start + count`.
+fn check(
+    what: &str,
+    cache: CacheSpec,
+    how: impl Fn(usize, usize) -> Scores,
+    sees: impl Fn(usize, usize, usize) -> bool,
+) {
+    let (q, k) = (numbers(1, [TOKENS, HEADS, DIM]), numbers(2, [TOKENS, 1, DIM]));
+    let lanes = how(0, 1).lanes;
+    let v = lanes.map_or_else(|| numbers(3, [TOKENS, 1, 17]), |lanes| k.narrow(2, 0, lanes).unwrap());
+    let want = naive(&q, &k, &v, sees);
+    for place in places() {
+        for size in [1, 7, TOKENS] {
+            let got = in_steps(&place, size, cache, |parts, start, count| {
+                let cut = |t: &Tensor| t.narrow(0, start, count).unwrap();
+                let new = New { k: Some(cut(&k)), v: lanes.is_none().then(|| cut(&v)) };
+                attend(0, &cut(&q), &new, &how(start, count), parts, &place).unwrap()
+            });
+            near(&format!("{what} in steps of {size}, native {}", place.native), &got, &want);
+        }
+    }
+}
+
+#[test]
+fn a_chunk_ends_what_a_query_sees() {
+    check("chunk", spec(CACHE_IN_CHUNKS, 12), |_, _| Scores { chunk: Some(12), ..PLAIN }, |p, _, k| k >= p / 12 * 12);
+    let both = |_, _| Scores { chunk: Some(12), window: Some(5), ..PLAIN };
+    check("chunk and window", spec(0, 0), both, |p, _, k| k >= p / 12 * 12 && p - k < 5);
+}
+
+#[test]
+fn keys_alone_are_kept_where_they_hold_the_values() {
+    check("latent", spec(0, 0), |_, _| Scores { lanes: Some(16), ..PLAIN }, |_, _, _| true);
+}
+
+#[test]
+fn blocks_hide_keys_by_head() {
+    let blocks = Some(Blocks { size: 4, local: 2, stride: 3 });
+    let sees = |p: usize, h: usize, k: usize| p / 4 - k / 4 < 2 || (k / 4 + h + 1).is_multiple_of(3);
+    check("blocks", spec(0, 0), |_, _| Scores { blocks, ..PLAIN }, sees);
+}
+
+#[test]
+fn a_selection_hides_all_other_keys() {
+    let chosen = |p: usize| [p, p / 2, indexer::NONE as usize];
+    let how = |start: usize, count: usize| {
+        let list: Vec<u32> = (start..start + count).flat_map(chosen).map(|p| p as u32).collect();
+        Scores { selection: Some(Tensor::from_vec(list, (count, 3), &Device::Cpu).unwrap()), ..PLAIN }
+    };
+    check("selection", spec(0, 0), how, |p, _, k| chosen(p).contains(&k));
+}
+
+#[test]
+fn an_indexer_chooses_the_keys_with_the_best_scores() {
+    let (q, k, weights) =
+        (numbers(4, [TOKENS, HEADS, DIM]), numbers(5, [TOKENS, 1, DIM]), numbers(6, [TOKENS, 1, HEADS]));
+    let weights = weights.squeeze(1).unwrap();
+    let (ql, kl, wl) = (q.to_vec3::<f32>().unwrap(), k.to_vec3::<f32>().unwrap(), weights.to_vec2::<f32>().unwrap());
+    let score = |p: usize, key: usize| {
+        let dot = |h: usize| ql[p][h].iter().zip(&kl[key][0]).map(|(a, b)| a * b).sum::<f32>();
+        (0..HEADS).map(|h| wl[p][h] * dot(h).max(0.0)).sum::<f32>()
+    };
+    for place in places() {
+        for size in [1, 7, TOKENS] {
+            let got = in_steps(&place, size, spec(0, 0), |parts, start, count| {
+                let cut = |t: &Tensor| t.narrow(0, start, count).unwrap();
+                indexer::index(1, &cut(&q), &cut(&k), &cut(&weights), 6, parts, &place).unwrap()
+            });
+            for (p, chosen) in got.to_vec2::<u32>().unwrap().into_iter().enumerate() {
+                let mut best: Vec<usize> = (0..=p).collect();
+                best.sort_by(|&a, &b| score(p, b).total_cmp(&score(p, a)));
+                best.truncate(6);
+                best.sort_unstable();
+                let mut chosen: Vec<usize> =
+                    chosen.into_iter().filter(|&k| k != indexer::NONE).map(|k| k as usize).collect();
+                chosen.sort_unstable();
+                assert_eq!(chosen, best, "token {p} in steps of {size}, native {}", place.native);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_layer_may_look_at_what_another_one_has_put_there() {
+    let (q, k, v) = (numbers(1, [TOKENS, HEADS, DIM]), numbers(2, [TOKENS, 1, DIM]), numbers(3, [TOKENS, 1, 17]));
+    let (other, nothing) = (numbers(7, [TOKENS, HEADS, DIM]), New { k: None, v: None });
+    let want = naive(&other, &k, &v, |_, _, _| true);
+    for place in places() {
+        let got = in_steps(&place, 7, spec(0, 0), |parts, start, count| {
+            let cut = |t: &Tensor| t.narrow(0, start, count).unwrap();
+            let new = New { k: Some(cut(&k)), v: Some(cut(&v)) };
+            attend(0, &cut(&q), &new, &PLAIN, parts, &place).unwrap();
+            attend(0, &cut(&other), &nothing, &PLAIN, parts, &place).unwrap()
+        });
+        near("looked at", &got, &want);
+    }
+}

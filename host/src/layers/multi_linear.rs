@@ -1,0 +1,62 @@
+//! One linear layer a head: multi-head latent attention takes each head into and out of the latent space by a matrix of its own.
+//! On the CPU the matrices stay as they lie in the checkpoint, rows of one; elsewhere they are one batched product.
+
+use super::{
+    slices::{filled, with_f32},
+    weight::Weight,
+};
+use crate::kernels::cpu::Matrix;
+use candle_core::{Result, Tensor, bail};
+use rayon::prelude::*;
+
+/// The matrices, `[heads, outputs, inputs]`, and biases `[heads, outputs]`.
+pub struct MultiLinear {
+    weight: Heads,
+    bias: Option<Tensor>,
+    outputs: usize,
+}
+
+enum Heads {
+    Packed(Vec<Matrix>),
+    /// `[heads, inputs, outputs]`
+    Dense(Tensor),
+}
+
+impl MultiLinear {
+    /// From a matrix `[heads * outputs, inputs]`, head after head, and a bias of `heads * outputs`.
+    pub fn new(
+        weight: Weight,
+        bias: Option<Tensor>,
+        [heads, outputs, inputs]: [usize; 3],
+    ) -> crate::error::Result<Self> {
+        let weight = match weight {
+            Weight::Packed(m) => {
+                Heads::Packed((0..heads).filter_map(|h| m.slice_rows(h * outputs..(h + 1) * outputs)).collect())
+            }
+            Weight::Dense(t) => Heads::Dense(t.reshape((heads, outputs, inputs))?.transpose(1, 2)?.contiguous()?),
+        };
+        let bias = bias.map(|b| b.reshape((heads, outputs))).transpose()?;
+        Ok(MultiLinear { weight, bias, outputs })
+    }
+
+    /// `[tokens, heads, inputs]` -> `[tokens, heads, outputs]`
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let (tokens, heads, inputs) = x.dims3()?;
+        let by_head = x.transpose(0, 1)?.contiguous()?;
+        let y = match &self.weight {
+            Heads::Dense(w) => by_head.matmul(w)?,
+            Heads::Packed(matrices) if matrices.len() == heads => with_f32(&by_head, |x| {
+                filled((heads, tokens, self.outputs), |out| {
+                    let parts = out.par_chunks_mut((tokens * self.outputs).max(1)).zip(x.par_chunks(tokens * inputs));
+                    matrices.par_iter().zip(parts).for_each(|(m, (out, x))| m.matmul(x, out));
+                })
+            })??,
+            Heads::Packed(matrices) => bail!("{heads} heads, it has {}", matrices.len()),
+        };
+        let y = y.transpose(0, 1)?.contiguous()?;
+        match &self.bias {
+            Some(bias) => y.broadcast_add(bias),
+            None => Ok(y),
+        }
+    }
+}

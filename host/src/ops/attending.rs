@@ -1,0 +1,154 @@
+//! The running ops over keys and values: attention, and the choice of the keys that it sees. Here shapes are checked and caches are
+//! found; the numbers are `layers::attention`'s and `layers::indexer`'s.
+
+use super::{
+    running::{Part, Running},
+    value::{Outcome, Value, fault},
+};
+use crate::{
+    cache::kv::KvCache,
+    kernels::cpu::attention::Blocks,
+    layers::{attention, indexer},
+};
+use candle_core::Tensor;
+use plugin_api::abi::{AttendSpec, Handle, SpecRef};
+
+/// The keys and values of a sequence that a cache's number stands for.
+pub fn memory<'a>(part: &'a mut Part, cache: usize) -> candle_core::Result<&'a mut KvCache> {
+    match part.state.layers.get_mut(cache) {
+        Some(kv) => Ok(kv),
+        None => candle_core::bail!("cache {cache} holds no keys and values"),
+    }
+}
+
+/// The tensor behind a value that may be a shape only.
+fn real(value: &Option<Value>) -> Option<Tensor> {
+    match value {
+        Some(Value::Real(t)) => Some(t.clone()),
+        _ => None,
+    }
+}
+
+impl Running<'_> {
+    fn given(&mut self, handle: Handle) -> Outcome<Option<Value>> {
+        (handle != Handle::NONE).then(|| self.arena.get(handle)).transpose()
+    }
+
+    /// Notes that this step feeds a cache, which holds so much of a token.
+    fn feed(&mut self, cache: u32, shape: [usize; 4]) -> Outcome<()> {
+        let caches = self.fed.len();
+        match self.fed.get_mut(cache as usize) {
+            Some(fed) if !*fed => *fed = true,
+            Some(_) => return Err(fault!("cache {cache} is fed twice in one step")),
+            None => return Err(fault!("cache {cache} of {caches}")),
+        }
+        self.shapes.insert(cache, shape);
+        Ok(())
+    }
+
+    /// What a cache holds that this step has fed.
+    fn looked_at(&self, cache: u32) -> Outcome<[usize; 4]> {
+        let shape = self.shapes.get(&cache).copied();
+        shape.ok_or_else(|| fault!("cache {cache} has not been fed in this step; attend_to an earlier layer"))
+    }
+
+    /// Softmax attention of q over a cache, which k and v join first.
+    pub fn attend(&mut self, cache: u32, q: Handle, k: Handle, v: Handle, spec: SpecRef<'_>) -> Outcome {
+        let spec = spec.read::<AttendSpec>().filter(|spec| spec.flags == 0);
+        let spec =
+            spec.ok_or_else(|| fault!("the plugin asks for a kind of attention that this dylm does not know"))?;
+        let q = self.arena.get(q)?;
+        let (k, v) = (self.given(k)?, self.given(v)?);
+        let (sinks, selection) = (self.given(spec.sinks)?, self.given(spec.selection)?);
+        let lanes = spec.value_lanes as usize;
+        let three = |x: &Value| match *x.dims()? {
+            [tokens, heads, dim] => Ok([tokens, heads, dim]),
+            ref dims => Err(fault!("{dims:?} is not [tokens, heads, dim]")),
+        };
+        let [tokens, heads, d] = three(&q)?;
+        let shape = match (&k, &v) {
+            (None, None) => self.looked_at(cache)?,
+            (None, Some(_)) => return Err(fault!("values without keys")),
+            (Some(k), v) => {
+                let [k_tokens, kv_heads, k_d] = three(k)?;
+                let [v_tokens, v_heads, e] = v.as_ref().map_or(Ok([k_tokens, kv_heads, 0]), three)?;
+                if [k_tokens, v_tokens] != [tokens; 2] || v_heads != kv_heads {
+                    return Err(fault!(
+                        "q [{tokens}, {heads}, {d}] against k [{k_tokens}, {kv_heads}, {k_d}], v [{v_tokens}, {v_heads}, {e}]"
+                    ));
+                }
+                [kv_heads, k_d, v_heads, e]
+            }
+        };
+        let [kv_heads, k_d, _, stored] = shape;
+        if k_d != d || kv_heads == 0 || !heads.is_multiple_of(kv_heads) {
+            return Err(fault!("q [{tokens}, {heads}, {d}] against k [{tokens}, {kv_heads}, {k_d}]"));
+        }
+        if lanes > d || (lanes > 0) == (stored > 0) {
+            return Err(fault!(
+                "values of {stored} lanes and of the first {lanes} of a key's {d}: it takes one of them"
+            ));
+        }
+        if let Some(sinks) = &sinks
+            && sinks.dims()? != [heads]
+        {
+            return Err(fault!("sinks {:?} for {heads} heads", sinks.dims()?));
+        }
+        if let Some(chosen) = &selection
+            && !matches!(chosen.dims()?, &[n, _] if n == tokens)
+        {
+            return Err(fault!("a selection of {:?} for {tokens} tokens", chosen.dims()?));
+        }
+        if cache as usize >= self.fed.len() {
+            return Err(fault!("cache {cache} of {}", self.fed.len()));
+        }
+        if tokens != self.tokens {
+            return Err(fault!("{tokens} tokens in a step of {}", self.tokens));
+        }
+        if k.is_some() {
+            self.feed(cache, shape)?;
+        }
+        let Value::Real(q) = &q else {
+            return Ok(Value::planned(&[tokens, heads, if lanes > 0 { lanes } else { stored }]));
+        };
+        let some = |n: u64| (n > 0).then_some(n as usize);
+        let how = attention::Scores {
+            scale: spec.scale,
+            softcap: (spec.softcap > 0.0).then_some(spec.softcap),
+            window: some(spec.window),
+            chunk: some(spec.chunk),
+            sinks: real(&sinks),
+            selection: real(&selection),
+            blocks: some(spec.block).map(|size| Blocks {
+                size,
+                local: spec.local_blocks as usize,
+                stride: spec.stride as usize,
+            }),
+            lanes: some(spec.value_lanes),
+        };
+        let new = attention::New { k: real(&k), v: real(&v) };
+        Ok(Value::Real(attention::attend(cache as usize, q, &new, &how, &mut self.parts, self.place)?))
+    }
+
+    /// The positions `[tokens, count]` of the keys that an indexer scores best.
+    pub fn index(&mut self, cache: u32, q: Handle, k: Handle, weights: Handle, count: usize) -> Outcome {
+        let (q, k, weights) = (self.arena.get(q)?, self.arena.get(k)?, self.arena.get(weights)?);
+        let (&[tokens, heads, d], k_dims, w_dims) = (q.dims()?, k.dims()?, weights.dims()?) else {
+            return Err(fault!("q {:?} is not [tokens, heads, dim]", q.dims()?));
+        };
+        if k_dims != [tokens, 1, d] || w_dims != [tokens, heads] || count == 0 {
+            return Err(fault!("the best {count} by q [{tokens}, {heads}, {d}], k {k_dims:?}, weights {w_dims:?}"));
+        }
+        if tokens != self.tokens {
+            return Err(fault!("{tokens} tokens in a step of {}", self.tokens));
+        }
+        self.feed(cache, [1, d, 1, 0])?;
+        match (&q, &k, &weights) {
+            (Value::Real(q), Value::Real(k), Value::Real(weights)) => {
+                let chosen = indexer::index(cache as usize, q, k, weights, count, &mut self.parts, self.place)?;
+                Ok(Value::Real(chosen))
+            }
+            _ => Ok(Value::planned(&[tokens, count])),
+        }
+    }
+}
