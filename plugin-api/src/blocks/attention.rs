@@ -115,7 +115,7 @@ impl SelfAttention {
         Self { qk_norm: QkNorm::Turned(q_norm.into(), k_norm.into()), ..self }
     }
 
-    /// Holds what the three projections give within ± `clip`.
+    /// Holds what the three projections, normalized as a whole or not, give within ± `clip`.
     pub fn clip(self, clip: Option<f32>) -> Self {
         Self { clip, ..self }
     }
@@ -165,13 +165,13 @@ impl SelfAttention {
     #[track_caller]
     pub fn project(&self, x: &Tensor, layer: &mut Layer) -> [Tensor; 3] {
         let [q, k, v] = [&self.q_proj, &self.k_proj, &self.v_proj].map(|proj| proj.forward(x));
-        let [q, k, v] = match self.clip {
-            Some(most) => [q, k, v].map(|x| x.clamp(-most, most)),
-            None => [q, k, v],
-        };
         let (q, k) = match &self.qk_norm {
             QkNorm::Whole(q_norm, k_norm) => (q_norm.forward(&q), k_norm.forward(&k)),
             _ => (q, k),
+        };
+        let [q, k, v] = match self.clip {
+            Some(most) => [q, k, v].map(|x| x.clamp(-most, most)),
+            None => [q, k, v],
         };
         let [q, k, v] = [q, k, v].map(|x| x.split_heads(self.head_dim));
         let (q, k) = match &self.qk_norm {
