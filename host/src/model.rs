@@ -2,7 +2,7 @@
 
 use crate::{
     adapter::Adapters,
-    cache::{CacheOptions, State},
+    cache::{CacheOptions, State, memory},
     config::Config,
     device::{DeviceChoice, DtypeChoice, Placement},
     error::{Error, Result},
@@ -78,6 +78,8 @@ pub struct CacheShape {
     pub values: usize,
     /// Tokens that are kept, where it is not all of them.
     pub window: Option<usize>,
+    /// Numbers of a recurrence's state, however long the text; always f32.
+    pub state: usize,
 }
 
 /// One sequence's part of a step.
@@ -114,7 +116,8 @@ impl Plan {
         let specs = (0u32..).zip(&self.object.caches);
         let shape = |(cache, spec): (u32, &CacheSpec)| {
             let values = shapes.get(&cache).map_or(0, |[heads, dim, v_heads, v_dim]| heads * dim + v_heads * v_dim);
-            CacheShape { values, window: (spec.window > 0).then_some(spec.window as usize) }
+            let state = memory::count(&memory::dims(spec));
+            CacheShape { values, window: (spec.window > 0).then_some(spec.window as usize), state }
         };
         Ok(specs.map(shape).collect())
     }
@@ -208,63 +211,56 @@ impl Model {
     /// One step for any number of sequences: their new tokens join their caches, and the wanted rows of logits come back, in f32, one
     /// list a sequence. If it fails, every cache is as it was before.
     pub fn step(&self, inputs: &mut [Input]) -> Result<Vec<Vec<Vec<f32>>>> {
-        let ids: Vec<u32> = inputs.iter().flat_map(|i| i.tokens.iter().copied()).collect();
-        if ids.is_empty() {
+        let mut ids = inputs.iter().flat_map(|i| i.tokens).peekable();
+        if ids.peek().is_none() {
             return Ok(vec![Vec::new(); inputs.len()]);
         }
-        if let Some((id, vocab)) = self.vocab_size().and_then(|v| Some((ids.iter().find(|&&id| id as usize >= v)?, v)))
-        {
+        if let Some((id, vocab)) = self.vocab_size().and_then(|v| Some((ids.find(|&&id| id as usize >= v)?, v))) {
             return Err(Error::Generate(format!(
                 "token {id} is beyond the model's vocabulary of {vocab}: does the tokenizer belong to this model?"
             )));
         }
-        let mut rows = Vec::new();
-        let mut counts = Vec::with_capacity(inputs.len());
-        let mut start = 0;
-        for input in inputs.iter() {
-            let end = start + input.tokens.len();
+        let (mut ids, mut rows) = (Vec::new(), Vec::new());
+        let (mut counts, mut replayed) = (Vec::with_capacity(inputs.len()), Vec::with_capacity(inputs.len()));
+        for input in inputs.iter_mut() {
+            let again = if input.tokens.is_empty() { Vec::new() } else { input.state.begin(input.tokens.len()) };
+            ids.extend_from_slice(&again);
+            ids.extend_from_slice(input.tokens);
+            replayed.push(again);
             let wanted = match input.want {
                 Want::Nothing => 0,
                 Want::Last => input.tokens.len().min(1),
                 Want::All => input.tokens.len(),
             };
-            rows.extend((end - wanted..end).map(|r| r as u32));
+            rows.extend((ids.len() - wanted..ids.len()).map(|r| r as u32));
             counts.push(wanted);
-            start = end;
         }
-        let before: Vec<usize> = inputs.iter().map(|i| i.state.offset).collect();
         // On a thread of the pool: kernels that fan out from there need not wake another one first.
-        let logits = rayon::scope(|_| self.run(inputs, ids, rows));
+        let logits = rayon::scope(|_| self.run(inputs, &replayed, ids, rows));
         match logits {
             Ok(mut logits) => {
-                for input in inputs.iter_mut() {
-                    let offset = input.state.offset + input.tokens.len();
-                    input.state.offset = offset;
-                    input.state.tokens.extend_from_slice(input.tokens);
-                    input.state.horizon = input.state.horizon.max(offset);
-                    for layer in &mut input.state.layers {
-                        layer.settle(offset)?;
-                    }
+                for (input, again) in inputs.iter_mut().zip(&replayed).filter(|(input, _)| !input.tokens.is_empty()) {
+                    input.state.finish(again, input.tokens)?;
                 }
                 Ok(counts.iter().map(|&n| logits.drain(..n).collect()).collect())
             }
             Err(e) => {
-                for (input, offset) in inputs.iter_mut().zip(before) {
-                    input.state.layers.iter_mut().for_each(|l| l.trim_to(offset));
+                for (input, again) in inputs.iter_mut().zip(&replayed).filter(|(input, _)| !input.tokens.is_empty()) {
+                    input.state.undo(again);
                 }
                 Err(e)
             }
         }
     }
 
-    fn run(&self, inputs: &mut [Input], ids: Vec<u32>, rows: Vec<u32>) -> Result<Vec<Vec<f32>>> {
+    fn run(&self, inputs: &mut [Input], replayed: &[Vec<u32>], ids: Vec<u32>, rows: Vec<u32>) -> Result<Vec<Vec<f32>>> {
         let mut start = 0;
         let mut parts = Vec::with_capacity(inputs.len());
-        for input in inputs.iter_mut() {
-            let tokens = start..start + input.tokens.len();
+        for (input, again) in inputs.iter_mut().zip(replayed) {
+            let tokens = start..start + again.len() + input.tokens.len();
             start = tokens.end;
             if !tokens.is_empty() {
-                parts.push(Part { state: &mut *input.state, tokens });
+                parts.push(Part { state: &mut *input.state, tokens, replayed: again.len() });
             }
         }
         let count = ids.len();
@@ -305,6 +301,7 @@ impl Engine<'_> {
         let running = Running {
             arena: Arena::default(),
             tokens: count,
+            caches: &self.object.caches,
             fed: vec![false; self.object.caches.len()],
             misuse: None,
             wanted: self.wanted,

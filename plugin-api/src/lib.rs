@@ -82,7 +82,7 @@ pub mod weights;
 pub use architecture::{Architecture, Error, Result};
 pub use blocks::{
     Activation, Block, Decoder, DecoderShape, FeedForward, Ffn, GatedMlp, GroupScore, Heads, LayerTypes, LmHead, Mixer,
-    Mlp, Moe, Router, SelfAttention,
+    Mlp, Moe, PerLayer, Router, SelfAttention,
 };
 pub use cache::Cache;
 pub use config::RopeScaling;
@@ -100,7 +100,7 @@ pub mod prelude {
     pub use crate::{
         Activation, Architecture, Attend, Block, Cache, Conv1d, Decoder, DecoderShape, Embedding, ExpertKind, Experts,
         ExpertsShape, FeedForward, Ffn, GatedMlp, GroupScore, Heads, Layer, LayerNorm, LayerTypes, Linear, LmHead,
-        Mixer, Mlp, Moe, MultiLinear, Norm, Parameter, Result, RmsNorm, Rope, RopeScaling, Router, SelfAttention,
-        Source, SparseBlocks, Step, Tensor, Weights, config, export_plugin,
+        Mixer, Mlp, Moe, MultiLinear, Norm, Parameter, PerLayer, Result, RmsNorm, Rope, RopeScaling, Router,
+        SelfAttention, Source, SparseBlocks, Step, Tensor, Weights, config, export_plugin,
     };
 }

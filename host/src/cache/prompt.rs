@@ -4,7 +4,9 @@
 //! Tensors of layer L, as mlx-lm 0.32.2 writes them: `L.0` keys and `L.1` values, `[1, kv_heads, entries, head_dim]` (packed ones are
 //! `L.0.0` u32, `L.0.1` scales, `L.0.2` biases), then the layer's numbers as tensors without a shape, `L.2` ..: offset first. Metadata:
 //! `0.KEY` facts, `1.L` class names, `2.I.0` and `2.I.1` which tensors are numbers. mlx-lm 0.32.0 and before: facts at `1.KEY`, class
-//! names at `2.L`, a layer's numbers in `0.L`. Both are read. <https://github.com/ml-explore/mlx-lm/blob/main/mlx_lm/models/cache.py>
+//! names at `2.L`, a layer's numbers in `0.L`. Both are read.
+//! A state of a recurrence is an `ArraysCache` of one array, `L.0.0` `[1, ..]`, with nothing in `L.1` and `L.2`; mlx-lm joins those of a
+//! layer in one, which tells neither the model's layers nor the tokens seen, so its own files with such layers are not taken. <https://github.com/ml-explore/mlx-lm/blob/main/mlx_lm/models/cache.py>
 
 mod read;
 mod write;
@@ -60,7 +62,7 @@ struct Facts {
     tokens: Vec<u32>,
     horizon: usize,
     options: CacheOptions,
-    /// Positions of each layer's entries, as runs `from..to`.
+    /// Positions of each layer's entries, as runs `from..to`; none of a state.
     positions: Vec<Vec<(u32, u32)>>,
 }
 

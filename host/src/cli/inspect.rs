@@ -85,6 +85,7 @@ impl Inspect {
         let per_token: usize = shapes.iter().map(|shape| shape.values * width).sum();
         let kept = |shape: &CacheShape| shape.window.map_or(self.context, |w| self.context.min(w + 2 * SLACK));
         let cache: usize = shapes.iter().map(|shape| shape.values * width * kept(shape)).sum();
+        let state: usize = shapes.iter().map(|shape| shape.state * size_of::<f32>()).sum();
         let report = &plan.report;
         let mut facts = json!({
             "source": source.name,
@@ -100,7 +101,8 @@ impl Inspect {
             "kv_bytes_per_token": per_token,
             "context": self.context,
             "kv_bytes": cache,
-            "memory_bytes": bytes + cache as u64,
+            "state_bytes": state,
+            "memory_bytes": bytes + (cache + state) as u64,
             "agrees": report.agrees(),
             "missing": report.missing,
             "misshapen": report.misshapen,
@@ -134,6 +136,9 @@ impl Inspect {
         )?;
         row("weights", format!("{} in {} tensors", bytes("weight_bytes"), text("tensors")))?;
         row("KV cache", format!("{} per token", bytes("kv_bytes_per_token")))?;
+        if facts["state_bytes"] != 0 {
+            row("states", format!("{} whatever the context", bytes("state_bytes")))?;
+        }
         row("memory", format!("{} with {} tokens, beside activations", bytes("memory_bytes"), self.context))?;
         match facts["tokenizer_error"].as_str() {
             Some(why) => row("tokenizer", format!("none: {why}"))?,

@@ -2,6 +2,7 @@
 
 pub mod adapted;
 pub mod attention;
+pub mod conv1d;
 pub mod embedding;
 pub mod experts;
 pub mod indexer;
@@ -26,6 +27,8 @@ pub enum Layer {
     Experts(experts::Experts),
     /// A matrix a head.
     MultiLinear(multi_linear::MultiLinear),
+    /// A convolution over the last tokens.
+    Conv1d(conv1d::Conv1d),
     /// A tensor as it is.
     Parameter(Tensor),
     /// Rotary angles.

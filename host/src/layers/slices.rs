@@ -29,3 +29,17 @@ pub fn filled(dims: impl Into<candle_core::Shape>, fill: impl FnOnce(&mut [f32])
     fill(&mut numbers);
     Tensor::from_vec(numbers, shape, &Device::Cpu)
 }
+
+/// The same for several tensors at once.
+pub fn with_all_f32<const N: usize, R>(tensors: &[Tensor], f: impl FnOnce([&[f32]; N]) -> R) -> Result<R> {
+    let whole = tensors.iter().map(Tensor::contiguous).collect::<Result<Vec<_>>>()?;
+    let held: Vec<_> = whole.iter().map(|t| t.storage_and_layout()).collect();
+    let mut slices: [&[f32]; N] = [&[]; N];
+    for (slice, (storage, layout)) in slices.iter_mut().zip(&held) {
+        *slice = match (&**storage, layout.contiguous_offsets()) {
+            (Storage::Cpu(CpuStorage::F32(numbers)), Some((start, end))) => &numbers[start..end],
+            _ => bail!("expected f32 on the cpu"),
+        };
+    }
+    Ok(f(slices))
+}

@@ -6,16 +6,16 @@ use super::{
     value::{Outcome, Value, fault},
 };
 use crate::{
-    cache::kv::KvCache,
+    cache::{kv::KvCache, memory::Memory},
     kernels::cpu::attention::Blocks,
     layers::{attention, indexer},
 };
 use candle_core::Tensor;
-use plugin_api::abi::{AttendSpec, Handle, SpecRef};
+use plugin_api::abi::{AttendSpec, CACHE_STATE, Handle, SpecRef};
 
 /// The keys and values of a sequence that a cache's number stands for.
 pub fn memory<'a>(part: &'a mut Part, cache: usize) -> candle_core::Result<&'a mut KvCache> {
-    match part.state.layers.get_mut(cache) {
+    match part.state.layers.get_mut(cache).and_then(Memory::key_value_mut) {
         Some(kv) => Ok(kv),
         None => candle_core::bail!("cache {cache} holds no keys and values"),
     }
@@ -37,6 +37,9 @@ impl Running<'_> {
     /// Notes that this step feeds a cache, which holds so much of a token.
     fn feed(&mut self, cache: u32, shape: [usize; 4]) -> Outcome<()> {
         let caches = self.fed.len();
+        if self.caches.get(cache as usize).is_some_and(|spec| spec.kind == CACHE_STATE) {
+            return Err(fault!("cache {cache} is a state, not keys and values"));
+        }
         match self.fed.get_mut(cache as usize) {
             Some(fed) if !*fed => *fed = true,
             Some(_) => return Err(fault!("cache {cache} is fed twice in one step")),

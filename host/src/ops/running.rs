@@ -12,7 +12,7 @@ use crate::{
     layers::{Layer, experts::Activation, rope},
     weights::plan::Wanted,
 };
-use plugin_api::abi::{Handle, Slot};
+use plugin_api::abi::{CacheSpec, Handle, Slot};
 use std::{
     collections::{BTreeMap, HashMap},
     ops::Range,
@@ -24,6 +24,8 @@ pub struct Part<'a> {
     pub state: &'a mut State,
     /// Its tokens among the step's.
     pub tokens: Range<usize>,
+    /// So many of them, at the start, it had read before it was taken back.
+    pub replayed: usize,
 }
 
 /// What each cache holds of a token: `[heads, dim]` of its keys and of its values.
@@ -43,7 +45,9 @@ pub struct Running<'a> {
     pub parts: Vec<Part<'a>>,
     /// Tokens of the step, of all sequences.
     pub tokens: usize,
-    /// Which of the declared caches this step has fed: a second time would put the same positions there again.
+    /// The caches that the architecture declared.
+    pub caches: &'a [CacheSpec],
+    /// Which of these this step has fed: a second time would put the same positions there again.
     pub fed: Vec<bool>,
     /// What the plugin did that no tensor could say: a building op in `forward`.
     pub misuse: Option<String>,

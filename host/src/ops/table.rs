@@ -342,6 +342,7 @@ mod tests {
             place: &place,
             parts: Vec::new(),
             tokens: 1,
+            caches: &[],
             fed: Vec::new(),
             misuse: None,
             angles: Default::default(),

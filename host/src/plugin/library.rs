@@ -2,6 +2,7 @@
 //! threads may still run, or whose errors are still printed, must not be unmapped.
 
 use super::{note::Note, registry::Found};
+use crate::cache::memory;
 use crate::error::{Error, Result};
 use crate::ops::table::{self, Call};
 use abi_stable::{
@@ -20,6 +21,9 @@ use std::{
 
 /// More layers with a memory than any model has.
 const MOST_CACHES: usize = 100_000;
+
+/// More numbers of state than any model has: 16 GiB of them.
+const MOST_NUMBERS: usize = 1 << 32;
 
 #[doc(hidden)]
 pub use crate::ops::table::play_newer_host;
@@ -71,12 +75,26 @@ impl Library {
         let caches = (object.caches)(object.data).into_vec();
         let object = Object { object: Mutex::new(object), caches };
         // Only now, for the object must be dropped if this fails.
-        let known = |c: &CacheSpec| c.kind == abi::CACHE_KEY_VALUE && c.flags == 0 && c.dims == [0; 6];
+        let known = |c: &CacheSpec| match c.kind {
+            abi::CACHE_KEY_VALUE => {
+                c.dims == [0; 6] && (c.flags == 0 || c.flags == abi::CACHE_IN_CHUNKS && c.window > 0)
+            }
+            abi::CACHE_STATE => c.flags == 0 && c.window == 0,
+            _ => false,
+        };
         if object.caches.len() > MOST_CACHES || !object.caches.iter().all(known) {
             return Err(Error::plugin(format!(
                 "{}: its model asks for {} caches, not all of a kind that this dylm has; update dylm",
                 self.path.display(),
                 object.caches.len()
+            )));
+        }
+        let sizes = object.caches.iter().map(|c| memory::count(&memory::dims(c)));
+        let numbers = sizes.fold(0, usize::saturating_add);
+        if numbers > MOST_NUMBERS {
+            return Err(Error::plugin(format!(
+                "{}: its model asks for {numbers} numbers of state, more than any model has; look at config.json",
+                self.path.display()
             )));
         }
         Ok(object)

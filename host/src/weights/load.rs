@@ -13,6 +13,7 @@ use crate::{
     layers::{
         Layer,
         adapted::Adapter,
+        conv1d::Conv1d,
         embedding::Embedding,
         experts::{Expert, Experts},
         linear::Linear,
@@ -76,11 +77,9 @@ impl Loader<'_> {
                 let bias = bias.as_ref().map(|b| self.tensor(b, self.place.activations())).transpose()?;
                 Layer::MultiLinear(MultiLinear::new(placed, bias, [*heads, *outputs, *inputs])?)
             }
-            Wanted::Conv1d { .. } => {
-                return Err(crate::error::Error::Weights(format!(
-                    "{}: this dylm cannot load such a layer yet",
-                    wanted.name()
-                )));
+            Wanted::Conv1d { weight, bias, channels, .. } => {
+                let bias = bias.as_ref().map(|b| self.pantry.floats(b)).transpose()?;
+                Layer::Conv1d(Conv1d::new(&self.pantry.floats(weight)?, bias, *channels))
             }
             Wanted::Parameter { source, dims } => {
                 Layer::Parameter(self.tensor(source, self.place.activations())?.reshape(dims.as_slice())?)

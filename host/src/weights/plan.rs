@@ -141,6 +141,11 @@ impl Wanted {
     }
 }
 
+/// MLX keeps a convolution's kernel as `[channels, kernel, 1]`, PyTorch as `[channels, 1, kernel]`: the same numbers in the same order.
+fn is_turned_kernel(slot: &Wanted, shape: &[usize], dims: &[usize]) -> bool {
+    matches!((slot, shape, dims), (Wanted::Conv1d { .. }, &[a, k, 1], &[channels, 1, kernel]) if a == channels && k == kernel)
+}
+
 /// What was found, sorted by kind.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub struct Report {
@@ -163,7 +168,7 @@ impl Report {
         let mut report = Report { complaints, ..Report::default() };
         let mut used = BTreeSet::new();
         let mut missing = BTreeSet::new();
-        for (recipe, dims) in wanted.iter().flat_map(Wanted::recipes) {
+        for (slot, (recipe, dims)) in wanted.iter().flat_map(|w| w.recipes().into_iter().map(move |r| (w, r))) {
             used.extend(pantry.uses(recipe));
             let mut names = Vec::new();
             recipe.names(&mut names);
@@ -173,7 +178,7 @@ impl Report {
                 continue;
             }
             match pantry.shape(recipe) {
-                Ok(shape) if shape == dims => {}
+                Ok(shape) if shape == dims || is_turned_kernel(slot, &shape, &dims) => {}
                 Ok(shape) => {
                     report.misshapen.push(format!("{}: config says {dims:?}, file has {shape:?}", recipe.name()))
                 }

@@ -22,6 +22,7 @@ enum QkNorm {
     Heads(Norm, Norm),
     Whole(Norm, Norm),
     Turned(Norm, Norm),
+    Weighted(Norm, Parameter, Parameter),
 }
 
 /// What multiplies the attended values.
@@ -115,6 +116,12 @@ impl SelfAttention {
         Self { qk_norm: QkNorm::Turned(q_norm.into(), k_norm.into()), ..self }
     }
 
+    /// Normalizes each head alone, before the rope, by a norm without weights, and multiplies it with weights of its own:
+    /// `[heads, head_dim]` for queries and `[kv_heads, head_dim]` for keys.
+    pub fn weighted_norms(self, norm: impl Into<Norm>, q_weight: Parameter, k_weight: Parameter) -> Self {
+        Self { qk_norm: QkNorm::Weighted(norm.into(), q_weight, k_weight), ..self }
+    }
+
     /// Holds what the three projections, normalized as a whole or not, give within ± `clip`.
     pub fn clip(self, clip: Option<f32>) -> Self {
         Self { clip, ..self }
@@ -176,6 +183,9 @@ impl SelfAttention {
         let [q, k, v] = [q, k, v].map(|x| x.split_heads(self.head_dim));
         let (q, k) = match &self.qk_norm {
             QkNorm::Heads(q_norm, k_norm) => (q_norm.forward(&q), k_norm.forward(&k)),
+            QkNorm::Weighted(norm, q_weight, k_weight) => {
+                (norm.forward(&q) * q_weight.tensor(), norm.forward(&k) * k_weight.tensor())
+            }
             _ => (q, k),
         };
         let (q, k) = match &self.rope {

@@ -7,6 +7,7 @@ mod block;
 mod decoder;
 mod mlp;
 mod moe;
+mod per_layer;
 
 pub use activation::{Activation, LayerTypes};
 pub use attention::{Heads, SelfAttention};
@@ -14,3 +15,4 @@ pub use block::{Block, FeedForward, Mixer};
 pub use decoder::{Decoder, DecoderShape, LmHead};
 pub use mlp::{GatedMlp, Mlp};
 pub use moe::{Ffn, GroupScore, Moe, Router};
+pub use per_layer::PerLayer;

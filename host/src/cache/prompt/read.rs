@@ -3,7 +3,12 @@
 
 use super::{PromptCache, UNKNOWN, swap};
 use crate::{
-    cache::{CacheOptions, State, kv::KvCache, rows::Table},
+    cache::{
+        CacheOptions, State,
+        kv::KvCache,
+        memory::{Memory, Recurrent},
+        rows::Table,
+    },
     device::Placement,
     error::{Error, Result},
     model::Model,
@@ -40,7 +45,10 @@ impl PromptCache {
             )));
         }
         for (index, layer) in state.layers.iter_mut().enumerate() {
-            self.read_layer(index, layer, place)?;
+            match layer {
+                Memory::KeyValue(kv) => self.read_layer(index, kv, place)?,
+                Memory::State(recurrent) => self.read_state(index, recurrent)?,
+            }
         }
         state.offset = self.offset;
         state.tokens = match &self.facts {
@@ -51,6 +59,7 @@ impl PromptCache {
             None => vec![UNKNOWN; self.offset],
         };
         state.horizon = self.facts.as_ref().map_or(0, |f| f.horizon).clamp(self.offset, LONGEST);
+        state.remember();
         Ok(())
     }
 
@@ -91,10 +100,11 @@ impl PromptCache {
         Ok(options)
     }
 
-    /// Tokens seen, which all layers must agree on.
+    /// Tokens seen, which all layers that tell must agree on; states do not, but dylm's own facts do.
     pub(super) fn find_offset(&self) -> Result<usize> {
         let mut offset = None;
-        for index in 0..self.classes.len() {
+        let tells = |index: &usize| self.classes[*index] != "ArraysCache";
+        for index in (0..self.classes.len()).filter(tells) {
             let this = match self.tensors.get(&format!("{index}.2")) {
                 // In older files of mlx-lm a plain cache is as long as its tensor.
                 None if self.classes[index] == "KVCache" => {
@@ -109,10 +119,36 @@ impl PromptCache {
             }
             offset = Some(this);
         }
-        match offset {
+        match offset.or(self.facts.as_ref().map(|f| f.tokens.len())) {
             Some(offset) if (1..=LONGEST).contains(&offset) => Ok(offset),
             _ => Err(self.wrong("holds no tokens; make it again")),
         }
+    }
+
+    fn read_state(&self, index: usize, state: &mut Recurrent) -> Result<()> {
+        if self.classes[index] != "ArraysCache" || self.facts.is_none() {
+            return Err(self.untaken(index));
+        }
+        let name = format!("{index}.0.0");
+        let stored = self.tensor(&name)?;
+        let fits = match stored.shape.as_slice() {
+            [1, 0] => state.dims.is_empty(),
+            [1, dims @ ..] => dims == state.dims,
+            _ => false,
+        };
+        if !fits || stored.dtype != Dtype::F32 {
+            let (dtype, has, needs) = (stored.dtype, &stored.shape, &state.dims);
+            return Err(self.wrong(format!("{name}: {dtype} {has:?}, the model's state is F32 [1, ..] of {needs:?}")));
+        }
+        state.numbers = stored.bytes().as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect();
+        Ok(())
+    }
+
+    fn untaken(&self, index: usize) -> Error {
+        self.wrong(format!(
+            "layer {index} is a {} of mlx-lm, which cannot be taken over; make it with `dylm cache-prompt`",
+            self.classes[index]
+        ))
     }
 
     fn read_layer(&self, index: usize, layer: &mut KvCache, place: &Placement) -> Result<()> {
@@ -121,9 +157,7 @@ impl PromptCache {
             ("KVCache" | "QuantizedKVCache", _) => {}
             ("RotatingKVCache" | "ChunkedKVCache" | "WindowedQuantizedKVCache", Some(_)) => {}
             _ => {
-                return Err(self.wrong(format!(
-                    "layer {index} is a {class} of mlx-lm, which cannot be taken over; make it with `dylm cache-prompt`"
-                )));
+                return Err(self.untaken(index));
             }
         }
         let (runs, entries) = match &self.facts {

@@ -2,7 +2,12 @@
 
 use super::{FORMAT, Facts, Origin, swap};
 use crate::{
-    cache::{State, kv::KvCache, rows::Table},
+    cache::{
+        State,
+        kv::KvCache,
+        memory::{Memory, Recurrent},
+        rows::Table,
+    },
     error::{Error, Result},
 };
 use ::safetensors::tensor::{Dtype, TensorView};
@@ -21,7 +26,9 @@ struct Written {
 pub fn save(path: &Path, state: &State, origin: &Origin) -> Result<()> {
     let wrong =
         |what: &dyn std::fmt::Display| Error::Generate(format!("{}: cannot be written: {what}", path.display()));
-    if state.offset == 0 {
+    // What the layers have yet to read again is as if never read.
+    let offset = state.offset - state.behind;
+    if offset == 0 {
         return Err(wrong(&"there is no prompt to keep"));
     }
     let facts = Facts {
@@ -29,10 +36,10 @@ pub fn save(path: &Path, state: &State, origin: &Origin) -> Result<()> {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         fingerprint: origin.fingerprint.to_owned(),
         text: origin.text.clone(),
-        tokens: state.tokens.clone(),
+        tokens: state.tokens[..offset.min(state.tokens.len())].to_vec(),
         horizon: state.horizon,
         options: state.options,
-        positions: state.layers.iter().map(|layer| runs(&layer.positions)).collect(),
+        positions: state.layers.iter().map(|l| l.key_value().map_or_else(Vec::new, |kv| runs(&kv.positions))).collect(),
     };
     let facts = serde_json::to_string(&facts).map_err(|e| wrong(&e))?;
     let mut metadata = HashMap::from([
@@ -43,7 +50,19 @@ pub fn save(path: &Path, state: &State, origin: &Origin) -> Result<()> {
     ]);
     let (mut tensors, mut numbers) = (Vec::new(), 0);
     for (index, layer) in state.layers.iter().enumerate() {
-        let (class, scalars) = describe(layer, state.offset);
+        let layer = match layer {
+            Memory::KeyValue(kv) => kv,
+            Memory::State(state) => {
+                metadata.insert(format!("1.{index}"), "ArraysCache".to_owned());
+                for none in write_state(&mut tensors, index, state) {
+                    numbers += 1;
+                    metadata.insert(format!("2.{numbers}.0"), none);
+                    metadata.insert(format!("2.{numbers}.1"), "none".to_owned());
+                }
+                continue;
+            }
+        };
+        let (class, scalars) = describe(layer, offset);
         metadata.insert(format!("1.{index}"), class.to_owned());
         let Some([heads, dim, v_heads, v_dim]) = layer.shape else { return Err(wrong(&"a layer's cache is empty")) };
         let entries = layer.positions.len();
@@ -68,6 +87,18 @@ pub fn save(path: &Path, state: &State, origin: &Origin) -> Result<()> {
     ::safetensors::serialize_to_file(views, Some(metadata), file.path()).map_err(|e| wrong(&e))?;
     file.persist(path).map_err(|e| Error::io(path)(e.error))?;
     Ok(())
+}
+
+/// An `ArraysCache` of one array: the state, then no padding and no lengths, whose names come back.
+fn write_state(out: &mut Vec<Written>, index: usize, state: &Recurrent) -> [String; 2] {
+    let mut write = |name: String, shape: Vec<usize>, numbers: &[f32]| {
+        out.push(Written { name, dtype: Dtype::F32, shape, bytes: bytes(numbers, |x| x.to_le_bytes()) });
+    };
+    let shape = if state.dims.is_empty() { vec![1, 0] } else { [&[1], state.dims.as_slice()].concat() };
+    write(format!("{index}.0.0"), shape, &state.numbers);
+    let nones = [format!("{index}.1"), format!("{index}.2")];
+    nones.iter().for_each(|name| write(name.clone(), vec![0], &[]));
+    nones
 }
 
 /// mlx-lm's class for a layer's cache and its numbers, offset first. What none of its classes can hold gets a name of its own.

@@ -91,6 +91,7 @@ fn calls() -> Result<Vec<(&'static str, f64)>> {
         place: &place,
         parts: Vec::new(),
         tokens: 0,
+        caches: &[],
         fed: Vec::new(),
         misuse: None,
         angles: Default::default(),

@@ -1,15 +1,22 @@
-//! Recurrences over one sequence's new tokens: outer products that fade (linear attention, the gated delta rule, RWKV 7) and the
-//! real-gated linear recurrent unit. States lie keys first, `[heads, d, e]`: every inner loop runs along the value lanes, which do not
-//! depend on each other, so that a chunked run gives the very bits of a whole one.
+//! Recurrences over one sequence's new tokens: outer products that fade (linear attention, the gated delta rule, RWKV 7), the
+//! real-gated linear recurrent unit, Mamba's scans and convolutions. In the first ones states lie keys first, `[heads, d, e]`: every
+//! inner loop runs along the value lanes, which do not depend on each other, so that a chunked run gives the very bits of a whole one.
 
+mod conv1d;
 mod gated_delta;
 mod linear_attention;
+mod pieces;
 mod rg_lru;
+mod selective_scan;
+mod ssd;
 mod wkv7;
 
+pub use conv1d::{conv1d, shift};
 pub use gated_delta::GatedDelta;
 pub use linear_attention::LinearAttention;
 pub use rg_lru::rg_lru;
+pub use selective_scan::selective_scan;
+pub use ssd::{Ssd, ssd};
 pub use wkv7::Wkv7;
 
 use super::lanes::{Isa, Job, Lanes, dispatch};
@@ -165,6 +172,13 @@ mod tests {
         assert!(largest > 0.1, "the naive version gives nothing");
         for (i, (&f, &x)) in found.iter().zip(expected).enumerate() {
             assert!((f64::from(f) - x).abs() < 1e-5 * largest, "number {i} is {f}, not {x}");
+        }
+    }
+    /// Whether both agree, number by number, to f32's accuracy.
+    pub fn near(ours: &[f32], theirs: &[f32]) {
+        assert_eq!(ours.len(), theirs.len());
+        for (i, (a, b)) in ours.iter().zip(theirs).enumerate() {
+            assert!((a - b).abs() <= 1e-5 * b.abs().max(1.0), "{i}: {a} is not {b}");
         }
     }
 }

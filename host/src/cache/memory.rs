@@ -1,0 +1,73 @@
+//! What one layer remembers, of either kind: keys and values, one row a token, or the state of a recurrence, which has the same size
+//! however long the text is, is replaced by every step, and so cannot go back by itself (see [`State`](super::State)).
+
+use super::kv::KvCache;
+use plugin_api::abi::CacheSpec;
+
+/// One declared cache of one sequence.
+#[derive(Clone)]
+pub enum Memory {
+    /// Keys and values.
+    KeyValue(KvCache),
+    /// A recurrence's state.
+    State(Recurrent),
+}
+
+impl Memory {
+    /// Keys and values, if it is that.
+    pub fn key_value(&self) -> Option<&KvCache> {
+        if let Memory::KeyValue(kv) = self { Some(kv) } else { None }
+    }
+
+    /// The same, to be changed.
+    pub fn key_value_mut(&mut self) -> Option<&mut KvCache> {
+        if let Memory::KeyValue(kv) = self { Some(kv) } else { None }
+    }
+
+    /// A recurrence's state, if it is that.
+    pub fn state(&self) -> Option<&Recurrent> {
+        if let Memory::State(state) = self { Some(state) } else { None }
+    }
+
+    /// The same, to be changed.
+    pub fn state_mut(&mut self) -> Option<&mut Recurrent> {
+        if let Memory::State(state) = self { Some(state) } else { None }
+    }
+
+    /// Bytes held.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Memory::KeyValue(kv) => kv.bytes(),
+            Memory::State(state) => 4 * state.numbers.len(),
+        }
+    }
+}
+
+/// The state of a recurrence. Always f32, on the CPU: errors in it would add up from token to token.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Recurrent {
+    /// Its shape.
+    pub dims: Vec<usize>,
+    /// Its numbers, 0 before the first token.
+    pub numbers: Vec<f32>,
+    /// The numbers as they were between the running step's replayed tokens and its new ones.
+    pub(crate) midway: Option<Vec<f32>>,
+}
+
+impl Recurrent {
+    /// The state before the first token.
+    pub fn new(spec: &CacheSpec) -> Self {
+        let dims = dims(spec);
+        Recurrent { numbers: vec![0.0; count(&dims)], dims, midway: None }
+    }
+}
+
+/// The shape of a declared state: its dims up to the first 0.
+pub fn dims(spec: &CacheSpec) -> Vec<usize> {
+    spec.dims.iter().take_while(|&&d| d > 0).map(|&d| usize::try_from(d).unwrap_or(usize::MAX)).collect()
+}
+
+/// Numbers in a state of this shape; one without axes is empty (a convolution over a single token).
+pub fn count(dims: &[usize]) -> usize {
+    if dims.is_empty() { 0 } else { dims.iter().fold(1, |n: usize, &d| n.saturating_mul(d)) }
+}
