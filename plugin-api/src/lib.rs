@@ -81,8 +81,9 @@ pub mod weights;
 
 pub use architecture::{Architecture, Error, Result};
 pub use blocks::{
-    Activation, Block, Decoder, DecoderShape, FeedForward, Ffn, GatedMlp, GroupScore, Heads, LayerTypes, LmHead, Mixer,
-    Mlp, Moe, PerLayer, Router, SelfAttention,
+    Activation, AnyMixer, Block, Branch, Decoder, DecoderShape, FeedForward, Ffn, GatedMlp, GatedNorm, GroupScore,
+    Heads, LayerTypes, LmHead, Mamba, Mamba2, Mamba2Shape, MambaShape, Mixer, Mlp, Moe, OrAuto, PerLayer, Router,
+    SelfAttention, TimeStepLimit, Unmixed,
 };
 pub use cache::Cache;
 pub use config::RopeScaling;
@@ -98,9 +99,10 @@ pub use abi_stable;
 /// Everything that an architecture's file needs: `use plugin_api::prelude::*;`
 pub mod prelude {
     pub use crate::{
-        Activation, Architecture, Attend, Block, Cache, Conv1d, Decoder, DecoderShape, Embedding, ExpertKind, Experts,
-        ExpertsShape, FeedForward, Ffn, GatedMlp, GroupScore, Heads, Layer, LayerNorm, LayerTypes, Linear, LmHead,
-        Mixer, Mlp, Moe, MultiLinear, Norm, Parameter, PerLayer, Result, RmsNorm, Rope, RopeScaling, Router,
-        SelfAttention, Source, SparseBlocks, Step, Tensor, Weights, config, export_plugin,
+        Activation, AnyMixer, Architecture, Attend, Block, Branch, Cache, Conv1d, Decoder, DecoderShape, Embedding,
+        ExpertKind, Experts, ExpertsShape, FeedForward, Ffn, GatedMlp, GatedNorm, GroupScore, Heads, Layer, LayerNorm,
+        LayerTypes, Linear, LmHead, Mamba, Mamba2, Mamba2Shape, MambaShape, Mixer, Mlp, Moe, MultiLinear, Norm, OrAuto,
+        Parameter, PerLayer, Result, RmsNorm, Rope, RopeScaling, Router, SelfAttention, Source, SparseBlocks, Step,
+        Tensor, TimeStepLimit, Unmixed, Weights, config, export_plugin,
     };
 }
