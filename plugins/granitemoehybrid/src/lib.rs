@@ -54,7 +54,10 @@ impl Config {
         match types.get(layer).map(String::as_str) {
             Some("attention" | "full_attention") => Ok(true),
             Some("mamba" | "linear_attention") => Ok(false),
-            kind => Err(format!("config.json: layer_types says {kind:?} of layer {layer}, it should be mamba or attention").into()),
+            kind => {
+                Err(format!("config.json: layer_types says {kind:?} of layer {layer}, it should be mamba or attention")
+                    .into())
+            }
         }
     }
 }

@@ -20,9 +20,9 @@ config! {
         hidden_size: usize = 4096,
         hybrid_override_pattern: Option<String> = None,
         layer_types: Option<Vec<String>> = None,
-        layers_block_type: Vec<String> = match (hybrid_override_pattern, layer_types) {
+        layers_block_type: Vec<String> = match (&hybrid_override_pattern, &layer_types) {
             (Some(pattern), _) => pattern.chars().map(String::from).collect(),
-            (None, types) => types.ok_or("config.json: hybrid_override_pattern is missing")?,
+            (None, types) => types.clone().ok_or("config.json: hybrid_override_pattern is missing")?,
         },
         num_attention_heads: usize where >= 1 = 32,
         num_key_value_heads: usize = 8,
@@ -105,8 +105,8 @@ impl LatentMoe {
             [w.linear("fc1_latent_proj", dim, latent, c.mlp_bias), w.linear("fc2_latent_proj", latent, dim, c.mlp_bias)]
         });
         let shape = ExpertsShape::new(count, width, c.moe_intermediate_size).kind(ExpertKind::Relu2);
-        let shared = (c.n_shared_experts > 0)
-            .then(|| mlp(c, &w.at("shared_experts"), c.moe_shared_expert_intermediate_size));
+        let shared =
+            (c.n_shared_experts > 0).then(|| mlp(c, &w.at("shared_experts"), c.moe_shared_expert_intermediate_size));
         Ok(Self { router, experts: w.experts(shape), latent, shared })
     }
 }

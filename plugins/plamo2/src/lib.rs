@@ -23,9 +23,6 @@ config! {
         num_key_value_heads: usize where >= 1 = 4,
         hidden_size_per_head: usize = 128,
         rms_norm_eps: f32 = 1e-6,
-        // Those without a window, where there is one; absent, all have it.
-        full_attention_idx: Option<Vec<usize>> = None,
-        attention_window_size: usize = 2048,
         rope_theta: f32 = 10_000.0,
         rope_scaling: Option<RopeScaling> = None,
         mamba_enabled: bool = true,
@@ -103,5 +100,63 @@ impl Mixer for Mixture {
     }
 }
 
-/// Attention whose norms of q and k differ from head to head.
-struct Attention(SelfAttention);
+fn attention(c: &Config, w: &Weights) -> SelfAttention {
+    let (dim, head_dim) = (c.hidden_size, c.hidden_size_per_head);
+    let (heads, kv_heads) = (c.num_attention_heads, c.num_key_value_heads);
+    let o_proj = w.linear("o_proj", heads * head_dim, dim, false);
+    SelfAttention::fused(w, "qkv_proj", Heads { dim, heads, kv_heads, head_dim }, false, o_proj)
+        .weighted_norms(
+            RmsNorm::plain(head_dim, 1e-6),
+            w.tensor("q_weight", &[heads, head_dim]),
+            w.tensor("k_weight", &[kv_heads, head_dim]),
+        )
+        .rope(w.rope(head_dim, c.rope_theta, &c.rope_scaling))
+}
+
+fn block(c: &Config, w: &Weights, layer: usize) -> Block<AnyMixer> {
+    // The checkpoint stores what the norms' weights have learnt beyond their start.
+    let starts = [
+        ("pre_mixer_norm", 1.0),
+        ("post_mixer_norm", 1.0 / 5.0),
+        ("pre_mlp_norm", 1.0),
+        ("post_mlp_norm", 1.0 / 5f32.powf(1.5)),
+    ];
+    let norm =
+        |(name, start)| RmsNorm::of(w.source(&format!("{name}.weight")).plus(start), c.hidden_size, c.rms_norm_eps);
+    let mixer: AnyMixer = match c.recurs(layer) {
+        true => Box::new(Mixture::new(c, &w.at("mixer"))),
+        false => Box::new(attention(c, &w.at("mixer"))),
+    };
+    let mlp = GatedMlp::fused(&w.at("mlp"), "gate_up_proj", c.hidden_size, c.intermediate_size, Activation::Silu);
+    Block::both_norms(starts.map(norm), mixer, mlp)
+}
+
+struct Plamo2(Decoder<Block<AnyMixer>>);
+
+impl Architecture for Plamo2 {
+    const MODEL_TYPES: &'static [&'static str] = &["plamo2"];
+    type Config = Config;
+
+    fn new(c: Config, w: &Weights) -> Result<Self> {
+        let (model, dim) = (w.at("model"), c.hidden_size);
+        let embed_tokens = model.embedding("embed_tokens", c.vocab_size, dim);
+        let lm_head = LmHead::new(w, &embed_tokens, c.vocab_size, dim, c.tie_word_embeddings);
+        let layers = model.at("layers.layers").each(c.num_hidden_layers, |w, layer| Ok(block(&c, w, layer)))?;
+        let norm = RmsNorm::of(model.source("norm.weight").plus(1.0), dim, c.rms_norm_eps);
+        Ok(Self(Decoder::of(embed_tokens, layers, norm, lm_head)))
+    }
+
+    fn caches(&self) -> Vec<Cache> {
+        self.0.caches()
+    }
+
+    fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
+        self.0.run(tokens, step)
+    }
+
+    fn head(&self, hidden: &Tensor) -> Tensor {
+        self.0.head(hidden)
+    }
+}
+
+export_plugin!(Plamo2);
