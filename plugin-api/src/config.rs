@@ -42,6 +42,14 @@ impl Read for f32 {
     }
 }
 
+/// For sizes that are products of a fraction, whose rounding the config's own program did in 64 bits.
+impl Read for f64 {
+    const WHAT: &'static str = "a number";
+    fn read(json: &Value) -> Option<Self> {
+        json.as_f64().filter(|x| x.is_finite())
+    }
+}
+
 impl Read for bool {
     const WHAT: &'static str = "true or false";
     fn read(json: &Value) -> Option<Self> {
@@ -73,6 +81,15 @@ impl<T: Read> Read for Vec<T> {
 /// config.json's `rope_scaling`, handed to the host as it stands.
 #[derive(Debug, Clone)]
 pub struct RopeScaling(pub(crate) String);
+
+impl RopeScaling {
+    /// What config.json would say, for architectures that fix it or say it elsewhere: a `rope_type` and its numbers.
+    pub fn of(rope_type: &str, numbers: &[(&str, f32)]) -> Self {
+        let numbers = numbers.iter().map(|&(key, number)| (key.to_owned(), Value::from(number)));
+        let all = std::iter::once(("rope_type".to_owned(), Value::from(rope_type))).chain(numbers);
+        RopeScaling(all.collect::<Value>().to_string())
+    }
+}
 
 impl Read for RopeScaling {
     const WHAT: &'static str = "an object";
