@@ -25,6 +25,8 @@ impl Tensor {
 }
 
 type Tensors = BTreeMap<String, Tensor>;
+/// Name, shape and values.
+type Numbers = (String, Vec<usize>, Vec<f32>);
 
 /// Weights that share a scale and a bias.
 const GROUP: usize = 32;
@@ -153,7 +155,7 @@ fn is_matrix(name: &str, shape: &[usize]) -> bool {
 
 /// Every tensor of floats with its numbers; those of bytes go into `as_they_are`, since the packing that they come in is not for us to
 /// read.
-fn numbers(entry: &Path, as_they_are: &mut Tensors) -> Result<Vec<(String, Vec<usize>, Vec<f32>)>> {
+fn numbers(entry: &Path, as_they_are: &mut Tensors) -> Result<Vec<Numbers>> {
     let Checkpoint { seed, tensors } = Checkpoint::read(entry)?;
     let mut numbers = Vec::new();
     for tensor in tensors {
