@@ -5,17 +5,6 @@ use crate::{Cache, Decoder, FeedForward, Layer, Mixer, Norm, Step, Tensor};
 /// A mixer of any kind.
 pub type AnyMixer = Box<dyn Mixer + Send>;
 
-impl Mixer for AnyMixer {
-    #[track_caller]
-    fn forward(&self, x: &Tensor, layer: &mut Layer) -> Tensor {
-        (**self).forward(x, layer)
-    }
-
-    fn cache(&self) -> Cache {
-        (**self).cache()
-    }
-}
-
 /// A feed-forward layer that stands where others have a mixer; it remembers nothing.
 #[derive(Debug)]
 pub struct Unmixed<F>(pub F);
