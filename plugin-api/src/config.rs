@@ -42,6 +42,14 @@ impl Read for f32 {
     }
 }
 
+/// For sizes that are products of a fraction, whose rounding the config's own program did in 64 bits.
+impl Read for f64 {
+    const WHAT: &'static str = "a number";
+    fn read(json: &Value) -> Option<Self> {
+        json.as_f64().filter(|x| x.is_finite())
+    }
+}
+
 impl Read for bool {
     const WHAT: &'static str = "true or false";
     fn read(json: &Value) -> Option<Self> {
@@ -78,6 +86,13 @@ impl RopeScaling {
     /// A number in it, for what an architecture does with it beside turning.
     pub fn number(&self, key: &str) -> Option<f32> {
         serde_json::from_str::<Value>(&self.0).ok()?.get(key).and_then(f32::read)
+    }
+
+    /// What config.json would say, for architectures that fix it or say it elsewhere: a `rope_type` and its numbers.
+    pub fn of(rope_type: &str, numbers: &[(&str, f32)]) -> Self {
+        let numbers = numbers.iter().map(|&(key, number)| (key.to_owned(), Value::from(number)));
+        let all = std::iter::once(("rope_type".to_owned(), Value::from(rope_type))).chain(numbers);
+        RopeScaling(all.collect::<Value>().to_string())
     }
 }
 

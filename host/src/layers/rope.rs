@@ -33,6 +33,7 @@ enum ByLength {
     Long {
         long: Vec<f32>,
         original: f64,
+        amplitude: f32,
     },
 }
 
@@ -57,12 +58,16 @@ impl Scaling<'_> {
         })
     }
 
+    fn of_config(&self, key: &str) -> Option<f64> {
+        self.config.get(key).and_then(Value::as_f64)
+    }
+
     fn max_positions(&self) -> Option<f64> {
-        self.config.get("max_position_embeddings").and_then(Value::as_f64)
+        self.of_config("max_position_embeddings")
     }
 
     fn original(&self) -> Option<f64> {
-        let outside = self.config.get("original_max_position_embeddings").and_then(Value::as_f64);
+        let outside = self.of_config("original_max_position_embeddings");
         outside.or(self.number("original_max_position_embeddings")).or(self.max_positions())
     }
 
@@ -104,6 +109,12 @@ impl Rope {
                 plain
             }
             "llama3" => llama3(plain, &s)?,
+            // Gemma 4: the slowest pairs stand still, the others turn as if all did.
+            "proportional" => {
+                let share = s.number("partial_rotary_factor").or(s.of_config("partial_rotary_factor")).unwrap_or(1.0);
+                let (turning, factor) = ((share * dims as f64 / 2.0) as usize, s.number("factor").unwrap_or(1.0));
+                plain.into_iter().enumerate().map(|(i, f)| if i < turning { f / factor } else { 0.0 }).collect()
+            }
             "yarn" | "deepseek_yarn" => {
                 let factor = s.factor()?;
                 amplitude = yarn_amplitude(factor, &s);
@@ -113,15 +124,17 @@ impl Rope {
                 let (original, max) = (s.original().unwrap_or(1.0), s.max_positions().unwrap_or(1.0));
                 let stretch = s.number("factor").unwrap_or(max / original);
                 let grown = if stretch > 1.0 { (1.0 + stretch.ln() / original.ln()).sqrt() } else { 1.0 };
-                amplitude = s.number("attention_factor").unwrap_or(grown);
+                // PhiMoE has a factor for each of the two sets.
+                let long_amplitude = s.number("long_mscale").or(s.number("attention_factor")).unwrap_or(grown) as f32;
+                amplitude = s.number("short_mscale").or(s.number("attention_factor")).unwrap_or(grown);
                 let over = |by: Vec<f64>| plain.iter().zip(by).map(|(f, by)| f / by).collect::<Vec<_>>();
                 let long = over(s.list("long_factor", dims / 2)?).into_iter().map(|f| f as f32).collect();
-                by_length = ByLength::Long { long, original };
+                by_length = ByLength::Long { long, original, amplitude: long_amplitude };
                 over(s.list("short_factor", dims / 2)?)
             }
             other => {
                 return Err(format!(
-                    "config.json: rope_scaling of type \"{other}\" is not known; default, linear, dynamic, llama3, yarn, longrope are"
+                    "config.json: rope_scaling of type \"{other}\" is not known; default, linear, dynamic, llama3, yarn, longrope, proportional are"
                 ));
             }
         };
@@ -146,8 +159,18 @@ impl Rope {
                 let stretched = base * ((factor * len as f64 / max) - (factor - 1.0)).powf(d / (d - 2.0));
                 Cow::Owned(frequencies(self.dims, stretched).into_iter().map(|f| f as f32).collect())
             }
-            ByLength::Long { long, original } if len as f64 > *original => Cow::Borrowed(long),
+            ByLength::Long { long, original, .. } if len as f64 > *original => Cow::Borrowed(long),
             _ => Cow::Borrowed(&self.inv_freq),
+        }
+    }
+}
+
+impl Rope {
+    /// What multiplies the turned lanes of a text of `len` tokens.
+    fn amplitude(&self, len: usize) -> f32 {
+        match &self.by_length {
+            ByLength::Long { original, amplitude, .. } if len as f64 > *original => *amplitude,
+            _ => self.amplitude,
         }
     }
 }
@@ -163,6 +186,11 @@ pub struct Span {
 }
 
 impl Span {
+    /// How long the whole text is, or is known to become.
+    fn text(&self) -> usize {
+        (self.offset + self.len).max(self.horizon)
+    }
+
     fn positions(&self) -> Vec<f32> {
         (self.offset..self.offset + self.len).map(|p| p as f32).collect()
     }
@@ -172,8 +200,8 @@ impl Rope {
     /// Cosines and sines of a step's tokens, one set a sequence, for all layers with this rope.
     pub fn angles(&self, spans: &[Span]) -> Vec<cpu::Angles> {
         let of = |span: &Span| {
-            let inv_freq = self.frequencies((span.offset + span.len).max(span.horizon));
-            cpu::Angles::new(&span.positions(), &inv_freq, self.amplitude)
+            let text = span.text();
+            cpu::Angles::new(&span.positions(), &self.frequencies(text), self.amplitude(text))
         };
         spans.iter().map(of).collect()
     }
@@ -203,8 +231,7 @@ impl Rope {
         for span in spans {
             let rows = x.narrow(0, start, span.len)?;
             start += span.len;
-            let inv_freq = self.frequencies((span.offset + span.len).max(span.horizon));
-            turned.push(self.rotate_by_candle(&rows, &span.positions(), &inv_freq, interleaved)?);
+            turned.push(self.rotate_by_candle(&rows, span, interleaved)?);
         }
         match turned.len() {
             1 => Ok(turned.remove(0)),
@@ -212,19 +239,14 @@ impl Rope {
         }
     }
 
-    fn rotate_by_candle(
-        &self,
-        x: &Tensor,
-        positions: &[f32],
-        inv_freq: &[f32],
-        interleaved: bool,
-    ) -> candle_core::Result<Tensor> {
+    fn rotate_by_candle(&self, x: &Tensor, span: &Span, interleaved: bool) -> candle_core::Result<Tensor> {
+        let (positions, inv_freq) = (span.positions(), self.frequencies(span.text()));
         let (tokens, heads, head_dim) = x.dims3()?;
         let half = self.dims / 2;
         let angle = |&p: &f32| inv_freq.iter().map(move |&f| (p as f64 * f as f64) as f32);
         let angles: Vec<f32> = positions.iter().flat_map(angle).collect();
         let angles = Tensor::from_vec(angles, (tokens, 1, half), x.device())?;
-        let amplitude = self.amplitude as f64;
+        let amplitude = self.amplitude(span.text()) as f64;
         let (cos, sin) = (angles.cos()?.affine(amplitude, 0.0)?, angles.sin()?.affine(amplitude, 0.0)?);
         let (lanes, rest) = (x.narrow(D::Minus1, 0, self.dims)?.to_dtype(DType::F32)?, head_dim - self.dims);
         // Pairs as [.., half, 2] (neighbours) or [.., 2, half] (halves).

@@ -106,7 +106,7 @@ impl<'a> Building<'a> {
     }
 
     pub fn has(&self, name: &str) -> bool {
-        self.pantry.checkpoint.get(name).is_some()
+        self.pantry.has(name)
     }
 
     pub fn has_shape(&self, name: &str, dims: &[u64]) -> bool {

@@ -136,7 +136,7 @@ macro_rules! ops_1_0 {
 
             /// Which keys are worth attending to (an indexer's choice): q `[tokens, heads, d]`, k `[tokens, 1, d]`, which joins the cache, weights
             /// `[tokens, heads]`; the score of a key is `Σ weight * relu(q·k)` over the heads. Gives the positions `[tokens, count]` of the best, in
-            /// falling order, for `AttendSpec::selection`.
+            /// any order, and `u32::MAX` where there are fewer, for `AttendSpec::selection`.
             fn index(cache: u32, q: Handle, k: Handle, weights: Handle, count: u64) -> Handle;
             /// x `[tokens, channels]` -> the same, each channel folded with its kernel over the last tokens; state `[kernel - 1, channels]`.
             fn conv1d(slot: Slot, cache: u32, x: Handle) -> Handle;

@@ -65,6 +65,19 @@ impl Read for LayerTypes {
 }
 
 impl LayerTypes {
+    /// Every `nth` of so many layers sees all keys, the others a window.
+    pub fn every(nth: usize, layers: usize) -> Self {
+        Self((1..=layers).map(|layer| !layer.is_multiple_of(nth)).collect())
+    }
+
+    /// The last layer below `end` that is of this layer's kind: where a layer without keys of its own finds them.
+    pub fn last_like(&self, layer: usize, end: usize) -> Result<usize> {
+        let slides = self.slides(layer)?;
+        let none =
+            || format!("config.json: layer {layer} shares keys, but no layer of its type below {end} has any").into();
+        self.0.iter().take(end).rposition(|&s| s == slides).ok_or_else(none)
+    }
+
     /// Whether this layer, from 0, sees a window only. An error where the list ends before it.
     pub fn slides(&self, layer: usize) -> Result<bool> {
         let short = || {
@@ -91,6 +104,14 @@ mod tests {
             types.slides(2).unwrap_err().0,
             "config.json: layer_types has no entry for layer 2, it ends after 2"
         );
+    }
+
+    #[test]
+    fn a_layer_without_keys_finds_the_last_one_of_its_kind_that_has_them() {
+        let types = LayerTypes::every(3, 9);
+        assert_eq!((types.last_like(6, 5), types.last_like(8, 5)), (Ok(4), Ok(2)));
+        let error = types.last_like(8, 2).unwrap_err().0;
+        assert_eq!(error, "config.json: layer 8 shares keys, but no layer of its type below 2 has any");
     }
 
     #[test]

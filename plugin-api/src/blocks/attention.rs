@@ -1,6 +1,6 @@
 //! Attention with grouped heads, as nearly every decoder has it; what differs between architectures are words on it.
 
-use crate::{Attend, Cache, Layer, Linear, Mixer, Norm, Rope, Tensor, Weights};
+use crate::{Attend, Cache, Layer, Linear, Mixer, Norm, Parameter, Rope, Tensor, Weights};
 
 /// The shape of an attention block.
 #[derive(Debug, Clone, Copy)]
@@ -22,6 +22,14 @@ enum QkNorm {
     Heads(Norm, Norm),
     Whole(Norm, Norm),
     Turned(Norm, Norm),
+    Weighted(Norm, Parameter, Parameter),
+}
+
+/// What multiplies the attended values.
+#[derive(Debug)]
+enum OutputGate {
+    Lanes(Linear),
+    Heads(Linear),
 }
 
 /// `softmax(q · kᵀ · scale) · v · Wo` over grouped heads, with rotary positions. <https://arxiv.org/abs/2305.13245>
@@ -38,6 +46,9 @@ pub struct SelfAttention {
     softcap: Option<f32>,
     clip: Option<f32>,
     growth: Option<(f32, f32)>,
+    sinks: Option<Parameter>,
+    gate: Option<OutputGate>,
+    chunk: Option<usize>,
     /// Keys seen, counting the query's own; for [`Cache::key_value`](crate::Cache::key_value).
     pub window: Option<usize>,
 }
@@ -78,6 +89,9 @@ impl SelfAttention {
             softcap: None,
             clip: None,
             growth: None,
+            sinks: None,
+            gate: None,
+            chunk: None,
             window: None,
         }
     }
@@ -102,7 +116,13 @@ impl SelfAttention {
         Self { qk_norm: QkNorm::Turned(q_norm.into(), k_norm.into()), ..self }
     }
 
-    /// Holds what the three projections give within ± `clip`.
+    /// Normalizes each head alone, before the rope, by a norm without weights, and multiplies it with weights of its own:
+    /// `[heads, head_dim]` for queries and `[kv_heads, head_dim]` for keys.
+    pub fn weighted_norms(self, norm: impl Into<Norm>, q_weight: Parameter, k_weight: Parameter) -> Self {
+        Self { qk_norm: QkNorm::Weighted(norm.into(), q_weight, k_weight), ..self }
+    }
+
+    /// Holds what the three projections, normalized as a whole or not, give within ± `clip`.
     pub fn clip(self, clip: Option<f32>) -> Self {
         Self { clip, ..self }
     }
@@ -110,6 +130,27 @@ impl SelfAttention {
     /// Multiplies queries by `1 + beta · ln(1 + ⌊position / span⌋)`, with `(beta, span)`: sharper attention in long texts.
     pub fn growing_queries(self, growth: Option<(f32, f32)>) -> Self {
         Self { growth, ..self }
+    }
+
+    /// One logit per query head that joins the softmax and is dropped: `[heads]`.
+    pub fn sinks(self, sinks: impl Into<Option<Parameter>>) -> Self {
+        Self { sinks: sinks.into(), ..self }
+    }
+
+    /// Multiplies what attention gives by `sigmoid(x W)`, before the output projection; W `[heads * head_dim, dim]`.
+    /// <https://arxiv.org/abs/2505.06708>
+    pub fn gate(self, gate: Linear) -> Self {
+        Self { gate: Some(OutputGate::Lanes(gate)), ..self }
+    }
+
+    /// The same with one factor a head; W `[heads, dim]`.
+    pub fn head_gate(self, gate: Linear) -> Self {
+        Self { gate: Some(OutputGate::Heads(gate)), ..self }
+    }
+
+    /// Keys seen from the last multiple of this on.
+    pub fn chunk(self, chunk: Option<usize>) -> Self {
+        Self { chunk, ..self }
     }
 
     /// Keys seen, counting the query's own.
@@ -131,17 +172,20 @@ impl SelfAttention {
     #[track_caller]
     pub fn project(&self, x: &Tensor, layer: &mut Layer) -> [Tensor; 3] {
         let [q, k, v] = [&self.q_proj, &self.k_proj, &self.v_proj].map(|proj| proj.forward(x));
-        let [q, k, v] = match self.clip {
-            Some(most) => [q, k, v].map(|x| x.clamp(-most, most)),
-            None => [q, k, v],
-        };
         let (q, k) = match &self.qk_norm {
             QkNorm::Whole(q_norm, k_norm) => (q_norm.forward(&q), k_norm.forward(&k)),
             _ => (q, k),
         };
+        let [q, k, v] = match self.clip {
+            Some(most) => [q, k, v].map(|x| x.clamp(-most, most)),
+            None => [q, k, v],
+        };
         let [q, k, v] = [q, k, v].map(|x| x.split_heads(self.head_dim));
         let (q, k) = match &self.qk_norm {
             QkNorm::Heads(q_norm, k_norm) => (q_norm.forward(&q), k_norm.forward(&k)),
+            QkNorm::Weighted(norm, q_weight, k_weight) => {
+                (norm.forward(&q) * q_weight.tensor(), norm.forward(&k) * k_weight.tensor())
+            }
             _ => (q, k),
         };
         let (q, k) = match &self.rope {
@@ -152,21 +196,28 @@ impl SelfAttention {
             QkNorm::Turned(q_norm, k_norm) => (q_norm.forward(&q), k_norm.forward(&k)),
             _ => (q, k),
         };
-        [self.grown(q, layer), k, v]
-    }
-
-    fn grown(&self, q: Tensor, layer: &Layer) -> Tensor {
-        let Some((beta, span)) = self.growth else { return q };
-        // [tokens, 1, 1], to meet [tokens, heads, head_dim].
-        let positions = layer.positions().unflatten(1).transpose().unflatten(1);
-        q * (((positions / span).floor() + 1.0).log() * beta + 1.0)
+        [grown(q, self.growth, layer), k, v]
     }
 
     /// Attention over all keys so far, heads joined: `[tokens, heads * head_dim]`, for what stands between it and `o_proj`.
     #[track_caller]
     pub fn attend(&self, [q, k, v]: [Tensor; 3], layer: &mut Layer) -> Tensor {
-        let how = Attend { scale: self.scale, window: self.window, softcap: self.softcap, ..Default::default() };
-        layer.attend(q, k, v, &how).merge_heads()
+        let sinks = self.sinks.as_ref().map(Parameter::tensor);
+        let (sinks, scale) = (sinks.as_ref(), self.scale);
+        let (window, chunk, softcap) = (self.window, self.chunk, self.softcap);
+        layer.attend(q, k, v, &Attend { scale, window, chunk, softcap, sinks, ..Default::default() }).merge_heads()
+    }
+
+    fn gated(&self, x: &Tensor, attended: Tensor) -> Tensor {
+        match &self.gate {
+            None => attended,
+            Some(OutputGate::Lanes(gate)) => attended * gate.forward(x).sigmoid(),
+            Some(OutputGate::Heads(gate)) => {
+                // [tokens, heads, 1], to meet [tokens, heads, head_dim].
+                let shares = gate.forward(x).sigmoid().split_heads(1);
+                (attended.split_heads(self.head_dim) * shares).merge_heads()
+            }
+        }
     }
 
     /// The output projection.
@@ -178,9 +229,18 @@ impl SelfAttention {
     /// `[tokens, dim]` -> `[tokens, dim]`
     #[track_caller]
     pub fn forward(&self, x: &Tensor, layer: &mut Layer) -> Tensor {
-        let qkv = self.project(x, layer);
-        self.output(&self.attend(qkv, layer))
+        let attended = self.attend(self.project(x, layer), layer);
+        self.output(&self.gated(x, attended))
     }
+}
+
+/// q `[tokens, heads, head_dim]` times `1 + beta · ln(1 + ⌊position / span⌋)`.
+#[track_caller]
+pub(super) fn grown(q: Tensor, growth: Option<(f32, f32)>, layer: &Layer) -> Tensor {
+    let Some((beta, span)) = growth else { return q };
+    // [tokens, 1, 1], to meet [tokens, heads, head_dim].
+    let positions = layer.positions().unflatten(1).transpose().unflatten(1);
+    q * (((positions / span).floor() + 1.0).log() * beta + 1.0)
 }
 
 impl Mixer for SelfAttention {
@@ -189,6 +249,6 @@ impl Mixer for SelfAttention {
     }
 
     fn cache(&self) -> Cache {
-        Cache::key_value(self.window)
+        self.chunk.map_or_else(|| Cache::key_value(self.window), Cache::chunked)
     }
 }

@@ -40,7 +40,10 @@ config! {
             "mistral" | "ministral3" if text_model_type != model_type => 8,
             _ => num_attention_heads,
         },
-        head_dim: usize = hidden_size / num_attention_heads,
+        head_dim: usize = match &*text_model_type {
+            "cwm" | "ernie4_5" | "helium" | "seed_oss" => 128,
+            _ => hidden_size / num_attention_heads,
+        },
         hidden_act: Activation = Activation::Silu,
         rms_norm_eps: f32 = unsaid(text_model_type != model_type, "rms_norm_eps", 1e-6)?,
         rope_theta: f32 = 10_000.0,

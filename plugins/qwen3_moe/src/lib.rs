@@ -79,7 +79,7 @@ fn block(c: &Config, w: &Weights, layer: usize) -> Block<SelfAttention, Ffn> {
 struct Qwen3Moe(Decoder<Block<SelfAttention, Ffn>>);
 
 impl Architecture for Qwen3Moe {
-    const MODEL_TYPES: &'static [&'static str] = &["qwen3_moe"];
+    const MODEL_TYPES: &'static [&'static str] = &["qwen3_moe", "qwen3_vl_moe", "qwen3_vl_moe_text"];
     type Config = Config;
 
     fn new(c: Config, w: &Weights) -> Result<Self> {

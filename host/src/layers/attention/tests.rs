@@ -64,10 +64,10 @@ fn in_steps(
     let mut outputs = Vec::new();
     for start in (0..TOKENS).step_by(size) {
         let count = size.min(TOKENS - start);
-        outputs.push(step(&mut [Part { state: &mut state, tokens: 0..count }], start, count));
+        outputs.push(step(&mut [Part { state: &mut state, tokens: 0..count, replayed: 0 }], start, count));
         state.offset += count;
         for cache in 0..2 {
-            let mut part = Part { state: &mut state, tokens: 0..0 };
+            let mut part = Part { state: &mut state, tokens: 0..0, replayed: 0 };
             memory(&mut part, cache).unwrap().settle(start + count).unwrap();
         }
     }

@@ -1,0 +1,127 @@
+//! GPT-NeoX: Pythia, Dolly and other models of that codebase. <https://arxiv.org/abs/2204.06745>
+//!
+//! ```text
+//! y = x + Attention(LayerNorm₁(x)) + Mlp(LayerNorm₂(x))                per layer
+//!   or, one after the other: h = x + Attention(LayerNorm₁(x)), y = h + Mlp(LayerNorm₂(h))
+//! logits = LayerNorm(y) · Wout
+//!
+//! Attention(x) = softmax(rope(q) · rope(k)ᵀ / √d) · v · Wdense        q, k, v: head by head in x Wqkv + b
+//! Mlp(x) = gelu(x W₁ + b₁) · W₂ + b₂
+//! ```
+
+use plugin_api::prelude::*;
+
+config! {
+    struct Config {
+        vocab_size: usize = 50_432,
+        hidden_size: usize = 6144,
+        intermediate_size: usize = 24_576,
+        num_hidden_layers: usize = 44,
+        num_attention_heads: usize where >= 1 = 64,
+        hidden_act: Activation = Activation::Gelu,
+        layer_norm_eps: f32 = 1e-5,
+        use_parallel_residual: bool = true,
+        attention_bias: bool = true,
+        // The first of each pair is how this codebase calls the second.
+        rotary_emb_base: f32 = 10_000.0,
+        rope_theta: f32 = rotary_emb_base,
+        rotary_pct: f32 = 0.25,
+        partial_rotary_factor: f32 = rotary_pct,
+        rope_scaling: Option<RopeScaling> = None,
+        tie_word_embeddings: bool = false,
+    }
+}
+
+impl Config {
+    fn norm(&self, w: &Weights, name: &str) -> LayerNorm {
+        w.layer_norm(name, self.hidden_size, self.layer_norm_eps, true)
+    }
+}
+
+struct Attention {
+    query_key_value: Linear,
+    dense: Linear,
+    rope: Rope,
+    head_dim: usize,
+}
+
+impl Attention {
+    fn new(c: &Config, w: &Weights) -> Self {
+        let (dim, head_dim) = (c.hidden_size, c.hidden_size / c.num_attention_heads);
+        // Masks that old exporters stored.
+        w.ignore("masked_bias");
+        if w.has("bias") {
+            w.ignore("bias");
+        }
+        Self {
+            query_key_value: w.linear("query_key_value", dim, 3 * dim, c.attention_bias),
+            dense: w.linear("dense", dim, dim, c.attention_bias),
+            rope: w.rope((head_dim as f32 * c.partial_rotary_factor) as usize, c.rope_theta, &c.rope_scaling),
+            head_dim,
+        }
+    }
+}
+
+impl Mixer for Attention {
+    fn forward(&self, x: &Tensor, layer: &mut Layer) -> Tensor {
+        let d = self.head_dim;
+        let heads = self.query_key_value.forward(x).split_heads(3 * d);
+        let [q, k, v] = [0, d, 2 * d].map(|start| heads.narrow(start, d));
+        let (q, k) = (layer.rotate(&self.rope, q), layer.rotate(&self.rope, k));
+        let scale = (d as f32).powf(-0.5);
+        self.dense.forward(&layer.attend(q, k, v, &Attend { scale, ..Default::default() }).merge_heads())
+    }
+
+    fn cache(&self) -> Cache {
+        Cache::key_value(None)
+    }
+}
+
+type Layers = Block<Attention, Mlp>;
+
+fn block(c: &Config, w: &Weights) -> Layers {
+    let (attention, names) = (Attention::new(c, &w.at("attention")), ["dense_h_to_4h", "dense_4h_to_h"]);
+    let mlp = Mlp::new(&w.at("mlp"), names, c.hidden_size, c.intermediate_size, true, c.hidden_act);
+    let norms = ["input_layernorm", "post_attention_layernorm"].map(|name| c.norm(w, name));
+    match c.use_parallel_residual {
+        true => Block::parallel_norms(norms, attention, mlp),
+        false => Block::pre_norm(norms, attention, mlp),
+    }
+}
+
+struct GptNeoX(Decoder<Layers>);
+
+impl Architecture for GptNeoX {
+    const MODEL_TYPES: &'static [&'static str] = &["gpt_neox"];
+    type Config = Config;
+
+    fn new(c: Config, w: &Weights) -> Result<Self> {
+        let (model, layers) = match w.has("model.embed_in.weight") {
+            true => (w.at("model"), "h"),
+            false => (w.at("gpt_neox"), "layers"),
+        };
+        let embed_in = model.embedding("embed_in", c.vocab_size, c.hidden_size);
+        let (place, name) = match layers {
+            "h" => (&model, "embed_out"),
+            _ if w.has("lm_head.weight") => (w, "lm_head"),
+            _ => (w, "embed_out"),
+        };
+        let lm_head = LmHead::named(place, name, &embed_in, c.vocab_size, c.hidden_size, Some(c.tie_word_embeddings));
+        let layers = model.at(layers).each(c.num_hidden_layers, |w, _| Ok(block(&c, w)))?;
+        Ok(Self(Decoder::of(embed_in, layers, c.norm(&model, "final_layer_norm"), lm_head)))
+    }
+
+    fn caches(&self) -> Vec<Cache> {
+        self.0.caches()
+    }
+
+    fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
+        self.0.run(tokens, step)
+    }
+
+    fn head(&self, hidden: &Tensor) -> Tensor {
+        self.0.head(hidden)
+    }
+}
+
+export_plugin!(GptNeoX);

@@ -1,0 +1,77 @@
+//! Nemotron 3 and 4, Minitron: squared ReLU without a gate, LayerNorms that store w - 1. <https://arxiv.org/abs/2402.16819>
+//!
+//! ```text
+//! h = x + Attention(Norm(x))               per layer
+//! y = h + relu(Norm(h) Wup)² · Wdown
+//! logits = Norm(y) · Wlm
+//!
+//! Norm(x) = (x - mean(x)) / std(x) * (1 + w) + b
+//! Attention(x) = softmax(rope(x Wq) · rope(x Wk)ᵀ / √d) · (x Wv) · Wo      the first half of each head turns
+//! ```
+
+use plugin_api::prelude::*;
+
+config! {
+    struct Config {
+        vocab_size: usize = 256_000,
+        hidden_size: usize = 6144,
+        intermediate_size: usize = 24_576,
+        num_hidden_layers: usize = 32,
+        num_attention_heads: usize where >= 1 = 48,
+        num_key_value_heads: usize = num_attention_heads,
+        head_dim: usize = hidden_size / num_attention_heads,
+        hidden_act: Activation = Activation::Relu2,
+        norm_eps: f32 = 1e-5,
+        attention_bias: bool = false,
+        mlp_bias: bool = false,
+        partial_rotary_factor: f32 = 0.5,
+        rope_theta: f32 = 10_000.0,
+        rope_scaling: Option<RopeScaling> = None,
+        tie_word_embeddings: bool = false,
+    }
+}
+
+impl Config {
+    fn norm(&self, w: &Weights, name: &str) -> LayerNorm {
+        let (weight, bias) = (w.source(&format!("{name}.weight")), w.source(&format!("{name}.bias")));
+        LayerNorm::of(weight.plus(1.0), Some(bias), self.hidden_size, self.norm_eps)
+    }
+}
+
+struct Nemotron(Decoder<Block<SelfAttention, Mlp>>);
+
+impl Architecture for Nemotron {
+    const MODEL_TYPES: &'static [&'static str] = &["nemotron"];
+    type Config = Config;
+
+    fn new(c: Config, w: &Weights) -> Result<Self> {
+        let (model, dim, head_dim) = (w.at("model"), c.hidden_size, c.head_dim);
+        let embed_tokens = model.embedding("embed_tokens", c.vocab_size, dim);
+        let heads = Heads { dim, heads: c.num_attention_heads, kv_heads: c.num_key_value_heads, head_dim };
+        let turned = (head_dim as f32 * c.partial_rotary_factor) as usize;
+        let layers = model.at("layers").each(c.num_hidden_layers, |w, _| {
+            let attention = SelfAttention::new(&w.at("self_attn"), heads, c.attention_bias, c.attention_bias)
+                .rope(w.rope(turned, c.rope_theta, &c.rope_scaling));
+            let (names, hidden) = (["up_proj", "down_proj"], c.intermediate_size);
+            let mlp = Mlp::new(&w.at("mlp"), names, dim, hidden, c.mlp_bias, c.hidden_act);
+            let norms = ["input_layernorm", "post_attention_layernorm"].map(|name| c.norm(w, name));
+            Ok(Block::pre_norm(norms, attention, mlp))
+        })?;
+        let lm_head = LmHead::new(w, &embed_tokens, c.vocab_size, dim, Some(c.tie_word_embeddings));
+        Ok(Self(Decoder::of(embed_tokens, layers, c.norm(&model, "norm"), lm_head)))
+    }
+
+    fn caches(&self) -> Vec<Cache> {
+        self.0.caches()
+    }
+
+    fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
+        self.0.run(tokens, step)
+    }
+
+    fn head(&self, hidden: &Tensor) -> Tensor {
+        self.0.head(hidden)
+    }
+}
+
+export_plugin!(Nemotron);

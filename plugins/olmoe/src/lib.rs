@@ -1,0 +1,86 @@
+//! OLMoE: many small routed experts in every layer, queries and keys normalized as a whole. <https://arxiv.org/abs/2409.02060>
+//!
+//! ```text
+//! h = x + Attention(RMSNorm(x))            per layer
+//! y = h + MoE(RMSNorm(h))
+//! logits = RMSNorm(y) · Wᵀ
+//!
+//! Attention(x) = softmax(q · kᵀ / √d) · (x Wv) · Wo
+//!   q = rope(RMSNorm(x Wq)), k = rope(RMSNorm(x Wk))      all heads as one; these and values perhaps clipped
+//!
+//! MoE(x) = Σ pᵢ SwiGLUᵢ(x)     over the k largest pᵢ of softmax(x Wgate), which may be scaled to a sum of 1
+//! ```
+
+use plugin_api::prelude::*;
+
+config! {
+    struct Config {
+        vocab_size: usize = 50_304,
+        hidden_size: usize = 2048,
+        intermediate_size: usize = 2048,
+        num_hidden_layers: usize = 16,
+        num_attention_heads: usize where >= 1 = 16,
+        num_key_value_heads: usize = num_attention_heads,
+        head_dim: usize = hidden_size / num_attention_heads,
+        rms_norm_eps: f32 = 1e-5,
+        rope_theta: f32 = 10_000.0,
+        rope_scaling: Option<RopeScaling> = None,
+        attention_bias: bool = false,
+        clip_qkv: Option<f32> = None,
+        num_experts: usize = 64,
+        num_experts_per_tok: usize where >= 1 = 8,
+        norm_topk_prob: bool = false,
+        tie_word_embeddings: Option<bool> = None,
+    }
+}
+
+fn attention(c: &Config, w: &Weights) -> SelfAttention {
+    let (dim, heads, kv_heads, head_dim) = (c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim);
+    let norm = |name, heads| w.rms_norm(name, heads * head_dim, c.rms_norm_eps);
+    SelfAttention::new(w, Heads { dim, heads, kv_heads, head_dim }, c.attention_bias, c.attention_bias)
+        .whole_norms(norm("q_norm", heads), norm("k_norm", kv_heads))
+        .clip(c.clip_qkv)
+        .rope(w.rope(head_dim, c.rope_theta, &c.rope_scaling))
+}
+
+fn block(c: &Config, w: &Weights) -> Block<SelfAttention, Moe> {
+    let norm = |name| w.rms_norm(name, c.hidden_size, c.rms_norm_eps);
+    let norms = [norm("input_layernorm"), norm("post_attention_layernorm")];
+    let mlp = w.at("mlp");
+    let gate = mlp.linear("gate", c.hidden_size, c.num_experts, false);
+    let router = Router::softmax(gate, c.num_experts_per_tok).normalized(c.norm_topk_prob, 0.0);
+    let experts = mlp.experts(ExpertsShape::new(c.num_experts, c.hidden_size, c.intermediate_size));
+    Block::pre_norm(norms, attention(c, &w.at("self_attn")), Moe::new(router, experts))
+}
+
+struct Olmoe(Decoder<Block<SelfAttention, Moe>>);
+
+impl Architecture for Olmoe {
+    const MODEL_TYPES: &'static [&'static str] = &["olmoe"];
+    type Config = Config;
+
+    fn new(c: Config, w: &Weights) -> Result<Self> {
+        let shape = DecoderShape {
+            vocab_size: c.vocab_size,
+            hidden_size: c.hidden_size,
+            num_hidden_layers: c.num_hidden_layers,
+            rms_norm_eps: c.rms_norm_eps,
+            tie_word_embeddings: c.tie_word_embeddings,
+        };
+        Ok(Self(Decoder::new(w, shape, |w, _| Ok(block(&c, w)))?))
+    }
+
+    fn caches(&self) -> Vec<Cache> {
+        self.0.caches()
+    }
+
+    fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
+        self.0.run(tokens, step)
+    }
+
+    fn head(&self, hidden: &Tensor) -> Tensor {
+        self.0.head(hidden)
+    }
+}
+
+export_plugin!(Olmoe);
