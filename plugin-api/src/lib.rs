@@ -81,8 +81,8 @@ pub mod weights;
 
 pub use architecture::{Architecture, Error, Result};
 pub use blocks::{
-    Activation, Block, Decoder, DecoderShape, FeedForward, Ffn, GatedMlp, GroupScore, Heads, LayerTypes, LmHead, Mixer,
-    Mlp, Moe, PerLayer, Router, SelfAttention,
+    Activation, Block, Decoder, DecoderShape, FeedForward, Ffn, GatedMlp, GroupScore, Heads, LayerRopes, LayerTypes,
+    LmHead, Mixer, Mlp, Moe, PerLayer, Router, SelfAttention,
 };
 pub use cache::Cache;
 pub use config::RopeScaling;
@@ -99,8 +99,8 @@ pub use abi_stable;
 pub mod prelude {
     pub use crate::{
         Activation, Architecture, Attend, Block, Cache, Conv1d, Decoder, DecoderShape, Embedding, ExpertKind, Experts,
-        ExpertsShape, FeedForward, Ffn, GatedMlp, GroupScore, Heads, Layer, LayerNorm, LayerTypes, Linear, LmHead,
-        Mixer, Mlp, Moe, MultiLinear, Norm, Parameter, PerLayer, Result, RmsNorm, Rope, RopeScaling, Router,
+        ExpertsShape, FeedForward, Ffn, GatedMlp, GroupScore, Heads, Layer, LayerNorm, LayerRopes, LayerTypes, Linear,
+        LmHead, Mixer, Mlp, Moe, MultiLinear, Norm, Parameter, PerLayer, Result, RmsNorm, Rope, RopeScaling, Router,
         SelfAttention, Source, SparseBlocks, Step, Tensor, Weights, config, export_plugin,
     };
 }
