@@ -104,8 +104,8 @@ impl Architecture for BailingMoe {
         let word_embeddings = model.embedding("word_embeddings", c.vocab_size, dim);
         let layers = model.at("layers").each(c.num_hidden_layers, |w, layer| Ok(block(&c, w, layer)))?;
         let norm = model.rms_norm("norm", dim, c.rms_norm_eps);
-        // Packed heads were scaled before they were packed.
-        let lm_head = match c.norm_head && !w.has("lm_head.scales") {
+        // Once more where a conversion has done so: that changes nothing.
+        let lm_head = match c.norm_head {
             true => {
                 let weight = w.source("lm_head.weight").transpose().unit_rows(1e-7).transpose();
                 LmHead::Own(Linear::of(weight, None, dim, c.vocab_size))

@@ -99,6 +99,8 @@ impl Architecture for Ernie45Moe {
     type Config = Config;
 
     fn new(c: Config, w: &Weights) -> Result<Self> {
+        // Layers that predict further tokens.
+        w.ignore("model.mtp_");
         let shape = DecoderShape {
             vocab_size: c.vocab_size,
             hidden_size: c.hidden_size,
