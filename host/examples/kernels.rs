@@ -35,6 +35,8 @@ fn main() {
         Format::Mxfp4,
         Format::Mxfp8,
         Format::Nvfp4,
+        Format::Fp8 { block: 128 },
+        Format::Nvfp4Scaled,
         Format::Q4_0,
         Format::Q4_1,
         Format::Q5_1,
@@ -48,13 +50,10 @@ fn main() {
     println!("{:58} {:>12} {:>14} {:>16}", "format", "decode GB/s", "G weights/s", "prefill GFLOP/s");
     let weights = (rows * cols) as f64;
     for format in formats.into_iter().filter(|format| format!("{format:?}").contains(&wanted)) {
-        let (block, packed) = format.block();
-        let size = rows * cols / block;
         // Numbers of any kind near 1 (0x3f.. in every float type, 2^-4 as E8M0): only subnormals would take another time.
         let bytes = |n: usize| Bytes::from((0..n).map(|i| [0x7b, 0x3c][i % 2]).collect::<Vec<u8>>());
-        let (scale, bias) = format.beside();
-        let parts = (bytes(size * packed), bytes(size * scale), bytes(size * bias));
-        let m = match Matrix::new(format, rows, cols, parts.0, Some(parts.1), Some(parts.2)) {
+        let [data, scales, biases] = format.row_bytes(cols).map(|row| bytes(row * rows));
+        let m = match Matrix::new(format, rows, cols, data, Some(scales), Some(biases)) {
             Ok(m) => m,
             Err(e) => {
                 println!("{e}");

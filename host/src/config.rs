@@ -4,8 +4,10 @@
 
 pub mod quantization;
 mod rope;
+pub mod scheme;
 
 pub use quantization::{Kind, Mode, Quantization};
+pub use scheme::{Bitnet, Scheme};
 
 use crate::{
     error::{Error, Result},

@@ -44,7 +44,8 @@ fn formats() -> Vec<Format> {
             all.push(Format::Affine { bits, group, scales: [Float::F32, Float::F16, Float::BF16][group / 32 % 3] });
         }
     }
-    all.extend([Format::Mxfp4, Format::Mxfp8, Format::Nvfp4]);
+    all.extend([Format::Mxfp4, Format::Mxfp8, Format::Nvfp4, Format::Nvfp4Scaled]);
+    all.extend([128, 48, 1000].map(|block| Format::Fp8 { block }));
     all.extend(GGUF.map(|(format, _)| format));
     all
 }
@@ -178,18 +179,19 @@ fn products_agree_with_plain_sums_in_every_format_and_instruction_set() {
 }
 
 #[test]
-fn dense_products_take_any_number_of_columns() {
+fn dense_and_fp8_products_take_any_number_of_columns() {
     let mut r = Random(5);
-    for float in [Float::F32, Float::F16, Float::BF16] {
-        for cols in [1, 2, 15, 16, 17, 33, 63, 65, 127, 200] {
-            let m = random(Format::Dense(float), 5, cols, &mut r);
+    let dense = [Float::F32, Float::F16, Float::BF16].map(Format::Dense);
+    for format in dense.into_iter().chain([128, 48, 200].map(|block| Format::Fp8 { block })) {
+        for cols in [1, 2, 15, 16, 17, 33, 63, 65, 127, 129, 200] {
+            let m = random(format, 5, cols, &mut r);
             for tokens in [1, 3, 9] {
                 let x = r.floats(tokens * cols);
                 let want = plain(&back(&m), &x, cols);
                 for isa in Isa::available() {
                     let mut got = vec![f32::NAN; tokens * 5];
                     m.matmul_on(isa, &x, &mut got);
-                    assert_close(&got, &want, &format!("{float:?}, {cols} columns, {tokens} tokens, {isa:?}"));
+                    assert_close(&got, &want, &format!("{format:?}, {cols} columns, {tokens} tokens, {isa:?}"));
                 }
             }
         }
@@ -256,6 +258,34 @@ fn rows_are_cut_stacked_permuted_and_gathered_as_a_dense_matrix_would_be() {
         m.matmul(&x, &mut a);
         m.slice_rows(2..5).unwrap().matmul(&x, &mut b);
         assert_eq!(a[2..5], b, "{format:?}: a slice multiplies like its rows");
+    }
+}
+
+#[test]
+fn columns_stored_in_another_order_multiply_and_unpack_where_they_belong() {
+    let mut r = Random(41);
+    let order: Vec<u32> = (0..256).map(|j| (j * 37 + 11) % 256).collect();
+    for format in formats() {
+        let stored = random(format, 6, 256, &mut r);
+        let ordered = stored.clone().with_column_order(order.clone()).unwrap();
+        let rows = back(&stored);
+        let mut want = vec![0.0; 6 * 256];
+        for (j, &column) in order.iter().enumerate() {
+            (0..6).for_each(|row| want[row * 256 + column as usize] = rows[row * 256 + j]);
+        }
+        assert_eq!(back(&ordered), want, "{format:?}");
+        assert_eq!(back(&ordered.slice_rows(2..4).unwrap()), want[512..1024], "{format:?}");
+        for tokens in [1, 7] {
+            let (x, mut got) = (r.floats(tokens * 256), vec![0.0; tokens * 6]);
+            ordered.matmul(&x, &mut got);
+            assert_close(&got, &plain(&want, &x, 256), &format!("{format:?}, {tokens} tokens"));
+        }
+        assert!(Matrix::stack(&[ordered.clone(), stored.clone()]).is_err(), "rows in two orders");
+        assert_eq!(back(&Matrix::stack(&[ordered.clone(), ordered]).unwrap())[..1536], want);
+    }
+    let m = random(Format::Mxfp4, 2, 64, &mut r);
+    for wrong in [vec![0; 64], (0..63).collect(), (1..65).collect(), vec![]] {
+        assert!(m.clone().with_column_order(wrong).unwrap_err().to_string().contains("order of the columns"));
     }
 }
 

@@ -42,6 +42,14 @@ impl Read for f32 {
     }
 }
 
+/// For sizes that are products of a fraction, whose rounding the config's own program did in 64 bits.
+impl Read for f64 {
+    const WHAT: &'static str = "a number";
+    fn read(json: &Value) -> Option<Self> {
+        json.as_f64().filter(|x| x.is_finite())
+    }
+}
+
 impl Read for bool {
     const WHAT: &'static str = "true or false";
     fn read(json: &Value) -> Option<Self> {
@@ -79,6 +87,13 @@ impl RopeScaling {
     pub fn number(&self, key: &str) -> Option<f32> {
         serde_json::from_str::<Value>(&self.0).ok()?.get(key).and_then(f32::read)
     }
+
+    /// What config.json would say, for architectures that fix it or say it elsewhere: a `rope_type` and its numbers.
+    pub fn of(rope_type: &str, numbers: &[(&str, f32)]) -> Self {
+        let numbers = numbers.iter().map(|&(key, number)| (key.to_owned(), Value::from(number)));
+        let all = std::iter::once(("rope_type".to_owned(), Value::from(rope_type))).chain(numbers);
+        RopeScaling(all.collect::<Value>().to_string())
+    }
 }
 
 impl Read for RopeScaling {
@@ -106,6 +121,7 @@ fn short(value: &Value) -> String {
 
 /// Declares the keys of config.json that an architecture reads. An absent or null key takes its default, which may use the fields above
 /// it; a key without default must be there. `where` bounds a value from below, which divisors need: `num_attention_heads: usize where >= 1`.
+/// What it declares may be the type of a key itself.
 #[macro_export]
 macro_rules! config {
     ($(#[$meta:meta])* struct $name:ident { $($field:ident: $ty:ty $(where >= $least:literal)? $(= $default:expr)?),* $(,)? }) => {
@@ -126,6 +142,14 @@ macro_rules! config {
                     })?
                 )*
                 Ok(Self { $($field),* })
+            }
+        }
+
+        /// As a key of a larger one.
+        impl $crate::config::Read for $name {
+            const WHAT: &'static str = concat!("an object of " $(, stringify!($field), " ")*);
+            fn read(json: &$crate::config::Json) -> Option<Self> {
+                <Self as $crate::config::FromConfig>::from_json(json, "").ok()
             }
         }
     };

@@ -80,10 +80,7 @@ pub mod tensor;
 pub mod weights;
 
 pub use architecture::{Architecture, Error, Result};
-pub use blocks::{
-    Activation, Block, Decoder, DecoderShape, FeedForward, Ffn, GatedMlp, GroupScore, Heads, LayerRopes, LayerTypes,
-    LmHead, Mixer, Mlp, Moe, PerLayer, Router, SelfAttention,
-};
+pub use blocks::*;
 pub use cache::Cache;
 pub use config::RopeScaling;
 pub use experts::{ExpertKind, Experts, ExpertsShape};
@@ -98,9 +95,8 @@ pub use abi_stable;
 /// Everything that an architecture's file needs: `use plugin_api::prelude::*;`
 pub mod prelude {
     pub use crate::{
-        Activation, Architecture, Attend, Block, Cache, Conv1d, Decoder, DecoderShape, Embedding, ExpertKind, Experts,
-        ExpertsShape, FeedForward, Ffn, GatedMlp, GroupScore, Heads, Layer, LayerNorm, LayerRopes, LayerTypes, Linear,
-        LmHead, Mixer, Mlp, Moe, MultiLinear, Norm, Parameter, PerLayer, Result, RmsNorm, Rope, RopeScaling, Router,
-        SelfAttention, Source, SparseBlocks, Step, Tensor, Weights, config, export_plugin,
+        Architecture, Attend, Cache, Conv1d, Embedding, ExpertKind, Experts, ExpertsShape, Layer, LayerNorm, Linear,
+        MultiLinear, Norm, Parameter, Result, RmsNorm, Rope, RopeScaling, Source, SparseBlocks, Step, Tensor, Weights,
+        blocks::*, config, export_plugin,
     };
 }

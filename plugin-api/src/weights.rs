@@ -50,6 +50,13 @@ impl Weights {
         call.ops.has()(call.ctx, RStr::from_str(&self.full(name)), At::caller()) != 0
     }
 
+    /// Whether the checkpoint has this tensor in just this shape, for layouts whose names are alike.
+    #[track_caller]
+    pub fn has_shape(&self, name: &str, dims: &[usize]) -> bool {
+        let (call, dims) = (Call::current(), dims.iter().map(|&d| d as u64).collect::<Vec<_>>());
+        call.ops.has_shape()(call.ctx, RStr::from_str(&self.full(name)), RSlice::from_slice(&dims), At::caller()) != 0
+    }
+
     /// The stored tensor of this name, to be transformed before use: `w.source("qkv_proj.weight").rows(0..64)`.
     #[track_caller]
     pub fn source(&self, name: &str) -> Source {
@@ -139,6 +146,13 @@ impl Source {
     fn transform(self, kind: u32, ints: &[u64], factor: f64) -> Source {
         let call = Call::current();
         Source(call.ops.transform()(call.ctx, self.0, kind, RSlice::from_slice(ints), factor, At::caller()))
+    }
+
+    /// Numbers `[len]` that a formula gives and no checkpoint stores.
+    #[track_caller]
+    pub fn numbers(values: &[f32]) -> Source {
+        let call = Call::current();
+        Source(call.ops.numbers()(call.ctx, RSlice::from_slice(values), At::caller()))
     }
 
     /// Some rows (entries of the first axis).

@@ -4,6 +4,7 @@
 pub mod binary;
 pub mod models;
 pub mod outside;
+pub mod packing;
 pub mod smollm2;
 pub mod tiny;
 mod tiny_tokenizer;

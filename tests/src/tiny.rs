@@ -32,10 +32,17 @@ pub struct TensorSpec {
     pub name: String,
     /// Row-major shape.
     pub shape: Vec<usize>,
-    /// Middle of the uniform distribution.
-    pub center: f64,
-    /// Half of its width, a multiple of 1/256.
-    pub scale: f64,
+    /// What its values are.
+    pub range: Range,
+}
+
+/// A uniform distribution.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Range {
+    /// Of f32 numbers: the middle and half of the width, multiples of 1/256.
+    Floats(f64, f64),
+    /// Of bytes: the least and the greatest.
+    Bytes(u8, u8),
 }
 
 /// `tensors.json`: every tensor of a checkpoint, in the order of the file.
@@ -59,7 +66,7 @@ pub struct Expected {
     /// The same rows without a cache, where that is known to give something else: rotary frequencies that depend on the
     /// length so far leave cached keys rotated by the frequencies of their own time.
     pub uncached_logits: Option<Vec<Vec<f32>>>,
-    /// (tensor, flat index, f32 bits) of some generated values.
+    /// (tensor, flat index, f32 bits or byte) of some generated values.
     pub samples: Vec<(String, usize, u32)>,
     /// How far off the logits may be, relative to the largest: 2e-5, or what `entry.json` allows and gives a reason for.
     pub bound: f32,
@@ -165,9 +172,13 @@ impl Checkpoint {
             let read = || {
                 let shape =
                     fields[0].as_array()?.iter().map(|n| Some(n.as_u64()? as usize)).collect::<Option<Vec<_>>>()?;
-                let (center, scale) = (fields[1].as_f64()?, fields[2].as_f64()?);
+                let range = match fields[3].as_str() {
+                    None => Range::Floats(fields[1].as_f64()?, fields[2].as_f64()?),
+                    Some("u8") => Range::Bytes(fields[1].as_u64()? as u8, fields[2].as_u64()? as u8),
+                    Some(_) => return None,
+                };
                 let names = names(pattern)?.into_iter();
-                Some(names.map(move |name| TensorSpec { name, shape: shape.clone(), center, scale }))
+                Some(names.map(move |name| TensorSpec { name, shape: shape.clone(), range }))
             };
             tensors.extend(read().ok_or_else(|| format!("tensors.json: cannot read {pattern:?}: {fields}"))?);
         }
@@ -176,19 +187,10 @@ impl Checkpoint {
     }
 
     fn write(&self, file: &Path, dtype: WeightDtype) -> Result<()> {
-        let mut stored = Vec::with_capacity(self.tensors.len());
-        for tensor in &self.tensors {
-            let values = tensor.values(self.seed);
-            let bytes: Vec<u8> = match dtype {
-                WeightDtype::F32 => values.flat_map(f32::to_le_bytes).collect(),
-                WeightDtype::Bf16 => values.flat_map(|value| bf16_bits(value).to_le_bytes()).collect(),
-            };
-            stored.push((tensor, bytes));
-        }
-        let kind = if dtype == WeightDtype::F32 { Dtype::F32 } else { Dtype::BF16 };
+        let stored: Vec<_> = self.tensors.iter().map(|tensor| (tensor, tensor.stored(self.seed, dtype))).collect();
         let views = stored
             .iter()
-            .map(|(tensor, bytes)| Ok((&tensor.name, TensorView::new(kind, tensor.shape.clone(), bytes)?)))
+            .map(|(tensor, (kind, bytes))| Ok((&tensor.name, TensorView::new(*kind, tensor.shape.clone(), bytes)?)))
             .collect::<Result<Vec<_>>>()?;
         let metadata = [("format".to_owned(), "pt".to_owned())].into();
         safetensors::serialize_to_file(views, Some(metadata), file)?;
@@ -215,15 +217,27 @@ impl Expected {
 }
 
 impl TensorSpec {
-    /// The values in row-major order.
+    /// The values in row-major order; bytes as the numbers that they are.
     pub fn values(&self, seed: u64) -> impl Iterator<Item = f32> + use<> {
-        let start = fnv1a(&self.name) ^ seed;
-        let (center, scale) = (self.center, self.scale);
+        let (start, range) = (fnv1a(&self.name) ^ seed, self.range);
         (0..self.shape.iter().product::<usize>() as u64).map(move |index| {
             let bits = splitmix64(start.wrapping_add(index.wrapping_mul(GOLDEN))) >> 40;
-            // 24 bits times n/256, plus a small integer: exact in f64, so the cast rounds once.
-            (center + scale * (bits as f64 / 8_388_608.0 - 1.0)) as f32
+            match range {
+                // 24 bits times n/256, plus n/256: exact in f64, so the cast rounds once.
+                Range::Floats(center, scale) => (center + scale * (bits as f64 / 8_388_608.0 - 1.0)) as f32,
+                Range::Bytes(low, high) => (u64::from(low) + ((bits * (u64::from(high - low) + 1)) >> 24)) as f32,
+            }
         })
+    }
+
+    /// As a file holds them: floats in `dtype`, bytes as they are.
+    pub fn stored(&self, seed: u64, dtype: WeightDtype) -> (Dtype, Vec<u8>) {
+        let values = self.values(seed);
+        match (self.range, dtype) {
+            (Range::Bytes(..), _) => (Dtype::U8, values.map(|value| value as u8).collect()),
+            (_, WeightDtype::F32) => (Dtype::F32, values.flat_map(f32::to_le_bytes).collect()),
+            (_, WeightDtype::Bf16) => (Dtype::BF16, values.flat_map(|value| bf16_bits(value).to_le_bytes()).collect()),
+        }
     }
 }
 
@@ -243,7 +257,7 @@ fn names(pattern: &str) -> Option<Vec<String>> {
 
 /// Numbers between `-scale` and `scale`, by the rule of the checkpoints, with seed 0.
 pub fn uniform(name: &str, count: usize, scale: f32) -> Vec<f32> {
-    let spec = TensorSpec { name: name.to_owned(), shape: vec![count], center: 0.0, scale: f64::from(scale) };
+    let spec = TensorSpec { name: name.to_owned(), shape: vec![count], range: Range::Floats(0.0, f64::from(scale)) };
     spec.values(0).collect()
 }
 

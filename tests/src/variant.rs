@@ -3,13 +3,14 @@
 //!
 //! Which tensors are matrices is told by their names and shapes alone, since that is all that a checkpoint has of them.
 
-use crate::tiny::{self, Checkpoint, Result};
+use crate::tiny::{self, Checkpoint, Range, Result, WeightDtype};
 use dylm::kernels::cpu::{Float, Format, Matrix};
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::json;
 use std::{collections::BTreeMap, path::Path};
 
 /// A tensor of a checkpoint in f32, or of packed words.
+#[derive(Clone)]
 struct Tensor {
     dtype: Dtype,
     shape: Vec<usize>,
@@ -24,6 +25,8 @@ impl Tensor {
 }
 
 type Tensors = BTreeMap<String, Tensor>;
+/// Name, shape and values.
+type Numbers = (String, Vec<usize>, Vec<f32>);
 
 /// Weights that share a scale and a bias.
 const GROUP: usize = 32;
@@ -35,7 +38,9 @@ const SCALE: f32 = 2.0;
 /// stand for.
 pub fn pack(entry: &Path, packed: &Path, unpacked: &Path) -> Result<()> {
     let (mut small, mut plain) = (Tensors::new(), Tensors::new());
-    for (name, shape, values) in numbers(entry)? {
+    let floats = numbers(entry, &mut plain)?;
+    small.extend(plain.iter().map(|(name, tensor)| (name.clone(), tensor.clone())));
+    for (name, shape, values) in floats {
         let Some(path) = name.strip_suffix(".weight").filter(|_| packs(&name, &shape)) else {
             small.insert(name.clone(), Tensor::floats(&shape, &values));
             plain.insert(name, Tensor::floats(&shape, &values));
@@ -68,7 +73,15 @@ pub fn pack(entry: &Path, packed: &Path, unpacked: &Path) -> Result<()> {
 
 /// Whether the entry has a matrix that MLX's 4 bits can hold.
 pub fn can_pack(entry: &Path) -> Result<bool> {
-    Ok(Checkpoint::read(entry)?.tensors.iter().any(|tensor| packs(&tensor.name, &tensor.shape)))
+    Ok(Checkpoint::read(entry)?
+        .tensors
+        .iter()
+        .any(|tensor| matches!(tensor.range, Range::Floats(..)) && packs(&tensor.name, &tensor.shape)))
+}
+
+/// Whether the entry's weights come packed already, in bytes.
+pub fn is_packed(entry: &Path) -> Result<bool> {
+    Ok(Checkpoint::read(entry)?.tensors.iter().any(|tensor| matches!(tensor.range, Range::Bytes(..))))
 }
 
 fn packs(name: &str, shape: &[usize]) -> bool {
@@ -79,6 +92,9 @@ fn packs(name: &str, shape: &[usize]) -> bool {
 pub fn linears(entry: &Path) -> Result<Vec<String>> {
     let mut last = BTreeMap::new();
     for tensor in Checkpoint::read(entry)?.tensors {
+        if matches!(tensor.range, Range::Bytes(..)) {
+            continue;
+        }
         let Some(path) = tensor.name.strip_suffix(".weight") else { continue };
         let parts: Vec<&str> = path.split('.').collect();
         let is_number = |part: &&str| part.bytes().all(|b| b.is_ascii_digit());
@@ -101,7 +117,7 @@ pub fn linears(entry: &Path) -> Result<Vec<String>> {
 /// to W + scale (A B)ᵀ.
 pub fn adapt(entry: &Path, paths: &[String], adapter: &Path, merged: &Path) -> Result<()> {
     let (mut parts, mut all) = (Tensors::new(), Tensors::new());
-    for (name, shape, mut values) in numbers(entry)? {
+    for (name, shape, mut values) in numbers(entry, &mut all)? {
         let path = name.strip_suffix(".weight").filter(|path| paths.iter().any(|p| p == path));
         if let (Some(path), &[rows, cols]) = (path, shape.as_slice()) {
             // The product then is about a third of what the weights themselves are.
@@ -137,14 +153,21 @@ fn is_matrix(name: &str, shape: &[usize]) -> bool {
     !is_other && (shape.len() == 2 || shape.len() == 3 && !shape[1..].contains(&1))
 }
 
-fn numbers(entry: &Path) -> Result<Vec<(String, Vec<usize>, Vec<f32>)>> {
-    let checkpoint = Checkpoint::read(entry)?;
-    let seed = checkpoint.seed;
-    let values = checkpoint.tensors.into_iter().map(|tensor| {
-        let values = tensor.values(seed).collect();
-        (tensor.name, tensor.shape, values)
-    });
-    Ok(values.collect())
+/// Every tensor of floats with its numbers; those of bytes go into `as_they_are`, since the packing that they come in is not for us to
+/// read.
+fn numbers(entry: &Path, as_they_are: &mut Tensors) -> Result<Vec<Numbers>> {
+    let Checkpoint { seed, tensors } = Checkpoint::read(entry)?;
+    let mut numbers = Vec::new();
+    for tensor in tensors {
+        if matches!(tensor.range, Range::Bytes(..)) {
+            let (dtype, bytes) = tensor.stored(seed, WeightDtype::F32);
+            as_they_are.insert(tensor.name, Tensor { dtype, shape: tensor.shape, bytes });
+        } else {
+            let values = tensor.values(seed).collect();
+            numbers.push((tensor.name, tensor.shape, values));
+        }
+    }
+    Ok(numbers)
 }
 
 fn write(tensors: &Tensors, file: &Path) -> Result<()> {

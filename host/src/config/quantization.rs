@@ -1,7 +1,7 @@
 //! `quantization` in config.json -> how each layer's weights are packed. MLX writes it: one mode for the model, others (or
-//! `false`, not packed) for single layers. What other tools write stands in `quantization_config` and is only named here.
+//! `false`, not packed) for single layers. What other tools write stands in `quantization_config` and is a [`Scheme`].
 
-use super::bad_key;
+use super::{bad_key, scheme::Scheme};
 use crate::error::{Error, Result};
 use serde_json::{Map, Value};
 use std::{collections::BTreeMap, fmt};
@@ -68,8 +68,8 @@ pub enum Quantization {
         /// Layers with a mode of their own; `None` for layers that are not packed.
         paths: BTreeMap<String, Option<Mode>>,
     },
-    /// Another scheme, by its `quant_method` (`fp8`, `awq`, `gptq`, ..).
-    Other(String),
+    /// Another tool's (`quant_method` `fp8`, `awq`, `gptq`, ..).
+    Other(Scheme),
 }
 
 impl Quantization {
@@ -84,8 +84,15 @@ impl Quantization {
             return Err(bad_key(source, key, value, "an object"));
         };
         if let (Some(method), "quantization_config") = (map.get("quant_method"), key) {
+            let mx = |kind: Kind| {
+                let default = Mode { bits: kind.bits()[0], group: kind.groups()[0], kind };
+                Ok(Some(Quantization::Mlx { default, paths: BTreeMap::new() }))
+            };
             return match method {
-                Value::String(method) => Ok(Some(Quantization::Other(method.clone()))),
+                // gpt-oss; whatever MLX saved of such a model is read the same way.
+                Value::String(method) if method == "mxfp4" => mx(Kind::Mxfp4),
+                Value::String(method) if method == "mxfp8" => mx(Kind::Mxfp8),
+                Value::String(method) => Ok(Some(Quantization::Other(Scheme::from_config(method, map, source)?))),
                 other => Err(bad_key(source, "quantization_config.quant_method", other, "a name")),
             };
         }

@@ -30,6 +30,7 @@ impl MultiLinear {
         [heads, outputs, inputs]: [usize; 3],
     ) -> crate::error::Result<Self> {
         let weight = match weight {
+            Weight::Rounded(weight) => return Self::new(*weight, bias, [heads, outputs, inputs]),
             Weight::Packed(m) => {
                 Heads::Packed((0..heads).filter_map(|h| m.slice_rows(h * outputs..(h + 1) * outputs)).collect())
             }

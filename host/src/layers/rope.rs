@@ -58,12 +58,16 @@ impl Scaling<'_> {
         })
     }
 
+    fn of_config(&self, key: &str) -> Option<f64> {
+        self.config.get(key).and_then(Value::as_f64)
+    }
+
     fn max_positions(&self) -> Option<f64> {
-        self.config.get("max_position_embeddings").and_then(Value::as_f64)
+        self.of_config("max_position_embeddings")
     }
 
     fn original(&self) -> Option<f64> {
-        let outside = self.config.get("original_max_position_embeddings").and_then(Value::as_f64);
+        let outside = self.of_config("original_max_position_embeddings");
         outside.or(self.number("original_max_position_embeddings")).or(self.max_positions())
     }
 
@@ -105,6 +109,12 @@ impl Rope {
                 plain
             }
             "llama3" => llama3(plain, &s)?,
+            // Gemma 4: the slowest pairs stand still, the others turn as if all did.
+            "proportional" => {
+                let share = s.number("partial_rotary_factor").or(s.of_config("partial_rotary_factor")).unwrap_or(1.0);
+                let (turning, factor) = ((share * dims as f64 / 2.0) as usize, s.number("factor").unwrap_or(1.0));
+                plain.into_iter().enumerate().map(|(i, f)| if i < turning { f / factor } else { 0.0 }).collect()
+            }
             "yarn" | "deepseek_yarn" => {
                 let factor = s.factor()?;
                 amplitude = yarn_amplitude(factor, &s);
@@ -124,7 +134,7 @@ impl Rope {
             }
             other => {
                 return Err(format!(
-                    "config.json: rope_scaling of type \"{other}\" is not known; default, linear, dynamic, llama3, yarn, longrope are"
+                    "config.json: rope_scaling of type \"{other}\" is not known; default, linear, dynamic, llama3, yarn, longrope, proportional are"
                 ));
             }
         };

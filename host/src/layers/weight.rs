@@ -9,7 +9,7 @@ use crate::{
     error::Result,
     kernels::cpu::{Float, Format, Matrix},
 };
-use candle_core::{DType, Tensor};
+use candle_core::{D, DType, Tensor};
 
 /// A matrix `[rows, cols]` = `[outputs, inputs]`.
 #[derive(Clone)]
@@ -18,6 +18,8 @@ pub enum Weight {
     Packed(Matrix),
     /// For candle, in the placement's type.
     Dense(Tensor),
+    /// Either, for inputs that are rounded to eight bits first.
+    Rounded(Box<Weight>),
 }
 
 impl Weight {
@@ -41,11 +43,17 @@ impl Weight {
         }))
     }
 
+    /// The same weights, wrapped if `rounded`.
+    pub fn for_inputs_of_eight_bits(self, rounded: bool) -> Self {
+        if rounded { Weight::Rounded(Box::new(self)) } else { self }
+    }
+
     /// Outputs.
     pub fn rows(&self) -> usize {
         match self {
             Weight::Packed(m) => m.rows(),
             Weight::Dense(t) => t.dims()[0],
+            Weight::Rounded(w) => w.rows(),
         }
     }
 
@@ -54,6 +62,7 @@ impl Weight {
         match self {
             Weight::Packed(m) => m.cols(),
             Weight::Dense(t) => t.dims()[1],
+            Weight::Rounded(w) => w.cols(),
         }
     }
 
@@ -69,6 +78,7 @@ impl Weight {
                 let rows = x.elem_count() / w.dims()[1].max(1);
                 x.reshape((rows, w.dims()[1]))?.matmul(&w.t()?)?.reshape(dims)
             }
+            Weight::Rounded(w) => w.matmul(&eight_bits(x)?),
         }
     }
 
@@ -79,6 +89,7 @@ impl Weight {
                 super::slices::with_u32(ids, |ids| filled((ids.len(), m.cols()), |out| m.gather_rows(ids, out)))?
             }
             Weight::Dense(w) => w.index_select(ids, 0),
+            Weight::Rounded(w) => w.gather(ids),
         }
     }
 
@@ -87,8 +98,21 @@ impl Weight {
         match self {
             Weight::Packed(m) => filled((m.rows(), m.cols()), |out| m.dequantize_rows(0..m.rows(), out)),
             Weight::Dense(w) => w.to_dtype(DType::F32),
+            Weight::Rounded(w) => w.numbers(),
         }
     }
+}
+
+/// Each token's inputs to the nearest 127th of its largest, as BitNet's layers were trained to see them (eq. 4 of arXiv 2402.17764, with
+/// ties to even as in transformers).
+fn eight_bits(x: &Tensor) -> candle_core::Result<Tensor> {
+    let wide = x.to_dtype(DType::F32)?;
+    let peak = wide.abs()?.max_keepdim(D::Minus1)?.maximum(1e-5f32)?;
+    let scale = ((peak.ones_like()? * 127.0)? / peak)?;
+    let steps = wide.broadcast_mul(&scale)?;
+    // candle rounds ties away from zero; two additions at 1.5 * 2^23 round them to even.
+    let whole = ((steps + 12_582_912.0)? - 12_582_912.0)?;
+    whole.clamp(-128f32, 127f32)?.broadcast_div(&scale)?.to_dtype(x.dtype())
 }
 
 fn dense(matrix: &Matrix, place: &Placement) -> Result<Tensor> {

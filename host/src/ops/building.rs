@@ -106,7 +106,16 @@ impl<'a> Building<'a> {
     }
 
     pub fn has(&self, name: &str) -> bool {
-        self.pantry.checkpoint.get(name).is_some()
+        self.pantry.has(name)
+    }
+
+    pub fn has_shape(&self, name: &str, dims: &[u64]) -> bool {
+        let shape = self.pantry.shape(&Recipe::Stored(name.to_owned()));
+        shape.is_ok_and(|shape| shape.iter().map(|&d| d as u64).eq(dims.iter().copied()))
+    }
+
+    pub fn numbers(&mut self, values: &[f32]) -> SourceId {
+        self.put(Recipe::Numbers(values.into()), &[])
     }
 
     pub fn source(&mut self, name: &str) -> SourceId {

@@ -20,24 +20,6 @@ use crate::{
 use candle_core::{DType, Device, Tensor};
 use plugin_api::abi::{CACHE_STATE, Handle, Slot};
 
-macro_rules! not_yet {
-    ($($name:ident($($arg:ident: $ty:ty),*);)*) => {
-        impl Running<'_> {
-            $(pub fn $name(&mut self, $($arg: $ty),*) -> Outcome {
-                $(let _ = $arg;)*
-                Err(fault!("this dylm does not have the op yet"))
-            })*
-        }
-    };
-}
-
-not_yet! {
-    gated_delta(cache: u32, inputs: [Handle; 5]);
-    linear_attention(cache: u32, inputs: [Handle; 4]);
-    wkv7(cache: u32, inputs: [Handle; 6]);
-    rg_lru(cache: u32, inputs: [Handle; 2]);
-}
-
 /// One sequence's tokens of a step, as a kernel sees them.
 pub struct Turn<'a, const N: usize, const M: usize> {
     /// The layer's state before the first of the tokens; the kernel leaves that after the last one.

@@ -170,6 +170,8 @@ implement! {
             |b| b.conv1d_layer(weight, bias, channels, kernel);
         parameter_layer(source: SourceId, dims: RSlice<'_, u64>) -> Slot: Slot(u32::MAX), |b| b.parameter_layer(source, dims.as_slice());
         rope_layer(dims: u64, base: f64, scaling: RStr<'_>) -> Slot: Slot(u32::MAX), |b| b.rope_layer(dims, base, &scaling);
+        has_shape(name: RStr<'_>, dims: RSlice<'_, u64>) -> u8: 0, |b| b.has_shape(&name, dims.as_slice()).into();
+        numbers(values: RSlice<'_, f32>) -> SourceId: SourceId::NONE, |b| b.numbers(values.as_slice());
     }
     slots {
         embed(slot, tokens: Handle): |r| r.embed(slot, tokens);
@@ -277,7 +279,7 @@ macro_rules! tables {
         *TABLES.get_or_init(|| {
             let build = BuildOps {
                 has, source, transform, stack, ignore, join, complain, linear_layer, fuse, embedding_layer, norm_layer,
-                experts_layer, experts_from, multi_linear_layer, conv1d_layer, parameter_layer, rope_layer,
+                experts_layer, experts_from, multi_linear_layer, conv1d_layer, parameter_layer, rope_layer, has_shape, numbers,
             };
             let layers = LayerOps {
                 embed, unembed, linear, norm, experts, multi_linear, parameter, rotate, positions, ngrams, attend, index,

@@ -39,7 +39,8 @@ impl Loader<'_> {
     pub fn load(&self, wanted: &Wanted) -> Result<Layer> {
         Ok(match wanted {
             Wanted::Linear { weight, bias, .. } => {
-                let placed = Weight::place(self.pantry.matrix(weight)?, self.place)?;
+                let (matrix, rounded) = self.pantry.linear(weight)?;
+                let placed = Weight::place(matrix, self.place)?.for_inputs_of_eight_bits(rounded);
                 let bias = bias.as_ref().map(|b| self.tensor(b, self.place.activations())).transpose()?;
                 let adapter = self.linear_adapter(weight, &placed)?;
                 Layer::Linear(Linear { weight: placed, bias, adapter })

@@ -3,6 +3,7 @@
 pub mod bytes;
 pub mod checkpoint;
 mod floats;
+pub mod forms;
 pub mod gguf;
 pub mod load;
 pub mod names;

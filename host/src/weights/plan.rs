@@ -172,7 +172,7 @@ impl Report {
             used.extend(pantry.uses(recipe));
             let mut names = Vec::new();
             recipe.names(&mut names);
-            let absent: Vec<_> = names.into_iter().filter(|n| pantry.checkpoint.get(n).is_none()).collect();
+            let absent: Vec<_> = names.into_iter().filter(|n| !pantry.has(n)).collect();
             if !absent.is_empty() {
                 missing.extend(absent.into_iter().map(str::to_owned));
                 continue;
@@ -186,8 +186,9 @@ impl Report {
             }
         }
         report.missing = missing.into_iter().collect();
-        let unused =
-            pantry.checkpoint.names().filter(|n| !used.contains(*n) && !ignored.iter().any(|p| n.starts_with(p)));
+        let unused = pantry.checkpoint.names().filter(|n| {
+            !used.contains(*n) && !pantry.is_for_an_fp8_cache(n) && !ignored.iter().any(|p| n.starts_with(p))
+        });
         report.unused = unused.map(str::to_owned).collect();
         report
     }

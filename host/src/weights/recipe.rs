@@ -5,20 +5,24 @@
 
 use super::{
     checkpoint::Checkpoint,
-    stored::{Dtype, Stored},
+    forms::{self, Form, Named},
 };
 use crate::{
-    config::{Kind, Mode, Quantization},
+    config::{Quantization, Scheme},
     error::{Error, Result},
     kernels::cpu::{Float, Format, Matrix},
 };
 use std::sync::Arc;
+
+pub use super::forms::{float, format_of};
 
 /// A stored tensor and what is to be done to it, outermost first.
 #[derive(Clone, Debug)]
 pub enum Recipe {
     /// The tensor of this full name.
     Stored(String),
+    /// Numbers `[len]` that the plugin computed.
+    Numbers(Arc<[f32]>),
     /// Entries of the first axis.
     Rows(Arc<Recipe>, usize, usize),
     /// Every element times `.1` plus `.2`.
@@ -44,6 +48,7 @@ impl Recipe {
     pub fn names<'a>(&'a self, to: &mut Vec<&'a str>) {
         match self {
             Recipe::Stored(name) => to.push(name),
+            Recipe::Numbers(_) => {}
             Recipe::Rows(r, ..)
             | Recipe::Affine(r, ..)
             | Recipe::Transpose(r)
@@ -71,7 +76,7 @@ impl Recipe {
     }
 }
 
-/// The tensors of a checkpoint as recipes see them: with MLX's packed triples (weight, scales, biases) taken as one tensor.
+/// The tensors of a checkpoint as recipes see them: a weight in several tensors (numbers, scales, zero points) is one.
 pub struct Pantry {
     /// The files' tensors, by the names that plugins use.
     pub checkpoint: Checkpoint,
@@ -80,37 +85,56 @@ pub struct Pantry {
 }
 
 impl Pantry {
-    /// The packing of `name`, if it is packed beside scales.
-    pub(super) fn mode(&self, name: &str) -> Result<Option<Mode>> {
-        let Some(path) = name.strip_suffix(".weight") else { return Ok(None) };
-        if self.checkpoint.get(&format!("{path}.scales")).is_none() {
-            return Ok(None);
-        }
-        match self.quantization.as_ref().and_then(|q| q.for_path(path)) {
-            Some(Some(mode)) => Ok(Some(mode)),
-            Some(None) => Err(Error::Weights(format!(
-                "{name}: config.json says it is not quantized, but the file has {path}.scales"
-            ))),
-            None => Err(Error::Weights(format!(
-                "{name}: has scales, but config.json has no \"quantization\" that says how to read them"
-            ))),
+    fn named<'a>(&'a self, name: &'a str) -> Named<'a> {
+        Named { name, checkpoint: &self.checkpoint, quantization: self.quantization.as_ref() }
+    }
+
+    /// How a weight is stored.
+    pub(super) fn form<'a>(&'a self, name: &'a str) -> Result<(Named<'a>, &'static dyn Form)> {
+        let named = self.named(name);
+        match named.form() {
+            Some(form) => Ok((named, form)),
+            None => Err(Error::Weights(format!("{name}: not in the checkpoint"))),
         }
     }
 
-    pub(super) fn stored(&self, name: &str) -> Result<&Stored> {
-        self.checkpoint.get(name).ok_or_else(|| Error::Weights(format!("{name}: not in the checkpoint")))
+    /// Whether there is a weight of this name, whatever it is stored as.
+    pub fn has(&self, name: &str) -> bool {
+        self.named(name).form().is_some()
     }
 
-    /// The names that a recipe uses up, with scales and biases of packed weights.
+    /// The stored tensors that a recipe uses up, those beside packed weights too.
     pub fn uses(&self, recipe: &Recipe) -> Vec<String> {
         let mut names = Vec::new();
         recipe.names(&mut names);
-        let beside = |name: &str| {
-            let path = name.strip_suffix(".weight").unwrap_or(name).to_owned();
-            ["scales", "biases"].map(|part| format!("{path}.{part}"))
+        names.into_iter().flat_map(|name| self.named(name).parts()).collect()
+    }
+
+    /// Whether this is a scale of the cache that some tools store beside attention: ours is not FP8, so it is of no use.
+    pub fn is_for_an_fp8_cache(&self, name: &str) -> bool {
+        let other = matches!(self.quantization, Some(Quantization::Other(_)));
+        other && matches!(name.rsplit('.').next(), Some("k_scale" | "v_scale" | "q_scale" | "kv_scale"))
+    }
+
+    /// The matrix of a linear layer, and whether its inputs are to be rounded to eight bits: BitNet's were trained so, and what it stores
+    /// in full becomes ternary only here.
+    pub fn linear(&self, recipe: &Recipe) -> Result<(Matrix, bool)> {
+        let Some(Quantization::Other(Scheme::Bitnet(bitnet))) = &self.quantization else {
+            return Ok((self.matrix(recipe)?, false));
         };
-        let with = |name: &str| [name.to_owned()].into_iter().chain(beside(name)).collect::<Vec<_>>();
-        names.into_iter().flat_map(with).filter(|n| self.checkpoint.get(n).is_some()).collect()
+        let mut names = Vec::new();
+        recipe.names(&mut names);
+        if names.iter().all(|name| self.named(name).is_ternary()) {
+            return Ok((self.matrix(recipe)?, true));
+        }
+        match self.rows_of_module(recipe)? {
+            // The mean magnitude is that of the whole stored matrix.
+            Some((path, _, rows)) if bitnet.online && bitnet.converts(path) => {
+                let whole = self.matrix(&Recipe::Stored(format!("{path}.weight")))?;
+                Ok((forms::ternary(&whole)?.permute_rows(&rows), true))
+            }
+            _ => Ok((self.matrix(recipe)?, false)),
+        }
     }
 
     /// The tensor as a matrix: all axes but the last make up its rows.
@@ -119,8 +143,18 @@ impl Pantry {
         let cols = shape.last().copied().unwrap_or(1);
         let rows = shape.iter().rev().skip(1).product::<usize>();
         match recipe {
-            Recipe::Stored(name) => self.stored_matrix(name, rows, cols),
-            Recipe::Stack(parts) => Matrix::stack(&parts.iter().map(|p| self.matrix(p)).collect::<Result<Vec<_>>>()?),
+            Recipe::Stored(name) => {
+                let (named, form) = self.form(name)?;
+                named.matrix(form)
+            }
+            Recipe::Stack(parts) => {
+                let parts = parts.iter().map(|p| self.matrix(p)).collect::<Result<Vec<_>>>()?;
+                match parts.iter().zip(parts.iter().skip(1)).all(|(a, b)| a.stacks_on(b)) {
+                    true => Matrix::stack(&parts),
+                    // A checkpoint may pack some of them otherwise than the rest.
+                    false => Matrix::stack(&parts.iter().map(unpacked).collect::<Result<Vec<_>>>()?),
+                }
+            }
             Recipe::Reshape(inner, _) if self.shape(inner)?.last() == Some(&cols) => self.matrix(inner),
             moved => match self.moved(moved)? {
                 Some(matrix) => Ok(matrix),
@@ -129,69 +163,14 @@ impl Pantry {
         }
     }
 
-    /// The float type in which transformed numbers are kept: that of the stored tensor, or of its scales.
+    /// The float type in which transformed numbers are kept: that of the stored tensor, or what its form asks for.
     pub(super) fn float(&self, name: &str) -> Float {
-        let scales = name.strip_suffix(".weight").and_then(|p| self.checkpoint.get(&format!("{p}.scales")));
-        scales.or(self.checkpoint.get(name)).and_then(|t| float(t.dtype)).unwrap_or(Float::F32)
-    }
-
-    fn stored_matrix(&self, name: &str, rows: usize, cols: usize) -> Result<Matrix> {
-        let stored = self.stored(name)?;
-        let Some(mode) = self.mode(name)? else {
-            let format = format_of(stored.dtype).ok_or_else(|| {
-                Error::Weights(format!("{name}: {} is not a type that a layer can compute with", stored.dtype.name()))
-            })?;
-            return Matrix::new(format, rows, cols, stored.bytes(), None, None).map_err(|e| named(name, e));
-        };
-        let path = name.strip_suffix(".weight").unwrap_or(name);
-        let scales = self.stored(&format!("{path}.scales"))?;
-        let format = match mode.kind {
-            Kind::Affine => Format::Affine {
-                bits: mode.bits,
-                group: mode.group as usize,
-                scales: float(scales.dtype).ok_or_else(|| {
-                    Error::Weights(format!("{path}.scales: {} is not a float type", scales.dtype.name()))
-                })?,
-            },
-            Kind::Mxfp4 => Format::Mxfp4,
-            Kind::Mxfp8 => Format::Mxfp8,
-            Kind::Nvfp4 => Format::Nvfp4,
-        };
-        let biases = match mode.kind {
-            Kind::Affine => Some(self.stored(&format!("{path}.biases"))?.bytes()),
-            _ => None,
-        };
-        Matrix::new(format, rows, cols, stored.bytes(), Some(scales.bytes()), biases).map_err(|e| named(name, e))
+        self.form(name).map_or(Float::F32, |(named, form)| form.float(&named))
     }
 }
 
-fn named(name: &str, e: Error) -> Error {
-    Error::Weights(format!("{name}: {e}"))
-}
-
-/// The float type of a plain tensor.
-pub fn float(dtype: Dtype) -> Option<Float> {
-    match dtype {
-        Dtype::F32 => Some(Float::F32),
-        Dtype::F16 => Some(Float::F16),
-        Dtype::BF16 => Some(Float::BF16),
-        _ => None,
-    }
-}
-
-/// How a matrix of this type is laid out; `None` for types that no layer computes with.
-pub fn format_of(dtype: Dtype) -> Option<Format> {
-    Some(match dtype {
-        Dtype::Q4_0 => Format::Q4_0,
-        Dtype::Q4_1 => Format::Q4_1,
-        Dtype::Q5_0 => Format::Q5_0,
-        Dtype::Q5_1 => Format::Q5_1,
-        Dtype::Q8_0 => Format::Q8_0,
-        Dtype::Q2K => Format::Q2K,
-        Dtype::Q3K => Format::Q3K,
-        Dtype::Q4K => Format::Q4K,
-        Dtype::Q5K => Format::Q5K,
-        Dtype::Q6K => Format::Q6K,
-        plain => Format::Dense(float(plain)?),
-    })
+fn unpacked(packed: &Matrix) -> Result<Matrix> {
+    let mut numbers = vec![0.0; packed.rows() * packed.cols()];
+    packed.dequantize_rows(0..packed.rows(), &mut numbers);
+    Matrix::quantize(&numbers, packed.rows(), packed.cols(), Format::Dense(Float::F32))
 }

@@ -19,7 +19,7 @@ impl Recipe {
                 r.moves_rows()
             }
             Recipe::Stack(parts) | Recipe::Join(parts, _) => parts.iter().all(|p| p.moves_rows()),
-            Recipe::Affine(..) | Recipe::Transpose(_) | Recipe::UnitRows(..) => false,
+            Recipe::Numbers(_) | Recipe::Affine(..) | Recipe::Transpose(_) | Recipe::UnitRows(..) => false,
         }
     }
 }
@@ -73,8 +73,7 @@ impl Pantry {
     /// Matrices of one format joined along an axis before the last.
     fn joined(&self, parts: &[std::sync::Arc<Recipe>], axis: usize) -> Result<Option<Matrix>> {
         let matrices = parts.iter().map(|p| self.matrix(p)).collect::<Result<Vec<_>>>()?;
-        let like = |m: &Matrix| matrices.first().is_some_and(|f| (f.format(), f.cols()) == (m.format(), m.cols()));
-        if !matrices.iter().all(like) {
+        if !matrices.iter().all(|m| matrices.first().is_some_and(|first| m.stacks_on(first))) {
             return Ok(None);
         }
         let (stacked, mut start, mut outer, mut chunks) = (Matrix::stack(&matrices)?, 0, 1, Vec::new());

@@ -9,13 +9,10 @@ impl Pantry {
         let wrong = |what: String| Error::Weights(format!("{}: {what}", recipe.name()));
         Ok(match recipe {
             Recipe::Stored(name) => {
-                let mut shape = self.stored(name)?.shape.clone();
-                if let (Some(mode), Some(last)) = (self.mode(name)?, shape.last_mut()) {
-                    let word = self.stored(name)?.dtype.size_in_bytes(1).unwrap_or(4) * 8;
-                    *last = *last * word / mode.bits as usize;
-                }
-                shape
+                let (named, form) = self.form(name)?;
+                form.shape(&named)?
             }
+            Recipe::Numbers(values) => vec![values.len()],
             Recipe::Rows(inner, from, to) => {
                 let mut shape = self.shape(inner)?;
                 match shape.first_mut() {

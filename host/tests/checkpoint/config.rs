@@ -1,7 +1,7 @@
 //! config.json and what is laid over it.
 
 use crate::{refusal, says};
-use dylm::config::{Config, Kind, Mode, Quantization, parse_override};
+use dylm::config::{Config, Kind, Mode, Quantization, Scheme, parse_override};
 use serde_json::{Value, json};
 use std::{fs, path::Path};
 use tempfile::tempdir;
@@ -124,7 +124,7 @@ fn a_wrapper_gives_up_its_text_config() {
 
     let lifted =
         json!({"model_type": "m", "text_config": {"quantization_config": {"quant_method": "fp8"}, "rope_theta": 5.0}});
-    assert_eq!(config(lifted.clone()).unwrap().quantization(), Some(&Quantization::Other("fp8".into())));
+    assert_eq!(config(lifted.clone()).unwrap().quantization(), Some(&fp8()));
     for key in ["rope_theta", "text_config.rope_theta"] {
         let config = Config::from_json(lifted.clone(), &[(key.into(), json!(9.0))], "config.json").unwrap();
         assert_eq!(config.get("rope_theta").unwrap(), 9.0, "{key}");
@@ -175,7 +175,7 @@ fn quantization_gives_each_path_its_mode() {
     assert_eq!(q.for_path("model.embed_tokens"), Some(Some(mode(8, 32, Kind::Mxfp8))));
     assert_eq!(q.for_path("lm_head"), Some(None));
     assert_eq!(q.for_path("model.layers.1.mlp.gate"), Some(Some(mode(4, 64, Kind::Affine))));
-    assert_eq!(Quantization::Other("fp8".into()).for_path("lm_head"), None);
+    assert_eq!(fp8().for_path("lm_head"), None);
 }
 
 #[test]
@@ -199,11 +199,32 @@ fn quantization_that_cannot_be_is_refused_with_what_can() {
     }
 }
 
+fn fp8() -> Quantization {
+    Quantization::Other(Scheme::Fp8 { block: [128, 128] })
+}
+
 #[test]
-fn other_schemes_are_named() {
+fn other_schemes_are_told_apart() {
     let q = |json: Value| config(json).unwrap().quantization().cloned();
-    let other = json!({"model_type": "m", "quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 3}});
-    assert_eq!(q(other), Some(Quantization::Other("gptq".into())));
+    let scheme = |json: Value| match q(json!({"model_type": "m", "quantization_config": json})) {
+        Some(Quantization::Other(scheme)) => scheme,
+        other => panic!("{other:?}"),
+    };
+    let gptq = |zeros_less_one| Scheme::Gptq { bits: 4, zeros_less_one };
+    assert_eq!(scheme(json!({"quant_method": "gptq", "bits": 4, "group_size": 3})), gptq(true));
+    assert_eq!(scheme(json!({"quant_method": "gptq", "checkpoint_format": "gptq_v2"})), gptq(false));
+    assert_eq!(scheme(json!({"quant_method": "awq", "bits": 4, "version": "GEMM"})), Scheme::Awq);
+    let block = scheme(json!({"quant_method": "fp8", "weight_block_size": [64, 32]}));
+    assert_eq!(block, Scheme::Fp8 { block: [64, 32] });
+    let block = json!({"quant_method": "compressed-tensors", "format": "float-quantized", "transform_config": {},
+                       "config_groups": {"group_0": {"weights": {"num_bits": 8, "block_structure": [128, 64]}}}});
+    assert_eq!(scheme(block), Scheme::CompressedTensors { block: [128, 64] });
+    let bitnet = scheme(json!({"quant_method": "bitnet", "modules_to_not_convert": ["mlp.gate"]}));
+    let Scheme::Bitnet(bitnet) = bitnet else { panic!("{bitnet:?}") };
+    assert!(bitnet.divides && !bitnet.online && !bitnet.converts("lm_head"));
+    assert!(!bitnet.converts("model.layers.0.mlp.gate") && bitnet.converts("model.layers.0.mlp.gate_proj"));
+    let mxfp4 = q(json!({"model_type": "m", "quantization_config": {"quant_method": "mxfp4"}})).unwrap();
+    assert_eq!(mxfp4.default_mode().unwrap().kind, Kind::Mxfp4);
     let both = json!({"model_type": "m", "quantization": {"group_size": 32, "bits": 8}, "quantization_config": {"quant_method": "x"}});
     assert_eq!(q(both).unwrap().default_mode().unwrap().bits, 8);
     let mlx = json!({"model_type": "m", "quantization_config": {"group_size": 32, "bits": 8}});

@@ -98,8 +98,12 @@ macro_rules! ops_1_0 {
             fn conv1d_layer(weight: SourceId, bias: SourceId, channels: u64, kernel: u64) -> Slot;
             /// A tensor used as it is.
             fn parameter_layer(source: SourceId, dims: RSlice<'_, u64>) -> Slot;
-            // Rotary angles for the first `dims` lanes of a head; `scaling` is config.json's `rope_scaling` as JSON, or empty.
-            last fn rope_layer(dims: u64, base: f64, scaling: RStr<'_>) -> Slot;
+            /// Rotary angles for the first `dims` lanes of a head; `scaling` is config.json's `rope_scaling` as JSON, or empty.
+            fn rope_layer(dims: u64, base: f64, scaling: RStr<'_>) -> Slot;
+            /// Whether the checkpoint has a tensor of this full name and these dims (1) or not (0).
+            fn has_shape(name: RStr<'_>, dims: RSlice<'_, u64>) -> u8;
+            // Numbers `[len]` that no checkpoint stores, since a formula gives them.
+            last fn numbers(values: RSlice<'_, f32>) -> SourceId;
         }
         layers = /// What stands on weights or on the sequence: during `forward` and `head`.
         LayerOps LayerOpsRef {
@@ -132,7 +136,7 @@ macro_rules! ops_1_0 {
 
             /// Which keys are worth attending to (an indexer's choice): q `[tokens, heads, d]`, k `[tokens, 1, d]`, which joins the cache, weights
             /// `[tokens, heads]`; the score of a key is `Σ weight * relu(q·k)` over the heads. Gives the positions `[tokens, count]` of the best, in
-            /// falling order, for `AttendSpec::selection`.
+            /// any order, and `u32::MAX` where there are fewer, for `AttendSpec::selection`.
             fn index(cache: u32, q: Handle, k: Handle, weights: Handle, count: u64) -> Handle;
             /// x `[tokens, channels]` -> the same, each channel folded with its kernel over the last tokens; state `[kernel - 1, channels]`.
             fn conv1d(slot: Slot, cache: u32, x: Handle) -> Handle;

@@ -196,14 +196,7 @@ impl SelfAttention {
             QkNorm::Turned(q_norm, k_norm) => (q_norm.forward(&q), k_norm.forward(&k)),
             _ => (q, k),
         };
-        [self.grown(q, layer), k, v]
-    }
-
-    fn grown(&self, q: Tensor, layer: &Layer) -> Tensor {
-        let Some((beta, span)) = self.growth else { return q };
-        // [tokens, 1, 1], to meet [tokens, heads, head_dim].
-        let positions = layer.positions().unflatten(1).transpose().unflatten(1);
-        q * (((positions / span).floor() + 1.0).log() * beta + 1.0)
+        [grown(q, self.growth, layer), k, v]
     }
 
     /// Attention over all keys so far, heads joined: `[tokens, heads * head_dim]`, for what stands between it and `o_proj`.
@@ -239,6 +232,15 @@ impl SelfAttention {
         let attended = self.attend(self.project(x, layer), layer);
         self.output(&self.gated(x, attended))
     }
+}
+
+/// q `[tokens, heads, head_dim]` times `1 + beta · ln(1 + ⌊position / span⌋)`.
+#[track_caller]
+pub(super) fn grown(q: Tensor, growth: Option<(f32, f32)>, layer: &Layer) -> Tensor {
+    let Some((beta, span)) = growth else { return q };
+    // [tokens, 1, 1], to meet [tokens, heads, head_dim].
+    let positions = layer.positions().unflatten(1).transpose().unflatten(1);
+    q * (((positions / span).floor() + 1.0).log() * beta + 1.0)
 }
 
 impl Mixer for SelfAttention {

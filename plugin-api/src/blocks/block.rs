@@ -11,6 +11,17 @@ pub trait Mixer {
     fn cache(&self) -> Cache;
 }
 
+/// Mixers of several kinds, where layers differ.
+impl<M: Mixer + ?Sized> Mixer for Box<M> {
+    fn forward(&self, x: &Tensor, layer: &mut Layer) -> Tensor {
+        (**self).forward(x, layer)
+    }
+
+    fn cache(&self) -> Cache {
+        (**self).cache()
+    }
+}
+
 /// What treats each token alone.
 pub trait FeedForward {
     /// `[tokens, dim]` -> `[tokens, dim]`

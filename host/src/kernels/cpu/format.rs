@@ -71,6 +71,15 @@ pub enum Format {
     Mxfp8,
     /// E2M1 nibbles, an E4M3 scale for 16.
     Nvfp4,
+    /// The same with an f32 factor a row, as NVIDIA's and vLLM's tools write it: theirs is one of the whole matrix, but rows of several
+    /// matrices may be stacked.
+    Nvfp4Scaled,
+    /// E4M3 bytes, an f32 scale for each `block` columns of a row; the last block of a row may be shorter. Checkpoints have a scale for
+    /// blocks of rows too, repeated here: 0.25 bits a weight for blocks of 128, and rows can be cut anywhere.
+    Fp8 {
+        /// Columns that share a scale.
+        block: usize,
+    },
     /// GGUF: blocks of 32, 4 bits, scale.
     Q4_0,
     /// GGUF: blocks of 32, 4 bits, scale and minimum.
@@ -101,7 +110,8 @@ impl Format {
             Format::Affine { bits, group, .. } => (group, group * bits as usize / 8),
             Format::Mxfp4 => (32, 16),
             Format::Mxfp8 => (32, 32),
-            Format::Nvfp4 => (16, 8),
+            Format::Nvfp4 | Format::Nvfp4Scaled => (16, 8),
+            Format::Fp8 { .. } => (1, 1),
             Format::Q4_0 => (32, 18),
             Format::Q4_1 => (32, 20),
             Format::Q5_0 => (32, 22),
@@ -115,19 +125,33 @@ impl Format {
         }
     }
 
-    /// Bytes that one block takes in `scales`, and in `biases`.
-    pub const fn beside(self) -> (usize, usize) {
+    /// Bytes that one block takes in `scales`, and in `biases`; see [`Format::row_bytes`] for what is not counted by blocks.
+    const fn beside(self) -> (usize, usize) {
         match self {
             Format::Affine { scales, .. } => (scales.size(), scales.size()),
-            Format::Mxfp4 | Format::Mxfp8 | Format::Nvfp4 => (1, 0),
+            Format::Mxfp4 | Format::Mxfp8 | Format::Nvfp4 | Format::Nvfp4Scaled => (1, 0),
             _ => (0, 0),
         }
     }
 
-    /// Bits of memory a weight takes, scales included.
+    /// Bytes of a row of `cols` weights in data, scales and biases.
+    pub const fn row_bytes(self, cols: usize) -> [usize; 3] {
+        let ((block, bytes), (scale, bias)) = (self.block(), self.beside());
+        let blocks = cols / block;
+        match self {
+            Format::Fp8 { block } => [cols, cols.div_ceil(if block == 0 { 1 } else { block }) * 4, 0],
+            Format::Nvfp4Scaled => [blocks * bytes, blocks, 4],
+            _ => [blocks * bytes, blocks * scale, blocks * bias],
+        }
+    }
+
+    /// Bits of memory a weight takes, scales included, in rows that are long.
     pub fn bits_per_weight(self) -> f64 {
         let ((weights, bytes), (scale, bias)) = (self.block(), self.beside());
-        (bytes + scale + bias) as f64 * 8.0 / weights as f64
+        match self {
+            Format::Fp8 { block } => 8.0 + 32.0 / block as f64,
+            _ => (bytes + scale + bias) as f64 * 8.0 / weights as f64,
+        }
     }
 
     /// Whether the numbers of the variant itself make sense.
@@ -136,6 +160,7 @@ impl Format {
             Format::Affine { bits, group, .. } => {
                 matches!(bits, 2 | 3 | 4 | 5 | 6 | 8) && matches!(group, 32 | 64 | 128)
             }
+            Format::Fp8 { block } => block > 0,
             _ => true,
         }
     }

@@ -10,8 +10,8 @@ use super::{
     stream::{ABREAST, Padded, Spill, Stream, Streamed},
     tile::{Block, multiply},
     unpack::{
-        Bf16, Dense, F16, F32, Order, Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0, Raw, Unpack, Unpacked,
-        Words,
+        Bf16, Dense, F16, F32, Fp8, Order, Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0, Raw, Unpack,
+        Unpacked, Words,
     },
 };
 use rayon::prelude::*;
@@ -46,18 +46,22 @@ impl Matrix {
         );
         assert!(isa == Isa::best() || Isa::available().contains(&isa), "this machine has no {isa:?}");
         let raw = Raw::of(self);
-        let call = Call { isa, rows: self.rows(), cols: self.cols(), tokens, x, order: Order::Plain };
+        let x = self.stored_order(x);
+        let call = Call { isa, rows: self.rows(), cols: self.cols(), tokens, x: &x, order: Order::Plain };
         match self.format() {
             Format::Dense(Float::F32) => call.run(Dense(raw, F32), out),
             Format::Dense(Float::F16) => call.run(Dense(raw, F16), out),
             Format::Dense(Float::BF16) => call.run(Dense(raw, Bf16), out),
             Format::Affine { bits: 2, .. } => call.words::<2, false>(self, out),
             Format::Affine { bits: 3, .. } => call.words::<3, false>(self, out),
-            Format::Affine { bits: 4, .. } | Format::Mxfp4 | Format::Nvfp4 => call.words::<4, false>(self, out),
+            Format::Affine { bits: 4, .. } | Format::Mxfp4 | Format::Nvfp4 | Format::Nvfp4Scaled => {
+                call.words::<4, false>(self, out)
+            }
             Format::Affine { bits: 6, .. } => call.words::<6, false>(self, out),
             Format::Affine { bits: 8, .. } => call.words::<8, false>(self, out),
             Format::Mxfp8 => call.words::<8, true>(self, out),
-            Format::Affine { .. } => call.run(Unpacked(self), out),
+            Format::Fp8 { .. } if Fp8::reads(self) => call.run(Fp8::new(self), out),
+            Format::Affine { .. } | Format::Fp8 { .. } => call.run(Unpacked(self), out),
             Format::Q4_0 => call.run(Q4_0(raw), out),
             Format::Q4_1 => call.run(Q4_1(raw), out),
             Format::Q8_0 => call.run(Q8_0(raw), out),

@@ -1,5 +1,6 @@
 //! A weight matrix as it lies in the checkpoint: packed, shared, cut by rows without copying. Rows are outputs, so that a
-//! fused projection, an expert or a shard of a matrix is a range of rows, and every row can be unpacked on its own.
+//! fused projection, an expert or a shard of a matrix is a range of rows, and every row can be unpacked on its own. Columns may be stored
+//! in another order than they are counted in (GPTQ's act-order); nobody but this file knows.
 
 use super::{dequantize::dequantize_row, format::Format};
 use crate::{
@@ -7,7 +8,7 @@ use crate::{
     weights::bytes::Bytes,
 };
 use rayon::prelude::*;
-use std::ops::Range;
+use std::{borrow::Cow, ops::Range, sync::Arc};
 
 /// `[rows, cols]` = `[out, in]`. Cloning shares the bytes.
 #[derive(Clone)]
@@ -17,6 +18,8 @@ pub struct Matrix {
     cols: usize,
     /// Packed weights, scales, biases; empty where the format has none.
     parts: [Bytes; 3],
+    /// Stored column j is column `order[j]`.
+    order: Option<Arc<[u32]>>,
 }
 
 impl std::fmt::Debug for Matrix {
@@ -49,7 +52,7 @@ impl Matrix {
         }
         let none = || Bytes::from(Vec::new());
         let parts = [data, scales.unwrap_or_else(none), biases.unwrap_or_else(none)];
-        let sizes = row_bytes(format, cols);
+        let sizes = format.row_bytes(cols);
         for ((part, size), name) in parts.iter().zip(sizes).zip(["weights", "scales", "biases"]) {
             if size.checked_mul(rows) != Some(part.len()) {
                 let (held, wanted) = (part.len(), size as u128 * rows as u128);
@@ -58,7 +61,17 @@ impl Matrix {
                 )));
             }
         }
-        Ok(Self { format, rows, cols, parts })
+        Ok(Self { format, rows, cols, parts, order: None })
+    }
+
+    /// The same matrix, where stored column j is to be column `order[j]`. Fails unless every column is named once.
+    pub fn with_column_order(self, order: Vec<u32>) -> Result<Self> {
+        let mut seen = vec![false; self.cols];
+        let new = |&c: &u32| seen.get_mut(c as usize).is_some_and(|seen| !std::mem::replace(seen, true));
+        if order.len() != self.cols || !order.iter().all(new) {
+            return Err(Error::Weights(format!("{} columns are not an order of the columns of {self:?}", order.len())));
+        }
+        Ok(Self { order: Some(order.into()), ..self })
     }
 
     /// How it is packed.
@@ -78,7 +91,7 @@ impl Matrix {
 
     /// Memory held, scales included.
     pub fn bytes(&self) -> usize {
-        self.parts.iter().map(|part| part.len()).sum()
+        self.parts.iter().map(|part| part.len()).sum::<usize>() + self.order.as_ref().map_or(0, |o| 4 * o.len())
     }
 
     /// Bits a weight takes, scales included.
@@ -96,10 +109,10 @@ impl Matrix {
         if rows.start > rows.end || rows.end > self.rows {
             return None;
         }
-        let [data, scales, biases] = row_bytes(self.format, self.cols);
+        let [data, scales, biases] = self.format.row_bytes(self.cols);
         let cut = |part: &Bytes, size: usize| part.slice(rows.start * size..rows.end * size);
         let parts = [cut(&self.parts[0], data)?, cut(&self.parts[1], scales)?, cut(&self.parts[2], biases)?];
-        Some(Self { format: self.format, rows: rows.len(), cols: self.cols, parts })
+        Some(Self { rows: rows.len(), parts, ..self.clone() })
     }
 
     /// Row i of the result is row `order[i]`; copies. Rows may be left out or repeated.
@@ -107,12 +120,12 @@ impl Matrix {
     /// # Panics
     /// If `order` names a row that is not there.
     pub fn permute_rows(&self, order: &[usize]) -> Self {
-        let sizes = row_bytes(self.format, self.cols);
+        let sizes = self.format.row_bytes(self.cols);
         let parts = [0, 1, 2].map(|p| {
             let (part, size) = (&self.parts[p], sizes[p]);
             Bytes::from(order.iter().flat_map(|&r| &part[r * size..(r + 1) * size]).copied().collect::<Vec<u8>>())
         });
-        Self { format: self.format, rows: order.len(), cols: self.cols, parts }
+        Self { rows: order.len(), parts, ..self.clone() }
     }
 
     /// Rows of several matrices, one after the other; copies. Fails unless formats and columns agree.
@@ -120,7 +133,7 @@ impl Matrix {
         let Some(first) = parts.first() else {
             return Err(Error::Weights("there is no matrix to stack".into()));
         };
-        if let Some(odd) = parts.iter().find(|m| (m.format, m.cols) != (first.format, first.cols)) {
+        if let Some(odd) = parts.iter().find(|m| !m.stacks_on(first)) {
             return Err(Error::Weights(format!(
                 "{odd:?} cannot be stacked on {first:?}: formats and columns must agree; keep them apart"
             )));
@@ -129,7 +142,12 @@ impl Matrix {
             let slices: Vec<&[u8]> = parts.iter().map(|m| &*m.parts[p]).collect();
             Bytes::from(slices.concat())
         });
-        Ok(Self { format: first.format, rows: parts.iter().map(|m| m.rows).sum(), cols: first.cols, parts: joined })
+        Ok(Self { rows: parts.iter().map(|m| m.rows).sum(), parts: joined, ..first.clone() })
+    }
+
+    /// Whether rows of both can lie in one matrix.
+    pub fn stacks_on(&self, other: &Matrix) -> bool {
+        (self.format, self.cols, &self.order) == (other.format, other.cols, &other.order)
     }
 
     /// Unpacks rows into `out`, `[rows.len(), cols]`.
@@ -158,21 +176,30 @@ impl Matrix {
         }
     }
 
-    pub(super) fn dequantize_row(&self, row: usize, out: &mut [f32]) {
+    fn dequantize_row(&self, row: usize, out: &mut [f32]) {
+        let Some(order) = &self.order else { return self.stored_row(row, out) };
+        let mut stored = vec![0.0; self.cols];
+        self.stored_row(row, &mut stored);
+        for (&column, x) in order.iter().zip(stored) {
+            out[column as usize] = x;
+        }
+    }
+
+    /// A row in the order that its columns are stored in, in which [`Matrix::stored_order`] brings activations.
+    pub(super) fn stored_row(&self, row: usize, out: &mut [f32]) {
         let [data, scales, biases] = self.row_parts(row);
         dequantize_row(self.format, data, scales, biases, out);
     }
 
+    /// Activations `[tokens, cols]` with their columns as they are stored here.
+    pub(super) fn stored_order<'x>(&self, x: &'x [f32]) -> Cow<'x, [f32]> {
+        let Some(order) = &self.order else { return Cow::Borrowed(x) };
+        x.chunks_exact(self.cols).flat_map(|x| order.iter().map(|&c| x[c as usize])).collect()
+    }
+
     /// The bytes of one row.
     pub(super) fn row_parts(&self, row: usize) -> [&[u8]; 3] {
-        let sizes = row_bytes(self.format, self.cols);
+        let sizes = self.format.row_bytes(self.cols);
         [0, 1, 2].map(|p| &self.parts[p][row * sizes[p]..(row + 1) * sizes[p]])
     }
-}
-
-/// Bytes of a row in weights, scales and biases.
-pub(super) fn row_bytes(format: Format, cols: usize) -> [usize; 3] {
-    let ((block, bytes), (scale, bias)) = (format.block(), format.beside());
-    let blocks = cols / block;
-    [blocks * bytes, blocks * scale, blocks * bias]
 }

@@ -21,6 +21,7 @@ mod tile;
 mod unpack;
 
 pub use attention::{Attend, Rows, attend};
+pub use dequantize::e8m0_to_f32;
 pub use elementwise::{argmax, gelu_tanh_mul, silu_mul, softmax_rows};
 pub use format::{Float, Format};
 pub use lanes::Isa;

@@ -17,7 +17,7 @@ use rayon::prelude::*;
 type Row = [Vec<u8>; 3];
 
 impl Matrix {
-    /// Packs `w`, `[rows, cols]`, as dense, affine, mxfp4, mxfp8 or nvfp4. Scales are computed in f32 and stored in the
+    /// Packs `w`, `[rows, cols]`, as dense, affine, mxfp4, mxfp8, nvfp4 or fp8. Scales are computed in f32 and stored in the
     /// format's own type. Fails for GGUF's formats, and where the columns are not a multiple of the group.
     pub fn quantize(w: &[f32], rows: usize, cols: usize, format: Format) -> Result<Self> {
         let (group, _) = format.block();
@@ -32,7 +32,8 @@ impl Matrix {
         let pack: fn(&[f32], Format) -> Row = match format {
             Format::Dense(_) => dense,
             Format::Affine { .. } => affine,
-            Format::Mxfp4 | Format::Mxfp8 | Format::Nvfp4 => small_floats,
+            Format::Mxfp4 | Format::Mxfp8 | Format::Nvfp4 | Format::Nvfp4Scaled => small_floats,
+            Format::Fp8 { .. } => blocks_of_bytes,
             _ => {
                 return Err(Error::Usage(format!(
                     "{format:?} can be read but not made; choose affine, mxfp4, mxfp8 or nvfp4"
@@ -92,16 +93,37 @@ fn affine(w: &[f32], format: Format) -> Row {
     row
 }
 
+/// The largest weight of a block becomes the largest number of the format.
+fn blocks_of_bytes(w: &[f32], format: Format) -> Row {
+    let mut row = Row::default();
+    let Format::Fp8 { block } = format else { return row };
+    for w in w.chunks(block) {
+        let peak = w.iter().fold(0.0f32, |peak, x| peak.max(x.abs()));
+        let scale = if peak > 0.0 { peak / 448.0 } else { 1.0 };
+        row[0].extend(w.iter().map(|x| f32_to_e4m3(x / scale)));
+        row[1].extend(scale.to_le_bytes());
+    }
+    row
+}
+
 fn small_floats(w: &[f32], format: Format) -> Row {
     let mut row = Row::default();
     let (group, bytes) = format.block();
     // The largest number of the format is what the largest weight of a group shall become.
     let largest = if format == Format::Mxfp8 { 448.0 } else { 6.0 };
+    // NVIDIA's factor: the row's largest weight becomes 448 * 6.
+    let factor = match format {
+        Format::Nvfp4Scaled => w.iter().fold(f32::MIN_POSITIVE, |peak, x| peak.max(x.abs())) / (448.0 * 6.0),
+        _ => 1.0,
+    };
+    if format == Format::Nvfp4Scaled {
+        row[2].extend(factor.to_le_bytes());
+    }
     for w in w.chunks_exact(group) {
         let peak = w.iter().fold(0.0f32, |peak, x| peak.max(x.abs())) / largest;
-        let (byte, scale) = if format == Format::Nvfp4 {
-            let byte = f32_to_e4m3(peak);
-            (byte, e4m3_to_f32(byte))
+        let (byte, scale) = if matches!(format, Format::Nvfp4 | Format::Nvfp4Scaled) {
+            let byte = f32_to_e4m3(peak / factor);
+            (byte, e4m3_to_f32(byte) * factor)
         } else {
             let byte = if peak == 0.0 { 127 } else { f32_to_e8m0(peak) };
             (byte, e8m0_to_f32(byte))

@@ -7,7 +7,7 @@ pub(in super::super) const E2M1: [f32; 16] =
 
 /// A power of two: 2^(b - 127); 0 stands for 2^-127.
 #[inline]
-pub(in super::super) fn e8m0_to_f32(b: u8) -> f32 {
+pub fn e8m0_to_f32(b: u8) -> f32 {
     f32::from_bits(if b == 0 { 0x0040_0000 } else { u32::from(b) << 23 })
 }
 
@@ -24,7 +24,7 @@ pub(in super::super) fn e4m3_to_f32(b: u8) -> f32 {
 }
 
 /// Two E2M1 numbers a byte, the earlier one in the low half.
-pub(super) fn nibbles(data: &[u8], scales: &[u8], group: usize, scale: fn(u8) -> f32, out: &mut [f32]) {
+pub(super) fn nibbles(data: &[u8], scales: &[u8], group: usize, scale: impl Fn(u8) -> f32, out: &mut [f32]) {
     for ((out, data), &s) in out.chunks_exact_mut(group).zip(data.chunks_exact(group / 2)).zip(scales) {
         let s = scale(s);
         for (pair, &byte) in out.as_chunks_mut::<2>().0.iter_mut().zip(data) {
@@ -33,10 +33,9 @@ pub(super) fn nibbles(data: &[u8], scales: &[u8], group: usize, scale: fn(u8) ->
     }
 }
 
-/// One E4M3 number a byte, groups of 32 with E8M0 scales.
-pub(super) fn bytes(data: &[u8], scales: &[u8], out: &mut [f32]) {
-    for ((out, data), &s) in out.chunks_exact_mut(32).zip(data.chunks_exact(32)).zip(scales) {
-        let s = e8m0_to_f32(s);
+/// One E4M3 number a byte, a scale for each group; the last group may be shorter.
+pub(super) fn bytes(data: &[u8], group: usize, scales: impl Iterator<Item = f32>, out: &mut [f32]) {
+    for ((out, data), s) in out.chunks_mut(group).zip(data.chunks(group)).zip(scales) {
         for (o, &byte) in out.iter_mut().zip(data) {
             *o = e4m3_to_f32(byte) * s;
         }

@@ -1,7 +1,7 @@
 //! The gated delta rule (Yang et al. 2024; Kimi's variant fades each key lane by its own factor): the state, a map from keys to values,
 //! fades, and what it holds at the new key moves towards the new value by the share `beta`.
 
-use super::{Decay, Recurrence, Shape, row};
+use super::by_head::{Decay, Recurrence, Shape, row};
 
 /// Inputs of `S = exp(g) S`, `S += k (beta (v - kᵀ S))ᵀ`, `y = qᵀ S`.
 #[derive(Clone, Copy, Debug)]
@@ -61,7 +61,7 @@ impl Recurrence for GatedDelta<'_> {
 #[cfg(test)]
 mod tests {
     use super::super::{
-        recur,
+        by_head::recur,
         tests::{assert_close, numbers},
     };
     use super::*;

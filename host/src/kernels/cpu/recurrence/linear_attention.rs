@@ -1,7 +1,7 @@
 //! Linear attention with decay (Yang et al. 2023): the sum of `k vᵀ` over the tokens so far, each faded by what came after it, seen
 //! through the query.
 
-use super::{Decay, Recurrence, Shape, row};
+use super::by_head::{Decay, Recurrence, Shape, row};
 
 /// Inputs of `S = exp(g) S + k vᵀ`, `y = qᵀ S`.
 #[derive(Clone, Copy, Debug)]
@@ -47,7 +47,7 @@ impl Recurrence for LinearAttention<'_> {
 #[cfg(test)]
 mod tests {
     use super::super::{
-        recur,
+        by_head::recur,
         tests::{assert_close, numbers},
     };
     use super::*;
@@ -118,7 +118,7 @@ mod tests {
         let s = Shape { tokens: 32, heads: 8, k_heads: 8, d: 16, e: 16 };
         let (q, k, v) = (numbers(1, s.keys()), numbers(2, s.keys()), numbers(3, s.values()));
         let of = LinearAttention { shape: s, q: &q, k: &k, v: &v, g: Decay::Head(&[-0.1; 8]) };
-        assert!(s.heads * s.d * s.e * s.tokens >= super::super::TASK);
+        assert!(s.heads * s.d * s.e * s.tokens >= super::super::by_head::TASK);
         let (mut state, mut out) = (vec![0.0; s.heads * s.d * s.e], vec![0.0; s.values()]);
         recur(&of, &mut state, &mut out);
         assert_close(&out, &naive(&of));

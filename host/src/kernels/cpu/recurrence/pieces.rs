@@ -1,6 +1,6 @@
 //! How Mamba's recurrences are cut: each head, or few channels, knows nothing of the others, whatever the number of tokens.
 
-use super::TASK;
+use super::by_head::TASK;
 use rayon::prelude::*;
 
 /// Splits a recurrence into pieces that know nothing of each other: piece i has its own `chunk` numbers of the state and its own `width`

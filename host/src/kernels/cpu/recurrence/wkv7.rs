@@ -1,7 +1,7 @@
 //! The time mixing of RWKV 7 (Peng et al. 2025): a gated delta rule whose removal key `a` and replacement key `b` differ. Its paper writes
 //! values down the rows of S; here keys come first, as in the other recurrences.
 
-use super::{Recurrence, Shape, row};
+use super::by_head::{Recurrence, Shape, row};
 
 /// Inputs of `S = S diag(exp(w)) + (S a) bᵀ + v kᵀ`, `y = S r`, all `[tokens, heads, d]`.
 #[derive(Clone, Copy, Debug)]
@@ -63,7 +63,7 @@ impl Recurrence for Wkv7<'_> {
 #[cfg(test)]
 mod tests {
     use super::super::{
-        recur,
+        by_head::recur,
         tests::{assert_close, numbers},
     };
     use super::*;

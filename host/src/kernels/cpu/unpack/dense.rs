@@ -114,7 +114,7 @@ impl Unpack for Unpacked<'_> {
     #[inline(always)]
     unsafe fn row<L: Lanes>(&self, r: usize, scratch: *mut f32) -> *const u8 {
         // SAFETY: the caller gives as much scratch as `scratch` asks for.
-        self.0.dequantize_row(r, unsafe { std::slice::from_raw_parts_mut(scratch, self.0.cols()) });
+        self.0.stored_row(r, unsafe { std::slice::from_raw_parts_mut(scratch, self.0.cols()) });
         scratch as *const u8
     }
     #[inline(always)]

@@ -3,15 +3,14 @@
 //! nibble stream need no shuffling: word l of sixteen goes to lane l, and its eight nibbles come out one after the other.
 
 mod dense;
+mod fp8;
 mod ggml;
 mod super_blocks;
 mod words;
 
-use super::{
-    lanes::Lanes,
-    matrix::{Matrix, row_bytes},
-};
+use super::{lanes::Lanes, matrix::Matrix};
 pub(super) use dense::{Bf16, Dense, F16, F32, Unpacked};
+pub(super) use fp8::Fp8;
 pub(super) use ggml::{Q4_0, Q4_1, Q5_0, Q5_1, Q8_0};
 pub(super) use super_blocks::{Q2K, Q3K, Q4K, Q5K, Q6K};
 pub(super) use words::Words;
@@ -72,7 +71,7 @@ impl Raw {
     /// Valid while `m` is borrowed: callers keep the reference for the length of the product.
     pub(super) fn of(m: &Matrix) -> Self {
         let [data, ..] = m.parts();
-        Self { data: data.as_ptr(), stride: row_bytes(m.format(), m.cols())[0], cols: m.cols() }
+        Self { data: data.as_ptr(), stride: m.format().row_bytes(m.cols())[0], cols: m.cols() }
     }
 
     /// # Safety

@@ -6,7 +6,7 @@ use super::super::{
     dequantize::{E2M1, e4m3_to_f32, e8m0_to_f32},
     format::{Float, Format},
     lanes::Lanes,
-    matrix::{Matrix, row_bytes},
+    matrix::Matrix,
 };
 use super::{Raw, Sink, Unpack};
 
@@ -20,13 +20,13 @@ enum Scale {
     Affine(Float),
     /// Powers of two (mxfp4, mxfp8).
     E8m0,
-    /// Small floats (nvfp4).
-    E4m3,
+    /// Small floats (nvfp4); the row has an f32 factor in place of biases if true.
+    E4m3(bool),
 }
 
 /// The low eight bits of each lane as E4M3: as in `e4m3_to_f32`, but for NaN, which no checkpoint holds.
 #[inline(always)]
-unsafe fn e4m3<L: Lanes>(v: L::I) -> L::F {
+pub(super) unsafe fn e4m3<L: Lanes>(v: L::I) -> L::F {
     // SAFETY: the caller vouches for the instruction set.
     unsafe {
         let bits = L::or(L::shl(L::and(v, 0x7f), 20), L::shl(L::and(v, 0x80), 24));
@@ -70,10 +70,11 @@ impl<const BITS: u32, const FLOAT8: bool> Words<BITS, FLOAT8> {
         let whole: [f32; 16] = std::array::from_fn(|i| (i & ((1 << BITS.min(4)) - 1)) as f32);
         let (scale, table) = match m.format() {
             Format::Affine { scales, .. } => (Scale::Affine(scales), whole),
-            Format::Nvfp4 => (Scale::E4m3, E2M1),
+            Format::Nvfp4 => (Scale::E4m3(false), E2M1),
+            Format::Nvfp4Scaled => (Scale::E4m3(true), E2M1),
             _ => (Scale::E8m0, E2M1),
         };
-        let beside_stride = row_bytes(m.format(), m.cols())[1];
+        let [_, beside_stride, _] = m.format().row_bytes(m.cols());
         let beside = [scales.as_ptr(), biases.as_ptr()];
         Self { raw: Raw::of(m), beside, beside_stride, scale, group: m.format().block().0, table }
     }
@@ -89,6 +90,10 @@ impl<const BITS: u32, const FLOAT8: bool> Words<BITS, FLOAT8> {
         // SAFETY: a row has `groups` scales and biases; `to` has room for them and `SLACK` more.
         unsafe {
             let from = self.beside[which].add(r * self.beside_stride);
+            let factor = match self.scale {
+                Scale::E4m3(true) => self.beside[1].add(r * 4).cast::<f32>().read_unaligned(),
+                _ => 1.0,
+            };
             let whole = groups - groups % L::W;
             let mut g = 0;
             while g < whole {
@@ -98,7 +103,7 @@ impl<const BITS: u32, const FLOAT8: bool> Words<BITS, FLOAT8> {
                     Scale::Affine(Float::BF16) => L::load_bf16(from.add(g * 2)),
                     // An exponent of 0 stands for 2^-127.
                     Scale::E8m0 => L::max(L::as_float(L::shl(L::load_u8(from.add(g)), 23)), L::splat(e8m0_to_f32(0))),
-                    Scale::E4m3 => e4m3::<L>(L::load_u8(from.add(g))),
+                    Scale::E4m3(_) => L::mul(e4m3::<L>(L::load_u8(from.add(g))), L::splat(factor)),
                 };
                 L::store(to.add(g), v);
                 g += L::W;
@@ -109,7 +114,7 @@ impl<const BITS: u32, const FLOAT8: bool> Words<BITS, FLOAT8> {
                         float.read(std::slice::from_raw_parts(from.add(g * float.size()), float.size()))
                     }
                     Scale::E8m0 => e8m0_to_f32(*from.add(g)),
-                    Scale::E4m3 => e4m3_to_f32(*from.add(g)),
+                    Scale::E4m3(_) => e4m3_to_f32(*from.add(g)) * factor,
                 };
                 g += 1;
             }

@@ -1,0 +1,54 @@
+//! Blocks of models that mix in more than one way: a block of a single branch, and mixers whose kind differs from layer to layer.
+
+use crate::{Cache, Decoder, FeedForward, Layer, Mixer, Norm, Step, Tensor};
+
+/// A mixer of any kind.
+pub type AnyMixer = Box<dyn Mixer + Send>;
+
+/// A feed-forward layer that stands where others have a mixer; it remembers nothing.
+#[derive(Debug)]
+pub struct Unmixed<F>(pub F);
+
+impl<F: FeedForward> Mixer for Unmixed<F> {
+    #[track_caller]
+    fn forward(&self, x: &Tensor, _: &mut Layer) -> Tensor {
+        self.0.forward(x)
+    }
+
+    fn cache(&self) -> Cache {
+        Cache::none()
+    }
+}
+
+/// `x + mixer(norm(x))`
+#[derive(Debug)]
+pub struct Branch<M = AnyMixer> {
+    norm: Norm,
+    mixer: M,
+}
+
+impl<M: Mixer> Branch<M> {
+    /// The block of the two.
+    pub fn new(norm: impl Into<Norm>, mixer: M) -> Self {
+        Self { norm: norm.into(), mixer }
+    }
+
+    /// `[tokens, dim]` -> `[tokens, dim]`
+    #[track_caller]
+    pub fn forward(&self, x: &Tensor, layer: &mut Layer) -> Tensor {
+        x + self.mixer.forward(&self.norm.forward(x), layer)
+    }
+}
+
+impl<M: Mixer> Decoder<Branch<M>> {
+    /// What the blocks remember.
+    pub fn caches(&self) -> Vec<Cache> {
+        self.layers.iter().map(|block| block.mixer.cache()).collect()
+    }
+
+    /// ids `[tokens]` -> hidden `[tokens, dim]`, the last norm included.
+    #[track_caller]
+    pub fn run(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
+        self.forward(tokens, step, Branch::forward)
+    }
+}

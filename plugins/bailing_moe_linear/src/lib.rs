@@ -1,0 +1,214 @@
+//! Ring and Ling 2.0 "linear": linear attention with fixed decays in most layers, softmax attention at the end of each group of layers,
+//! and routed experts. <https://arxiv.org/abs/2510.19338>
+//!
+//! ```text
+//! h = x + Mixer(RMSNorm(x))                per layer
+//! y = h + FFN(RMSNorm(h))
+//! logits = RMSNorm(y) · Eᵀ
+//!
+//! q, k, v = split(x Wqkv),  q = rope(RMSNorm(q)), k = rope(RMSNorm(k))        each head normalized alone
+//! Attention(x) = softmax(q · kᵀ / √d) · v · Wo
+//! Linear(x) = (GroupRMSNorm(o) * sigmoid(x Wg)) · Wo,   S = exp(-sₕ f) S + k vᵀ,  o = qᵀ S / √d
+//!   sₕ = 2^(-8 h / heads), h from 1;   f falls from 1 in the first layers to 0 in the last
+//! FFN(x) = Σ pᵢ SwiGLUᵢ(x) + SwiGLU(x) over the k best experts of the best groups; in the first layers SwiGLU(x)
+//! ```
+
+use plugin_api::prelude::*;
+
+config! {
+    struct Config {
+        vocab_size: usize,
+        hidden_size: usize,
+        intermediate_size: usize,
+        num_hidden_layers: usize where >= 1,
+        num_attention_heads: usize where >= 1,
+        num_key_value_heads: usize = num_attention_heads,
+        head_dim: usize = hidden_size / num_attention_heads,
+        rms_norm_eps: f32 = 1e-6,
+        rope_theta: f32 = 10_000.0,
+        rope_scaling: Option<RopeScaling> = None,
+        rope_traditional: bool = false,
+        partial_rotary_factor: f32 = 1.0,
+        use_bias: bool = false,
+        use_qkv_bias: bool = false,
+        use_qk_norm: bool = false,
+        layer_group_size: usize where >= 1,
+        group_norm_size: usize where >= 1 = 1,
+        first_k_dense_replace: usize = 0,
+        num_experts: usize,
+        num_experts_per_tok: usize where >= 1,
+        moe_intermediate_size: usize,
+        num_shared_experts: usize = 0,
+        moe_shared_expert_intermediate_size: usize = moe_intermediate_size,
+        moe_router_enable_shared_expert: bool = true,
+        moe_router_enable_expert_bias: bool = false,
+        score_function: String = "softmax".into(),
+        norm_topk_prob: bool,
+        routed_scaling_factor: f32 = 1.0,
+        n_group: usize = 1,
+        topk_group: usize = 4,
+        norm_head: bool = false,
+        tie_word_embeddings: bool = false,
+    }
+}
+
+impl Config {
+    /// The last layer of each whole group attends by softmax, and so do the layers after the last whole group.
+    fn is_global(&self, layer: usize) -> bool {
+        let grouped = self.num_hidden_layers / self.layer_group_size * self.layer_group_size;
+        (layer + 1).is_multiple_of(self.layer_group_size) || layer >= grouped
+    }
+
+    fn rope(&self, w: &Weights, head_dim: usize) -> Rope {
+        let turned = (head_dim as f32 * self.partial_rotary_factor) as usize;
+        let rope = w.rope(turned, self.rope_theta, &self.rope_scaling);
+        if self.rope_traditional { rope.interleaved() } else { rope }
+    }
+
+    /// Queries, keys and values from one matrix, and all of the block but what joins them.
+    fn attention(&self, w: &Weights, kv_heads: usize, head_dim: usize) -> SelfAttention {
+        let heads = self.num_attention_heads;
+        let shape = Heads { dim: self.hidden_size, heads, kv_heads, head_dim };
+        let dense = w.linear("dense", heads * head_dim, self.hidden_size, self.use_bias);
+        let attention = SelfAttention::fused(w, "query_key_value", shape, self.use_qkv_bias, dense);
+        let attention = attention.rope(self.rope(w, head_dim));
+        if !self.use_qk_norm {
+            return attention;
+        }
+        let norm = |name| w.rms_norm(name, head_dim, self.rms_norm_eps);
+        attention.head_norms(norm("query_layernorm"), norm("key_layernorm"))
+    }
+
+    /// How fast each head of a layer forgets.
+    fn log_decays(&self, layer: usize) -> Vec<f32> {
+        // Of a number that is no power of two: those of the power below it, then every other one of the power above.
+        let power_of_2 = |n: usize| (1..=n).map(move |h| (-8.0 * h as f64 / n as f64).exp2());
+        let heads = self.num_attention_heads;
+        let below = (heads + 1).next_power_of_two() / 2;
+        let slopes = power_of_2(below).chain(power_of_2(2 * below).step_by(2)).take(heads);
+        let depth = layer.saturating_sub(1) as f64 / (self.num_hidden_layers - 1).max(1) as f64;
+        slopes.map(|slope| (-slope * (1.0 - depth + 1e-5)) as f32).collect()
+    }
+}
+
+struct LinearAttention {
+    attention: SelfAttention,
+    log_decays: Parameter,
+    g_proj: Linear,
+    g_norm: RmsNorm,
+    g_norm_weight: Parameter,
+    groups: usize,
+    heads: usize,
+    head_dim: usize,
+}
+
+impl LinearAttention {
+    fn new(c: &Config, w: &Weights, layer: usize) -> Self {
+        let (heads, groups) = (c.num_attention_heads, c.group_norm_size);
+        let head_dim = c.hidden_size / heads;
+        Self {
+            attention: c.attention(w, heads, head_dim),
+            log_decays: Parameter::of(Source::numbers(&c.log_decays(layer)), &[heads]),
+            g_proj: w.linear("g_proj", c.hidden_size, heads * head_dim, false),
+            g_norm: RmsNorm::plain(heads * head_dim / groups, c.rms_norm_eps),
+            g_norm_weight: w.tensor("g_norm.weight", &[heads * head_dim]),
+            groups,
+            heads,
+            head_dim,
+        }
+    }
+}
+
+impl Mixer for LinearAttention {
+    fn forward(&self, x: &Tensor, layer: &mut Layer) -> Tensor {
+        let [q, k, v] = self.attention.project(x, layer);
+        let q = q * (self.head_dim as f32).powf(-0.5);
+        let o = layer.linear_attention(&q, &k, &v, &self.log_decays.tensor()).merge_heads();
+        let o = self.g_norm.forward(&o.unflatten(self.groups)).flatten() * self.g_norm_weight.tensor();
+        self.attention.output(&(o * self.g_proj.forward(x).sigmoid()))
+    }
+
+    fn cache(&self) -> Cache {
+        Cache::state(&[self.heads, self.head_dim, self.head_dim])
+    }
+}
+
+fn ffn(c: &Config, w: &Weights, layer: usize) -> Result<Ffn> {
+    let dim = c.hidden_size;
+    let mlp = |w: Weights, hidden| GatedMlp::new(&w, dim, hidden, c.use_bias, Activation::Silu);
+    if layer < c.first_k_dense_replace {
+        return Ok(Ffn::Dense(mlp(w.clone(), c.intermediate_size)));
+    }
+    // Converted checkpoints have the router one level deeper.
+    let gate = if w.has("gate.gate_proj.weight") { "gate.gate_proj" } else { "gate" };
+    let gate = w.linear(gate, dim, c.num_experts, false);
+    let router = match c.score_function.as_str() {
+        "softmax" => Router::softmax(gate, c.num_experts_per_tok),
+        "sigmoid" => Router::sigmoid(gate, c.num_experts_per_tok),
+        other => {
+            return Err(
+                format!("config.json: score_function is {other:?}, it should be \"softmax\" or \"sigmoid\"").into()
+            );
+        }
+    };
+    let bias = c.moe_router_enable_expert_bias.then(|| w.tensor("gate.expert_bias", &[c.num_experts]));
+    let router = router
+        .correction(bias)
+        .groups(c.n_group, c.topk_group, GroupScore::BestTwo)
+        .normalized(c.norm_topk_prob && c.num_experts_per_tok > 1, 0.0)
+        .scale(c.routed_scaling_factor);
+    let experts =
+        w.experts(ExpertsShape { bias: c.use_bias, ..ExpertsShape::new(c.num_experts, dim, c.moe_intermediate_size) });
+    let has_shared = c.num_shared_experts > 0 && c.moe_router_enable_shared_expert;
+    let shared_dim = c.moe_shared_expert_intermediate_size * c.num_shared_experts;
+    let shared = has_shared.then(|| mlp(w.at("shared_experts"), shared_dim));
+    Ok(Ffn::Sparse(Moe::new(router, experts).shared(shared)))
+}
+
+fn lm_head(c: &Config, w: &Weights, embedding: &Embedding) -> LmHead {
+    if !c.norm_head || c.tie_word_embeddings {
+        return LmHead::new(w, embedding, c.vocab_size, c.hidden_size, Some(c.tie_word_embeddings));
+    }
+    // Columns of length 1.
+    let weight = w.source("lm_head.weight").transpose().unit_rows(1e-7).transpose();
+    LmHead::Own(Linear::of(weight, None, c.hidden_size, c.vocab_size))
+}
+
+struct BailingMoeLinear(Decoder<Block<Box<dyn Mixer + Send>, Ffn>>);
+
+impl Architecture for BailingMoeLinear {
+    const MODEL_TYPES: &'static [&'static str] = &["bailing_moe_linear"];
+    type Config = Config;
+
+    fn new(c: Config, w: &Weights) -> Result<Self> {
+        let model = w.at("model");
+        let layers = model.at("layers").each(c.num_hidden_layers, |w, i| {
+            let attention = w.at("attention");
+            let mixer: Box<dyn Mixer + Send> = match c.is_global(i) {
+                true => Box::new(c.attention(&attention, c.num_key_value_heads, c.head_dim)),
+                false => Box::new(LinearAttention::new(&c, &attention, i)),
+            };
+            let norms = ["input_layernorm", "post_attention_layernorm"];
+            let norms = norms.map(|name| w.rms_norm(name, c.hidden_size, c.rms_norm_eps));
+            Ok(Block::pre_norm(norms, mixer, ffn(&c, &w.at("mlp"), i)?))
+        })?;
+        let word_embeddings = model.embedding("word_embeddings", c.vocab_size, c.hidden_size);
+        let lm_head = lm_head(&c, w, &word_embeddings);
+        let norm = model.rms_norm("norm", c.hidden_size, c.rms_norm_eps);
+        Ok(Self(Decoder::of(word_embeddings, layers, norm, lm_head)))
+    }
+
+    fn caches(&self) -> Vec<Cache> {
+        self.0.caches()
+    }
+
+    fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
+        self.0.run(tokens, step)
+    }
+
+    fn head(&self, hidden: &Tensor) -> Tensor {
+        self.0.head(hidden)
+    }
+}
+
+export_plugin!(BailingMoeLinear);

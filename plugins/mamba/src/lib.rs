@@ -1,0 +1,89 @@
+//! Mamba: selective state spaces in place of attention. <https://arxiv.org/abs/2312.00752>
+//!
+//! ```text
+//! y = x + Mixer(RMSNorm(x))                per layer
+//! logits = RMSNorm(y) · Eᵀ
+//!
+//! x, z = x Win
+//! x = silu(conv1d(x))
+//! Δ, B, C = x Wx;  Δ = softplus(Δ WΔ + b)
+//! h = exp(Δ A) h + Δ x Bᵀ, y = h C + D x       per channel, A = -exp(A_log)
+//! Mixer(x) = (silu(z) * y) Wout
+//! ```
+//!
+//! Falcon Mamba divides Δ, B and C by their root mean squares before use. <https://arxiv.org/abs/2410.05355>
+
+use plugin_api::prelude::*;
+
+config! {
+    struct Config {
+        model_type: String = "mamba".into(),
+        vocab_size: usize = 50_280,
+        hidden_size: usize = 768,
+        expand: usize = 2,
+        intermediate_size: usize = expand * hidden_size,
+        state_size: usize where >= 1 = 16,
+        num_hidden_layers: usize = 32,
+        layer_norm_epsilon: f32 = 1e-5,
+        conv_kernel: usize where >= 1 = 4,
+        use_bias: bool = false,
+        use_conv_bias: bool = true,
+        hidden_act: Activation = Activation::Silu,
+        time_step_rank: OrAuto = OrAuto::AUTO,
+        mixer_rms_eps: f32 = 1e-6,
+        tie_word_embeddings: Option<bool> = None,
+    }
+}
+
+fn mixer(c: &Config, w: &Weights) -> Mamba {
+    let shape = MambaShape {
+        dim: c.hidden_size,
+        inner: c.intermediate_size,
+        state: c.state_size,
+        kernel: c.conv_kernel,
+        dt_rank: c.time_step_rank.or(c.hidden_size.div_ceil(16)),
+        bias: c.use_bias,
+        conv_bias: c.use_conv_bias,
+        act: c.hidden_act,
+    };
+    let mixer = Mamba::new(w, shape);
+    match &*c.model_type {
+        "falcon_mamba" => {
+            let lanes = [shape.dt_rank, shape.state, shape.state];
+            mixer.norms(lanes.map(|lanes| RmsNorm::plain(lanes, c.mixer_rms_eps)))
+        }
+        _ => mixer,
+    }
+}
+
+struct MambaModel(Decoder<Branch<Mamba>>);
+
+impl Architecture for MambaModel {
+    const MODEL_TYPES: &'static [&'static str] = &["mamba", "falcon_mamba"];
+    type Config = Config;
+
+    fn new(c: Config, w: &Weights) -> Result<Self> {
+        let (backbone, dim) = (w.at("backbone"), c.hidden_size);
+        let embeddings = backbone.embedding("embeddings", c.vocab_size, dim);
+        let lm_head = LmHead::new(w, &embeddings, c.vocab_size, dim, c.tie_word_embeddings);
+        let layers = backbone.at("layers").each(c.num_hidden_layers, |w, _| {
+            Ok(Branch::new(w.rms_norm("norm", dim, c.layer_norm_epsilon), mixer(&c, &w.at("mixer"))))
+        })?;
+        let norm_f = backbone.rms_norm("norm_f", dim, c.layer_norm_epsilon);
+        Ok(Self(Decoder::of(embeddings, layers, norm_f, lm_head)))
+    }
+
+    fn caches(&self) -> Vec<Cache> {
+        self.0.caches()
+    }
+
+    fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
+        self.0.run(tokens, step)
+    }
+
+    fn head(&self, hidden: &Tensor) -> Tensor {
+        self.0.head(hidden)
+    }
+}
+
+export_plugin!(MambaModel);
