@@ -6,13 +6,10 @@ mod attention;
 mod block;
 mod branch;
 mod decoder;
-<<<<<<< HEAD
 mod layer_ropes;
-=======
 mod mamba;
 mod mamba2;
 mod mla;
->>>>>>> main
 mod mlp;
 mod moe;
 mod per_layer;
@@ -22,13 +19,10 @@ pub use attention::{Heads, SelfAttention};
 pub use block::{Block, FeedForward, Mixer};
 pub use branch::{AnyMixer, Branch, Unmixed};
 pub use decoder::{Decoder, DecoderShape, LmHead};
-<<<<<<< HEAD
 pub use layer_ropes::LayerRopes;
-=======
 pub use mamba::{Mamba, MambaShape, OrAuto};
 pub use mamba2::{GatedNorm, Mamba2, Mamba2Shape, TimeStepLimit};
 pub use mla::{Mla, MlaShape};
->>>>>>> main
 pub use mlp::{GatedMlp, Mlp};
 pub use moe::{Ffn, GroupScore, Moe, Router};
 pub use per_layer::PerLayer;
