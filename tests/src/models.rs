@@ -28,16 +28,18 @@ fn root() -> &'static Path {
 /// Every (model type, plugin), by plugin, in the plugin's own order.
 ///
 /// # Errors
-/// If a folder in `plugins/` has no `MODEL_TYPES` in its `src/lib.rs`.
+/// If an architecture in a plugin's `src/lib.rs` has no `MODEL_TYPES`.
 pub fn served() -> Result<Vec<(String, String)>> {
     let folders = fs::read_dir(root().join("plugins"))?.map(|e| Ok(e?.path())).collect::<Result<BTreeSet<_>>>()?;
     let mut served = Vec::new();
     for folder in folders.iter().filter(|folder| folder.join("Cargo.toml").is_file()) {
         let (plugin, file) = (tiny::name(folder), folder.join("src/lib.rs"));
         let source = fs::read_to_string(&file).map_err(|e| format!("{}: {e}", file.display()))?;
-        let list =
-            source.split_once("const MODEL_TYPES: &'static [&'static str] = &[").and_then(|(_, l)| l.split_once(']'));
-        let (list, _) = list.ok_or_else(|| format!("{}: no MODEL_TYPES", file.display()))?;
+        if !source.contains("impl Architecture for ") {
+            continue;
+        }
+        let list = || source.split_once("const MODEL_TYPES:")?.1.split_once('=')?.1.split_once(']');
+        let (list, _) = list().ok_or_else(|| format!("{}: no MODEL_TYPES", file.display()))?;
         let types = list.split('"').skip(1).step_by(2);
         served.extend(types.map(|model_type| (model_type.to_owned(), plugin.clone())));
     }
