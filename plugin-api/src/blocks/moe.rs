@@ -11,6 +11,8 @@ enum Score {
     ChosenSoftmax,
     /// Sigmoid of each.
     Sigmoid,
+    /// The root of softplus of each.
+    SqrtSoftplus,
 }
 
 /// How a group of experts is judged.
@@ -28,6 +30,7 @@ pub struct Router {
     gate: Linear,
     top_k: usize,
     score: Score,
+    softcap: Option<f32>,
     correction: Option<Parameter>,
     groups: Option<(usize, usize, GroupScore)>,
     normalized: Option<f32>,
@@ -37,7 +40,16 @@ pub struct Router {
 impl Router {
     /// The k most probable of `softmax(x Wgate)`, weighted by their probabilities.
     pub fn softmax(gate: Linear, top_k: usize) -> Self {
-        Self { gate, top_k, score: Score::Softmax, correction: None, groups: None, normalized: None, scale: 1.0 }
+        Self {
+            gate,
+            top_k,
+            score: Score::Softmax,
+            softcap: None,
+            correction: None,
+            groups: None,
+            normalized: None,
+            scale: 1.0,
+        }
     }
 
     /// The k largest logits, weighted by the softmax over these k.
@@ -48,6 +60,16 @@ impl Router {
     /// The k largest of `sigmoid(x Wgate)`, weighted by these.
     pub fn sigmoid(gate: Linear, top_k: usize) -> Self {
         Self { score: Score::Sigmoid, ..Self::softmax(gate, top_k) }
+    }
+
+    /// The k largest of `√softplus(x Wgate)`, weighted by these.
+    pub fn sqrt_softplus(gate: Linear, top_k: usize) -> Self {
+        Self { score: Score::SqrtSoftplus, ..Self::softmax(gate, top_k) }
+    }
+
+    /// `softcap * tanh(logits / softcap)`, before anything else.
+    pub fn softcap(self, softcap: Option<f32>) -> Self {
+        Self { softcap, ..self }
     }
 
     /// A bias `[experts]` that takes part in the choice but not in the weights. <https://arxiv.org/abs/2408.15664>
@@ -79,10 +101,13 @@ impl Router {
     /// The same from the router's logits `[tokens, experts]`.
     #[track_caller]
     pub fn choose(&self, logits: &Tensor) -> (Tensor, Tensor) {
+        let capped = self.softcap.map(|cap| (logits / cap).tanh() * cap);
+        let logits = capped.as_ref().unwrap_or(logits);
         let scores = match self.score {
             Score::Softmax => logits.softmax(),
             Score::ChosenSoftmax => logits.clone(),
             Score::Sigmoid => logits.sigmoid(),
+            Score::SqrtSoftplus => logits.softplus().sqrt(),
         };
         let corrected = match &self.correction {
             Some(bias) => &scores + bias.tensor(),

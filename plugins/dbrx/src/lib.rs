@@ -9,10 +9,7 @@
 //! MoE(x) = Σ pᵢ (silu(x W1ᵢ) * (x V1ᵢ)) · W2ᵢ     over the k largest pᵢ of softmax(x Wr), scaled to a sum of 1
 //! ```
 
-use plugin_api::{
-    config::{FromConfig, Json, Read},
-    prelude::*,
-};
+use plugin_api::prelude::*;
 
 config! {
     struct AttnConfig {
@@ -40,20 +37,6 @@ config! {
         attn_config: AttnConfig,
         ffn_config: FfnConfig,
         tie_word_embeddings: Option<bool> = Some(false),
-    }
-}
-
-impl Read for AttnConfig {
-    const WHAT: &'static str = "an object with clip_qkv, kv_n_heads and rope_theta";
-    fn read(json: &Json) -> Option<Self> {
-        Self::from_json(json, "attn_config.").ok()
-    }
-}
-
-impl Read for FfnConfig {
-    const WHAT: &'static str = "an object with ffn_hidden_size, moe_num_experts and moe_top_k";
-    fn read(json: &Json) -> Option<Self> {
-        Self::from_json(json, "ffn_config.").ok()
     }
 }
 

@@ -24,9 +24,7 @@ config! {
         head_dim: usize = 128,
         rms_norm_eps: f32 = 1e-6,
         attention_bias: bool = false,
-        rope_theta: f32 = 500_000.0,
-        rope_scaling: Option<RopeScaling> = None,
-        rope_local_base_freq: f32 = 10_000.0,
+        rope_parameters: Option<LayerRopes> = None,
         sliding_window: Option<usize> = Some(1024),
         layer_types: Option<LayerTypes> = None,
         moe_intermediate_size: usize = 896,
@@ -41,9 +39,9 @@ config! {
 fn attention(c: &Config, w: &Weights, slides: bool) -> SelfAttention {
     let (dim, heads, kv_heads, head_dim) = (c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim);
     let norm = |name| w.rms_norm(name, head_dim, c.rms_norm_eps);
-    let rope = match slides {
-        true => w.rope(head_dim, c.rope_local_base_freq, &None),
-        false => w.rope(head_dim, c.rope_theta, &c.rope_scaling),
+    let rope = match &c.rope_parameters {
+        Some(ropes) => ropes.rope(w, head_dim, slides),
+        None => w.rope(head_dim, if slides { 10_000.0 } else { 500_000.0 }, &None),
     };
     SelfAttention::new(w, Heads { dim, heads, kv_heads, head_dim }, c.attention_bias, c.attention_bias)
         .head_norms(norm("q_norm"), norm("k_norm"))
