@@ -15,7 +15,10 @@
 //! p = cᵢ softmax(chosen (unit(h) * r / √dim) Wrouter)
 //! ```
 
-use plugin_api::prelude::*;
+use plugin_api::{
+    config::{Json, Read},
+    prelude::*,
+};
 
 config! {
     struct Config {
@@ -27,6 +30,8 @@ config! {
         num_attention_heads: usize = 8,
         num_key_value_heads: usize = 4,
         head_dim: usize = 256,
+        // In layers that see everything. Files that transformers 5 wrote say the same layer by layer.
+        per_layer_config: Option<Exceptions> = None,
         global_head_dim: usize = 512,
         attention_k_eq_v: bool = false,
         num_global_key_value_heads: usize = num_key_value_heads,
@@ -57,7 +62,38 @@ config! {
     }
 }
 
+/// `per_layer_config`: what some layers have instead, `{"5": {"head_dim": 512, "num_key_value_heads": 1}, ..}`.
+struct Exceptions(Vec<(usize, Option<usize>, Option<usize>)>);
+
+impl Read for Exceptions {
+    const WHAT: &'static str = "an object of objects by layer, with head_dim or num_key_value_heads";
+    fn read(json: &Json) -> Option<Self> {
+        let number = |of: &Json, key: &str| of.get(key).filter(|n| !n.is_null()).map(usize::read);
+        let layers = json.as_object()?.iter().map(|(layer, of)| {
+            let [head_dim, kv_heads] = ["head_dim", "num_key_value_heads"].map(|key| number(of, key));
+            // A key that is there has to be a number.
+            let sure = |n: Option<Option<usize>>| n.map_or(Some(None), |n| n.map(Some));
+            Some((layer.parse().ok()?, sure(head_dim)?, sure(kv_heads)?))
+        });
+        layers.collect::<Option<_>>().map(Self)
+    }
+}
+
 impl Config {
+    /// Lanes of a head, and key heads.
+    fn heads(&self, layer: usize) -> Result<(usize, usize)> {
+        let (usual, slides) = ((self.head_dim, self.num_key_value_heads), self.slides(layer)?);
+        if let Some(Exceptions(layers)) = &self.per_layer_config {
+            let other = layers.iter().find(|(i, ..)| *i == layer);
+            return Ok(other.map_or(usual, |(_, d, kv)| (d.unwrap_or(usual.0), kv.unwrap_or(usual.1))));
+        }
+        Ok(match (slides, self.attention_k_eq_v) {
+            (true, _) => usual,
+            (false, true) => (self.global_head_dim, self.num_global_key_value_heads),
+            (false, false) => (self.global_head_dim, self.num_key_value_heads),
+        })
+    }
+
     fn norm(&self, w: &Weights, name: &str) -> RmsNorm {
         w.rms_norm(name, self.hidden_size, self.rms_norm_eps)
     }
@@ -75,12 +111,12 @@ impl Config {
 
     fn attention(&self, w: &Weights, layer: usize) -> Result<SharingAttention> {
         let (dim, heads, slides) = (self.hidden_size, self.num_attention_heads, self.slides(layer)?);
-        let (head_dim, rope) = match slides {
-            true => (self.head_dim, w.rope(self.head_dim, self.rope_local_base_freq, &None)),
-            false => (self.global_head_dim, w.rope(self.global_head_dim, self.rope_theta, &self.rope_scaling)),
+        let (head_dim, kv_heads) = self.heads(layer)?;
+        let rope = match slides {
+            true => w.rope(head_dim, self.rope_local_base_freq, &None),
+            false => w.rope(head_dim, self.rope_theta, &self.rope_scaling),
         };
         let k_eq_v = self.attention_k_eq_v && !slides;
-        let kv_heads = if k_eq_v { self.num_global_key_value_heads } else { self.num_key_value_heads };
         let (flags, shape) = ((self.attention_bias, k_eq_v), Heads { dim, heads, kv_heads, head_dim });
         let attention = SharingAttention::new(w, shape, flags, self.rms_norm_eps, rope, self.keys_of(layer)?);
         Ok(attention.window(slides.then_some(self.sliding_window)))
