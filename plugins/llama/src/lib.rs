@@ -41,7 +41,7 @@ config! {
             _ => num_attention_heads,
         },
         head_dim: usize = match &*text_model_type {
-            "cwm" | "ernie4_5" | "helium" | "seed_oss" => 128,
+            "cwm" | "ernie4_5" | "helium" | "internlm3" | "iquestcoder" | "ministral3" | "seed_oss" => 128,
             _ => hidden_size / num_attention_heads,
         },
         hidden_act: Activation = Activation::Silu,
