@@ -57,13 +57,6 @@ impl Weights {
         call.ops.has_shape()(call.ctx, RStr::from_str(&self.full(name)), RSlice::from_slice(&dims), At::caller()) != 0
     }
 
-    /// Length of an axis of a stored tensor, for checkpoints whose layouts differ in shapes but not in names; 0 where there is none.
-    #[track_caller]
-    pub fn axis(&self, name: &str, axis: usize) -> usize {
-        let call = Call::current();
-        call.ops.axis()(call.ctx, RStr::from_str(&self.full(name)), axis as u64, At::caller()) as usize
-    }
-
     /// The stored tensor of this name, to be transformed before use: `w.source("qkv_proj.weight").rows(0..64)`.
     #[track_caller]
     pub fn source(&self, name: &str) -> Source {

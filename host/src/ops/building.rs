@@ -105,11 +105,6 @@ impl<'a> Building<'a> {
         }
     }
 
-    pub fn axis(&self, name: &str, axis: usize) -> usize {
-        let shape = self.pantry.shape(&Recipe::Stored(name.to_owned())).unwrap_or_default();
-        shape.get(axis).copied().unwrap_or(0)
-    }
-
     pub fn has(&self, name: &str) -> bool {
         self.pantry.has(name)
     }

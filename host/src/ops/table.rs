@@ -149,7 +149,6 @@ macro_rules! implement {
 implement! {
     build {
         has(name: RStr<'_>) -> u8: 0, |b| b.has(&name).into();
-        axis(name: RStr<'_>, axis: u64) -> u64: 0, |b| b.axis(&name, axis as usize) as u64;
         source(name: RStr<'_>) -> SourceId: SourceId::NONE, |b| b.source(&name);
         transform(source: SourceId, kind: u32, ints: RSlice<'_, u64>, factor: f64) -> SourceId: SourceId::NONE,
             |b| b.transform(source, kind, ints.as_slice(), factor);
@@ -279,7 +278,7 @@ macro_rules! tables {
         static TABLES: OnceLock<OpsRef> = OnceLock::new();
         *TABLES.get_or_init(|| {
             let build = BuildOps {
-                has, axis, source, transform, stack, ignore, join, complain, linear_layer, fuse, embedding_layer, norm_layer,
+                has, source, transform, stack, ignore, join, complain, linear_layer, fuse, embedding_layer, norm_layer,
                 experts_layer, experts_from, multi_linear_layer, conv1d_layer, parameter_layer, rope_layer, has_shape, numbers,
             };
             let layers = LayerOps {

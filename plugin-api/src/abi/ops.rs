@@ -68,8 +68,6 @@ macro_rules! ops_1_0 {
             // ---- building: during `create` ----
             /// Whether the checkpoint has a tensor of this full name (1) or not (0).
             fn has(name: RStr<'_>) -> u8;
-            /// Length of an axis of the stored tensor, packed numbers counted one by one; 0 if there is no such tensor or axis.
-            fn axis(name: RStr<'_>, axis: u64) -> u64;
             /// The stored tensor of this full name.
             fn source(name: RStr<'_>) -> SourceId;
             /// A `TRANSFORM_*` of a source, applied when its bytes are read.

@@ -163,7 +163,8 @@ impl Architecture for FalconH1 {
 
     fn new(c: Config, w: &Weights) -> Result<Self> {
         let (model, dim) = (w.at("model"), c.hidden_size);
-        let folded = w.axis("model.layers.0.mamba.conv1d.weight", 1) > 1;
+        let channels = c.mamba_d_ssm + 2 * c.mamba_n_groups * c.mamba_d_state;
+        let folded = w.has_shape("model.layers.0.mamba.conv1d.weight", &[channels, c.mamba_d_conv, 1]);
         let embed_tokens = model.embedding("embed_tokens", c.vocab_size, dim);
         let lm_head = LmHead::new(w, &embed_tokens, c.vocab_size, dim, c.tie_word_embeddings);
         let scales = Scales::new(&c, folded, matches!(lm_head, LmHead::Tied(_)))?;
