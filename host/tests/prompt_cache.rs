@@ -11,7 +11,7 @@ use dylm::{
     },
     device::{DeviceChoice, DtypeChoice, Placement},
 };
-use plugin_api::abi::{CACHE_KEY_VALUE, CacheSpec};
+use plugin_api::abi::{CACHE_KEY_VALUE, CACHE_STATE, CacheSpec};
 use safetensors::tensor::{Dtype, TensorView};
 use std::{collections::HashMap, fs, path::Path};
 
@@ -182,6 +182,55 @@ fn refusal(change: impl FnOnce(&mut Parts)) -> String {
     let error = read(&path, &cpu(DtypeChoice::Float32)).err().expect("a wrong file is refused").to_string();
     assert!(error.contains("bad.safetensors") && !error.contains('\n'), "{error}");
     error
+}
+
+/// A state of `tokens` tokens in a model of recurrences alone, or with keys and values beside them.
+fn recurrent(hybrid: bool, rows: u64, tokens: usize) -> State {
+    let spec = |dims| CacheSpec { kind: CACHE_STATE, flags: 0, window: 0, dims };
+    // The second is that of a convolution over one token: empty.
+    let mut all = vec![spec([rows, 2, 4, 0, 0, 0]), spec([0, 5, 0, 0, 0, 0])];
+    all.extend(hybrid.then(|| specs()[0]));
+    let mut state = State::new(&all, &cpu(DtypeChoice::Float32), &CacheOptions::default()).unwrap();
+    for memory in &mut state.layers {
+        match memory {
+            Memory::State(s) => s.numbers.iter_mut().enumerate().for_each(|(i, x)| *x = (i as f32 + 0.1).sqrt()),
+            Memory::KeyValue(kv) => {
+                kv.shape = Some([1, 1, 1, 1]);
+                kv.append(&vec![0.5; tokens], &vec![0.25; tokens], 0, tokens);
+            }
+        }
+    }
+    (state.offset, state.tokens) = (tokens, (0..tokens as u32).collect());
+    state
+}
+
+#[test]
+fn states_of_recurrences_come_back_and_can_be_gone_back_from() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("state.cache");
+    for hybrid in [false, true] {
+        let before = recurrent(hybrid, 3, 9);
+        write(&path, &before);
+        let mut after = recurrent(hybrid, 3, 0);
+        PromptCache::open(&path).unwrap().read_into(&mut after, &cpu(DtypeChoice::Float32)).unwrap();
+        assert_eq!((after.offset, &after.tokens), (9, &before.tokens));
+        for (after, before) in after.layers.iter().zip(&before.layers) {
+            assert_eq!(after.state(), before.state());
+        }
+        assert!(after.can_trim(0) && after.can_trim(4));
+        after.trim(4).unwrap();
+        assert_eq!(after.layers[0].state().unwrap().numbers, [0.0; 24]);
+    }
+}
+
+#[test]
+fn a_state_of_another_shape_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("state.cache");
+    write(&path, &recurrent(false, 3, 9));
+    let error = PromptCache::open(&path).unwrap().read_into(&mut recurrent(false, 4, 0), &cpu(DtypeChoice::Float32));
+    let error = error.unwrap_err().to_string();
+    assert!(error.contains("0.0.0: F32 [1, 3, 2, 4], the model's state is F32 [1, ..] of [4, 2, 4]"), "{error}");
 }
 
 #[test]

@@ -30,6 +30,7 @@ const IN_NEW: &[(&str, &[&str])] = &[
     ("stack without end", &["model.embed_tokens.weight: the plugin puts too many transforms on one tensor"]),
     ("build off the thread", &["the other thread panicked"]),
     ("ask for a million caches", &["1000000 caches"]),
+    ("ask for a huge state", &["numbers of state, more than any model has; look at config.json"]),
 ];
 
 const STALE: &str = "a tensor that is not of this step";
@@ -53,6 +54,13 @@ const IN_FORWARD: &[(&str, &[&str])] = &[
     ("give sinks of a wrong size", &["attend: sinks [3, 3] for 4 heads (at bad/src/lib.rs:"]),
     ("feed a cache twice", &["attend: cache 0 is fed twice in one step (at bad/src/lib.rs:"]),
     ("attend more often than declared", &["attend: the layer declares no further keys and values in caches()"]),
+    ("recur without a state", &["shift: the layer's caches() declares no further state (at bad/src/lib.rs:"]),
+    (
+        "recur with a state of another shape",
+        &["shift: needs a state of [1, 64], the layer's caches() declares one of [1, 65]"],
+    ),
+    ("recur twice with one state", &["shift: the state 1 is used twice in one step"]),
+    ("recur over other tokens", &["shift: [64, 3] in a step of 3 tokens"]),
     ("attend to fewer tokens", &["attend: 1 tokens in a step of 3"]),
     ("rotate other tokens", &["rotate", "is not [3 tokens, heads, at least 16]"]),
     ("build while running", &["source: called while the model was running (at bad/src/lib.rs:"]),
@@ -152,4 +160,24 @@ fn a_step_that_panics_half_way_leaves_the_sequence_as_it_was() {
     assert!(error.contains("a deliberate panic in call 2"), "{error}");
     assert_eq!(step(&good, &mut expected, &[8]).unwrap(), step(&broken, &mut state, &[8]).unwrap());
     assert_eq!(step(&good, &mut expected, &[9]).unwrap(), step(&broken, &mut state, &[9]).unwrap());
+}
+
+#[test]
+fn a_step_that_panics_after_a_recurrence_leaves_its_state_as_it_was() {
+    let plugins = install(&bad());
+    let recurring = model("recur and panic later");
+    let lm = load(recurring.path(), plugins.path()).unwrap();
+    let step = |state: &mut dylm::cache::State, tokens: &[u32]| {
+        lm.model.step(&mut [Input { state, tokens, want: Want::All }]).map(|mut rows| rows.remove(0))
+    };
+    let (mut broken, mut whole) =
+        (lm.model.state(&Default::default()).unwrap(), lm.model.state(&Default::default()).unwrap());
+    // The dry run was call 0.
+    step(&mut broken, &[5, 6, 7]).unwrap();
+    step(&mut broken, &[8]).unwrap();
+    let error = step(&mut broken, &[1, 2]).unwrap_err().to_string();
+    assert!(error.contains("a deliberate panic in call 3"), "{error}");
+    assert_eq!(broken.offset, 4);
+    let after = step(&mut broken, &[9]).unwrap();
+    assert_eq!(after, step(&mut whole, &[5, 6, 7, 8, 9]).unwrap()[4..]);
 }

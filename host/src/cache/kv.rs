@@ -166,3 +166,44 @@ impl KvCache {
         self.keys.bytes() + self.values.bytes()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::{DeviceChoice, DtypeChoice};
+
+    /// A cache of one number a token, after `tokens` steps.
+    fn after(flags: u32, window: usize, max_kv_size: Option<usize>, tokens: usize) -> KvCache {
+        let place = Placement::new(DeviceChoice::Cpu, DtypeChoice::Float32, candle_core::DType::F32).unwrap();
+        let spec = CacheSpec { kind: 0, flags, window: window as u64, dims: [0; 6] };
+        let mut cache = KvCache::new(&spec, &place, CacheOptions { max_kv_size, ..Default::default() });
+        cache.shaped([1, 1, 1, 0]).unwrap();
+        for p in 0..tokens {
+            cache.append(&[p as f32], &[], p, 1);
+            cache.settle(p + 1).unwrap();
+        }
+        cache
+    }
+
+    #[test]
+    fn a_chunk_that_is_over_leaves_and_what_a_query_may_see_stays() {
+        for tokens in [500, 699, 700, 1399, 1400, 1401, 5000] {
+            let cache = after(CACHE_IN_CHUNKS, 700, None, tokens);
+            let first = cache.positions[0] as usize;
+            assert!(first <= tokens / 700 * 700, "{tokens}: the query of the next token misses keys before {first}");
+            assert!(cache.positions.len() <= 700 + 2 * SLACK, "{tokens}: {} keys", cache.positions.len());
+            assert_eq!(cache.keys.numbers().unwrap(), cache.positions.iter().map(|&p| p as f32).collect::<Vec<_>>());
+            assert!(cache.can_trim_to(tokens));
+            assert_eq!(cache.can_trim_to(first.saturating_sub(1)), first == 0, "{tokens}");
+        }
+        assert!(!after(CACHE_IN_CHUNKS, 700, None, 1500).can_trim_to(1399), "went back into a chunk that has left");
+    }
+
+    #[test]
+    fn a_limit_below_the_chunk_keeps_the_first_tokens_and_the_last() {
+        let cache = after(CACHE_IN_CHUNKS, 5000, Some(100), 3000);
+        assert_eq!(cache.rule(), Sight { window: Some(100 - KEEP), chunk: Some(5000), keep: KEEP });
+        assert_eq!(cache.positions[..KEEP], [0, 1, 2, 3]);
+        assert!(cache.positions.len() <= 100 + 2 * SLACK);
+    }
+}

@@ -115,7 +115,7 @@ impl Rope {
                 let (turning, factor) = ((share * dims as f64 / 2.0) as usize, s.number("factor").unwrap_or(1.0));
                 plain.into_iter().enumerate().map(|(i, f)| if i < turning { f / factor } else { 0.0 }).collect()
             }
-            "yarn" | "deepseek_yarn" => {
+            "yarn" | "deepseek_yarn" | "telechat3-yarn" => {
                 let factor = s.factor()?;
                 amplitude = yarn_amplitude(factor, &s);
                 yarn(plain, dims, base, factor, &s)?

@@ -36,14 +36,13 @@ impl Running<'_> {
 
     /// Notes that this step feeds a cache, which holds so much of a token.
     fn feed(&mut self, cache: u32, shape: [usize; 4]) -> Outcome<()> {
-        let caches = self.fed.len();
         if self.caches.get(cache as usize).is_some_and(|spec| spec.kind == CACHE_STATE) {
             return Err(fault!("cache {cache} is a state, not keys and values"));
         }
         match self.fed.get_mut(cache as usize) {
             Some(fed) if !*fed => *fed = true,
             Some(_) => return Err(fault!("cache {cache} is fed twice in one step")),
-            None => return Err(fault!("cache {cache} of {caches}")),
+            None => return Err(fault!("the layer declares no further keys and values in caches()")),
         }
         self.shapes.insert(cache, shape);
         Ok(())

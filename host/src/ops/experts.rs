@@ -188,3 +188,104 @@ impl Building<'_> {
         (Some(inner(0)), inner(1), down)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::weights::{Checkpoint, Dtype, Stored, plan::Report, recipe::Pantry};
+
+    const SPEC: ExpertsSpec = ExpertsSpec {
+        activation: abi::EXPERTS_SWIGLU,
+        flags: 0,
+        experts: 2,
+        dim: 4,
+        hidden: 3,
+        identity: 0,
+        limit: 0.0,
+        alpha: 0.0,
+    };
+
+    fn report(spec: ExpertsSpec, names: &[(&str, &[usize])]) -> Report {
+        let mut checkpoint = Checkpoint::default();
+        for (name, shape) in names {
+            let bytes = vec![0u8; shape.iter().product::<usize>() * 4].into();
+            let stored = Stored::new(Dtype::F32, shape.to_vec(), bytes, std::path::Path::new("made").into()).unwrap();
+            checkpoint.insert(format!("mlp.{name}"), stored).unwrap();
+        }
+        let (pantry, config) = (Pantry { checkpoint, quantization: None }, serde_json::Value::Null);
+        let mut building = Building::new(&pantry, &config);
+        building.experts_layer("mlp.", SpecRef::new(&spec));
+        let (wanted, complaints) = (std::mem::take(&mut building.wanted), std::mem::take(&mut building.complaints));
+        Report::new(&wanted, &pantry, &[], complaints)
+    }
+
+    #[test]
+    fn gated_experts_are_found_in_every_layout() {
+        let (into, back): (&[usize], &[usize]) = (&[2, 3, 4], &[2, 4, 3]);
+        for stack in STACKS {
+            let names = NAMES.map(|name| format!("{stack}.{name}.weight"));
+            let tensors = [(&*names[0], into), (&*names[1], into), (&*names[2], back)];
+            assert_eq!(report(SPEC, &tensors), Report::default(), "{stack}");
+        }
+        for (place, parts) in SINGLE {
+            let names = [0, 1].map(|e| parts.map(|part| format!("{place}.{e}.{part}.weight")));
+            let one = |[gate, up, down]: &'_ [String; 3]| {
+                [(gate.clone(), [3, 4]), (up.clone(), [3, 4]), (down.clone(), [4, 3])]
+            };
+            let tensors = names.iter().flat_map(one).collect::<Vec<_>>();
+            let tensors = tensors.iter().map(|(name, shape)| (&**name, &shape[..])).collect::<Vec<_>>();
+            assert_eq!(report(SPEC, &tensors), Report::default(), "{parts:?}");
+        }
+        let turns = ExpertsSpec { flags: abi::EXPERTS_IN_TURNS, ..SPEC };
+        for ([gate_up, down, ..], spec) in FUSED.iter().flat_map(|names| [(names, SPEC), (names, turns)]) {
+            assert_eq!(report(spec, &[(gate_up, &[2, 6, 4]), (down, &[2, 4, 3])]), Report::default(), "{gate_up}");
+            assert_eq!(
+                report(spec, &[(gate_up, &[2, 4, 6]), (down, &[2, 3, 4])]),
+                Report::default(),
+                "{gate_up} turned"
+            );
+        }
+    }
+
+    #[test]
+    fn a_square_projection_is_told_from_a_turned_one_by_the_other() {
+        for (dim, hidden) in [(6, 3), (4, 4)] {
+            let spec = ExpertsSpec { dim: dim as u64, hidden: hidden as u64, ..SPEC };
+            let [gate_up, down, ..] = FUSED[0];
+            let lying = report(spec, &[(gate_up, &[2, 2 * hidden, dim]), (down, &[2, dim, hidden])]);
+            let turned = report(spec, &[(gate_up, &[2, dim, 2 * hidden]), (down, &[2, hidden, dim])]);
+            assert_eq!((lying, turned), Default::default());
+        }
+    }
+
+    #[test]
+    fn experts_without_a_gate_and_their_biases_are_found() {
+        let spec = ExpertsSpec { activation: abi::EXPERTS_GELU_TANH, flags: abi::EXPERTS_WITH_BIAS, ..SPEC };
+        let stacked: [(&str, &[usize]); 4] = [
+            ("switch_mlp.fc1.weight", &[2, 3, 4]),
+            ("switch_mlp.fc1.bias", &[2, 3]),
+            ("switch_mlp.fc2.weight", &[2, 4, 3]),
+            ("switch_mlp.fc2.bias", &[2, 4]),
+        ];
+        assert_eq!(report(spec, &stacked), Report::default());
+        let relu2 = ExpertsSpec { activation: abi::EXPERTS_RELU2, ..SPEC };
+        let single: [(&str, &[usize]); 4] = [
+            ("experts.0.up_proj.weight", &[3, 4]),
+            ("experts.0.down_proj.weight", &[4, 3]),
+            ("experts.1.up_proj.weight", &[3, 4]),
+            ("experts.1.down_proj.weight", &[4, 3]),
+        ];
+        assert_eq!(report(relu2, &single), Report::default());
+    }
+
+    #[test]
+    fn where_no_layout_is_there_the_report_names_single_experts() {
+        let found = report(SPEC, &[]);
+        assert_eq!(found.missing.len(), 6);
+        assert_eq!(found.missing[0], "mlp.experts.0.down_proj.weight");
+        let unknown = report(ExpertsSpec { activation: 99, ..SPEC }, &[]);
+        assert!(unknown.complaints[0].contains("experts of kind 99"), "{unknown}");
+        let flags = report(ExpertsSpec { flags: 1 << 30, ..SPEC }, &[]);
+        assert!(flags.complaints[0].ends_with("update dylm"), "{flags}");
+    }
+}

@@ -2,6 +2,7 @@
 
 use super::recipe::{Pantry, Recipe};
 use crate::error::Result;
+use rayon::prelude::*;
 
 impl Pantry {
     /// The tensor's numbers, row after row.
@@ -16,7 +17,8 @@ impl Pantry {
             Recipe::Transpose(inner) => {
                 let (shape, numbers) = (self.shape(inner)?, self.floats(inner)?);
                 let [.., n, m] = shape[..] else { return Ok(numbers) };
-                Ok(numbers.chunks((n * m).max(1)).flat_map(|page| turned(page, n, m)).collect())
+                let all = (0..m).collect::<Vec<_>>();
+                Ok(numbers.chunks((n * m).max(1)).flat_map(|page| columns(page, m, &all)).collect())
             }
             Recipe::Reshape(inner, _) => self.floats(inner),
             Recipe::UnitRows(inner, least) => {
@@ -77,7 +79,20 @@ impl Pantry {
     }
 }
 
-/// `[n, m]` -> `[m, n]`
-pub(super) fn turned(page: &[f32], n: usize, m: usize) -> Vec<f32> {
-    (0..n * m).map(|i| page[(i % n) * m + i / n]).collect()
+/// Some columns of a matrix `[n, m]`, as rows: `[columns, n]`.
+pub(super) fn columns(page: &[f32], m: usize, columns: &[usize]) -> Vec<f32> {
+    // Both sides are walked in tiles of this width, since one of them is always read or written across its rows.
+    const TILE: usize = 32;
+    let n = page.len() / m.max(1);
+    let mut out = vec![0.0; columns.len() * n];
+    let tile = |(out, columns): (&mut [f32], &[usize])| {
+        for start in (0..n).step_by(TILE) {
+            for (out, &column) in out.chunks_exact_mut(n).zip(columns) {
+                let rows = start..(start + TILE).min(n);
+                out[rows.clone()].iter_mut().zip(rows).for_each(|(x, row)| *x = page[row * m + column]);
+            }
+        }
+    };
+    out.par_chunks_mut((TILE * n).max(1)).zip(columns.par_chunks(TILE)).for_each(tile);
+    out
 }

@@ -2,7 +2,7 @@
 //! A matrix' rows are all axes but the last, so a choice along any other axis is a list of rows.
 
 use super::{
-    floats::turned,
+    floats::columns,
     recipe::{Pantry, Recipe},
 };
 use crate::{
@@ -92,31 +92,37 @@ impl Pantry {
     /// numbers have to be computed.
     pub fn pages(&self, recipe: &Recipe) -> Result<Vec<Matrix>> {
         let shape = self.shape(recipe)?;
-        let &[n, rows, cols] = shape.as_slice() else {
+        let &[n, rows, _] = shape.as_slice() else {
             return Err(Error::Weights(format!("{}: {shape:?} is not a stack of matrices", recipe.name())));
         };
         let missing = || Error::Weights(format!("{}: not all of its rows are there", recipe.name()));
-        let cut = |inner: &Recipe, entries: Vec<usize>| {
-            self.pages(inner)?.iter().map(|page| select(page, &entries).ok_or_else(missing)).collect()
-        };
         match recipe {
             Recipe::Stack(parts) => parts.iter().map(|p| self.matrix(p)).collect(),
-            Recipe::Narrow(inner, 1, from, to) => cut(inner, (*from..*to).collect()),
-            Recipe::Every(inner, 1, start, step) => cut(inner, (0..rows).map(|i| start + i * step).collect()),
-            Recipe::Transpose(inner) => {
-                let float = Format::Dense(self.float(inner.name()));
-                let turn = |page: Matrix| {
-                    let mut numbers = vec![0.0; rows * cols];
-                    page.dequantize_rows(0..cols, &mut numbers);
-                    Matrix::quantize(&turned(&numbers, cols, rows), rows, cols, float)
-                };
-                self.pages(inner)?.into_iter().map(turn).collect()
+            Recipe::Narrow(inner, 1, from, to) => self.pages_of(inner, &(*from..*to).collect::<Vec<_>>()),
+            Recipe::Every(inner, 1, start, step) => {
+                self.pages_of(inner, &(0..rows).map(|i| start + i * step).collect::<Vec<_>>())
             }
+            Recipe::Transpose(_) => self.pages_of(recipe, &(0..rows).collect::<Vec<_>>()),
             _ => {
                 let all = self.matrix(recipe)?;
                 (0..n).map(|i| all.slice_rows(i * rows..(i + 1) * rows).ok_or_else(missing)).collect()
             }
         }
+    }
+
+    /// These rows of each page. Of a turned tensor no other rows are computed.
+    fn pages_of(&self, recipe: &Recipe, rows: &[usize]) -> Result<Vec<Matrix>> {
+        let Recipe::Transpose(inner) = recipe else {
+            let missing = || Error::Weights(format!("{}: not all of its rows are there", recipe.name()));
+            return self.pages(recipe)?.iter().map(|page| select(page, rows).ok_or_else(missing)).collect();
+        };
+        let float = Format::Dense(self.float(inner.name()));
+        let turn = |page: Matrix| {
+            let mut numbers = vec![0.0; page.rows() * page.cols()];
+            page.dequantize_rows(0..page.rows(), &mut numbers);
+            Matrix::quantize(&columns(&numbers, page.cols(), rows), rows.len(), page.rows(), float)
+        };
+        self.pages(inner)?.into_iter().map(turn).collect()
     }
 
     /// The module whose stored matrix this is some rows of: its path, how many rows it has, and which of them these are. `None` where the

@@ -94,6 +94,21 @@ fn rows_of_a_fused_projection_take_their_part_of_its_adapter() {
 }
 
 #[test]
+fn rows_that_take_turns_in_a_fused_projection_take_their_part_of_its_adapter() {
+    let adapters = open_mlx("lora", &low_rank("gate_up")).unwrap();
+    let place = &places()[0];
+    let (w, x) = (numbers("w", ROWS * COLS), numbers("x", COLS));
+    let whole = linear(&adapters, "gate_up", weight(&w, ROWS, COLS, formats()[0], place), None, place);
+    let rows: Vec<usize> = (1..ROWS).step_by(2).collect();
+    let cut: Vec<f32> = rows.iter().flat_map(|row| w[row * COLS..][..COLS].to_vec()).collect();
+    let cut = weight(&cut, rows.len(), COLS, formats()[0], place);
+    let adapter = adapters.linear_rows("gate_up", &rows, ROWS, &cut, place).unwrap();
+    let cut = Linear { weight: cut, bias: None, adapter };
+    let expected: Vec<f64> = run(&whole, &x)[1..].iter().step_by(2).map(|y| f64::from(*y)).collect();
+    assert_near(&run(&cut, &x), &expected, "every second row");
+}
+
+#[test]
 fn an_embedding_changes_the_same_way_in_both_directions() {
     let (vocab, dim) = (40, 64);
     let parts = [named("e.lora_a", &[vocab, RANK]), named("e.lora_b", &[RANK, dim])];

@@ -160,6 +160,14 @@ fn layers_that_nobody_asked_for_are_named() {
 }
 
 #[test]
+fn a_layer_that_the_architecture_uses_in_another_form_is_refused() {
+    let adapters = open_mlx("lora", &parts()).unwrap();
+    let refused = adapters.refuse(&format!("{PATH}.weight"));
+    assert_refused(refused, "the adapter changes this layer, which the architecture uses in another form");
+    adapters.refuse("model.layers.0.mlp.gate_proj.weight").unwrap();
+}
+
+#[test]
 fn peft_variants_that_compute_something_else_are_refused() {
     let parts = [
         named("base_model.model.q.lora_A.weight", &[RANK, 64]),

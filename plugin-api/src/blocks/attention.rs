@@ -75,6 +75,25 @@ impl SelfAttention {
         Self::of(qkv, o_proj, h.head_dim)
     }
 
+    /// Queries, keys and values stored group by group in `name.weight`: the query heads that share a key head, then it, then its value
+    /// head; with `bias` or none; `o_proj` has its own.
+    #[track_caller]
+    pub fn grouped(w: &Weights, name: &str, h: Heads, bias: bool, o_proj: Linear) -> Self {
+        let (d, sharing) = (h.head_dim, h.heads / h.kv_heads.max(1));
+        let q = sharing * d;
+        let qkv = [0..q, q..q + d, q + d..q + 2 * d].map(|lanes| {
+            let outputs = h.kv_heads * lanes.len();
+            let weight = w.source(&format!("{name}.weight")).reshape(&[h.kv_heads, q + 2 * d, h.dim]);
+            let weight = weight.narrow(1, lanes.clone()).reshape(&[outputs, h.dim]);
+            let bias = bias.then(|| {
+                let bias = w.source(&format!("{name}.bias")).reshape(&[h.kv_heads, q + 2 * d]);
+                bias.narrow(1, lanes.clone()).reshape(&[outputs])
+            });
+            Linear::of(weight, bias, h.dim, outputs)
+        });
+        Self::of(qkv, o_proj, d)
+    }
+
     /// The block of projections that the author found.
     pub fn of([q_proj, k_proj, v_proj]: [Linear; 3], o_proj: Linear, head_dim: usize) -> Self {
         Self {

@@ -15,6 +15,8 @@ mod mla;
 mod mlp;
 mod moe;
 mod per_layer;
+mod per_layer_inputs;
+mod sharing;
 
 pub use activation::{Activation, LayerTypes};
 pub use attention::{Heads, SelfAttention};
@@ -30,3 +32,5 @@ pub use mla::{Mla, MlaShape};
 pub use mlp::{GatedMlp, Mlp};
 pub use moe::{Ffn, GroupScore, Moe, Router};
 pub use per_layer::PerLayer;
+pub use per_layer_inputs::{PerLayerGate, PerLayerInputs, PerLayerShape};
+pub use sharing::SharingAttention;

@@ -38,7 +38,7 @@ struct Xielu {
 
 impl Xielu {
     fn new(w: &Weights) -> Self {
-        // Below it xIELU's exponential is computed; 0 gives the same to the last bit but one.
+        // The exponential's upper end, -1e-6 in all checkpoints; 0, in its place, makes no difference above that.
         w.ignore("eps");
         // Some store numbers as [1], some as [].
         let number = |name| Parameter::of(w.source(name).reshape(&[1]), &[1]);

@@ -3,74 +3,15 @@
 use crate::{Config, altup::AltUp};
 use plugin_api::prelude::*;
 
-/// Keys and values of a layer that has its own.
-struct Own {
-    k_proj: Linear,
-    v_proj: Linear,
-    k_norm: RmsNorm,
-    v_norm: RmsNorm,
-}
-
-enum Keys {
-    Own(Own),
-    Of(usize),
-}
-
-struct Attention {
-    q_proj: Linear,
-    q_norm: RmsNorm,
-    keys: Keys,
-    o_proj: Linear,
-    rope: Rope,
-    head_dim: usize,
-    window: Option<usize>,
-}
-
-impl Attention {
-    fn new(c: &Config, w: &Weights, layer: usize) -> Result<Self> {
-        let (dim, head_dim, eps, bias) = (c.hidden_size, c.head_dim, c.rms_norm_eps, c.attention_bias);
-        let (q, kv) = (c.num_attention_heads * head_dim, c.num_key_value_heads * head_dim);
-        let slides = c.layer_types.slides(layer)?;
-        let keys = match c.keys_of(layer)? {
-            Some(other) => {
-                for untrained in ["k_proj.", "v_proj.", "k_norm."] {
-                    w.ignore(untrained);
-                }
-                Keys::Of(other)
-            }
-            None => {
-                let [k_proj, v_proj] = w.linears(dim, bias, [("k_proj", kv), ("v_proj", kv)]);
-                let (k_norm, v_norm) = (w.rms_norm("k_norm", head_dim, eps), RmsNorm::plain(head_dim, eps));
-                Keys::Own(Own { k_proj, v_proj, k_norm, v_norm })
-            }
-        };
-        Ok(Self {
-            q_proj: w.linear("q_proj", dim, q, bias),
-            q_norm: w.rms_norm("q_norm", head_dim, eps),
-            keys,
-            o_proj: w.linear("o_proj", q, dim, bias),
-            rope: match slides {
-                true => w.rope(head_dim, c.rope_local_base_freq, &None),
-                false => w.rope(head_dim, c.rope_theta, &c.rope_scaling),
-            },
-            head_dim,
-            window: slides.then_some(c.sliding_window),
-        })
-    }
-
-    fn forward(&self, x: &Tensor, layer: &mut Layer) -> Tensor {
-        let how = Attend { scale: 1.0, window: self.window, ..Default::default() };
-        let heads = |proj: &Linear| proj.forward(x).split_heads(self.head_dim);
-        let q = layer.rotate(&self.rope, self.q_norm.forward(&heads(&self.q_proj)));
-        let y = match &self.keys {
-            Keys::Of(other) => layer.attend_to(*other, q, &how),
-            Keys::Own(own) => {
-                let k = layer.rotate(&self.rope, own.k_norm.forward(&heads(&own.k_proj)));
-                layer.attend(q, k, own.v_norm.forward(&heads(&own.v_proj)), &how)
-            }
-        };
-        self.o_proj.forward(&y.merge_heads())
-    }
+fn attention(c: &Config, w: &Weights, layer: usize) -> Result<SharingAttention> {
+    let (dim, head_dim, slides) = (c.hidden_size, c.head_dim, c.layer_types.slides(layer)?);
+    let heads = Heads { dim, heads: c.num_attention_heads, kv_heads: c.num_key_value_heads, head_dim };
+    let rope = match slides {
+        true => w.rope(head_dim, c.rope_local_base_freq, &None),
+        false => w.rope(head_dim, c.rope_theta, &c.rope_scaling),
+    };
+    let attention = SharingAttention::new(w, heads, (c.attention_bias, false), c.rms_norm_eps, rope, c.keys_of(layer)?);
+    Ok(attention.window(slides.then_some(c.sliding_window)))
 }
 
 struct Mlp {
@@ -140,15 +81,12 @@ pub struct Block {
     altup: AltUp,
     laurel: Laurel,
     input_layernorm: RmsNorm,
-    self_attn: Attention,
+    self_attn: SharingAttention,
     post_attention_layernorm: RmsNorm,
     pre_feedforward_layernorm: RmsNorm,
     mlp: Mlp,
     post_feedforward_layernorm: RmsNorm,
-    per_layer_input_gate: Linear,
-    per_layer_projection: Linear,
-    post_per_layer_input_norm: RmsNorm,
-    act: Activation,
+    input_gate: PerLayerGate,
 }
 
 impl Block {
@@ -162,23 +100,17 @@ impl Block {
                 post_laurel_norm: c.norm(&laurel, "post_laurel_norm"),
             },
             input_layernorm: c.norm(w, "input_layernorm"),
-            self_attn: Attention::new(c, &w.at("self_attn"), layer)?,
+            self_attn: attention(c, &w.at("self_attn"), layer)?,
             post_attention_layernorm: c.norm(w, "post_attention_layernorm"),
             pre_feedforward_layernorm: c.norm(w, "pre_feedforward_layernorm"),
             mlp: Mlp::new(c, &w.at("mlp"), layer)?,
             post_feedforward_layernorm: c.norm(w, "post_feedforward_layernorm"),
-            per_layer_input_gate: w.linear("per_layer_input_gate", dim, width, false),
-            per_layer_projection: w.linear("per_layer_projection", width, dim, false),
-            post_per_layer_input_norm: c.norm(w, "post_per_layer_input_norm"),
-            act: c.hidden_activation,
+            input_gate: PerLayerGate::new(w, dim, width, c.rms_norm_eps, c.hidden_activation),
         })
     }
 
     pub fn cache(&self) -> Cache {
-        match &self.self_attn.keys {
-            Keys::Own(_) => Cache::key_value(self.self_attn.window),
-            Keys::Of(_) => Cache::none(),
-        }
+        self.self_attn.cache()
     }
 
     /// x `[tokens, K, dim]`, input `[tokens, width]` -> `[tokens, K, dim]`
@@ -192,8 +124,7 @@ impl Block {
         let y = &h + self.post_feedforward_layernorm.forward(&fed);
 
         let corrected = self.altup.correct(&predictions, &y);
-        let gate = self.act.forward(&self.per_layer_input_gate.forward(&self.altup.scaled(&corrected)));
-        let told = self.per_layer_projection.forward(&(gate * input));
-        self.altup.add_to_others(&corrected, &self.post_per_layer_input_norm.forward(&told))
+        let told = self.input_gate.forward(&self.altup.scaled(&corrected), input);
+        self.altup.add_to_others(&corrected, &told)
     }
 }

@@ -76,43 +76,6 @@ impl Config {
     }
 }
 
-/// What each layer is told about each token, besides the stream itself.
-struct PerLayerInputs {
-    embed_tokens_per_layer: Embedding,
-    per_layer_model_projection: Linear,
-    per_layer_projection_norm: RmsNorm,
-    vocab: usize,
-    layers: usize,
-    dim: usize,
-    width: usize,
-}
-
-impl PerLayerInputs {
-    fn new(c: &Config, w: &Weights) -> Self {
-        let (layers, dim, width) = (c.num_hidden_layers, c.hidden_size, c.hidden_size_per_layer_input);
-        let vocab = c.vocab_size_per_layer_input;
-        Self {
-            embed_tokens_per_layer: w.embedding("embed_tokens_per_layer", vocab, layers * width),
-            per_layer_model_projection: w.linear("per_layer_model_projection", dim, layers * width, false),
-            per_layer_projection_norm: w.rms_norm("per_layer_projection_norm", width, c.rms_norm_eps),
-            vocab,
-            layers,
-            dim,
-            width,
-        }
-    }
-
-    /// `[tokens, layers * width]`
-    fn forward(&self, tokens: &Tensor, embedded: &Tensor, step: &Step) -> Tensor {
-        // Ids beyond this table stand for images and sounds, which no text has; any row will do, a missing one would not.
-        let ids = step.ngrams(tokens, 1, 1, self.vocab);
-        let of_token = self.embed_tokens_per_layer.forward(&ids) * (self.width as f32).sqrt();
-        let projected = self.per_layer_model_projection.forward(embedded) * (self.dim as f32).powf(-0.5);
-        let projected = self.per_layer_projection_norm.forward(&projected.unflatten(self.layers)).flatten();
-        (projected + of_token) * 0.5f32.sqrt()
-    }
-}
-
 struct Gemma3n {
     decoder: Decoder<block::Block>,
     streams: Streams,
@@ -141,7 +104,16 @@ impl Architecture for Gemma3n {
                 .embed_scale((c.hidden_size as f32).sqrt())
                 .softcap(c.final_logit_softcapping),
             streams: Streams::new(&c, &model)?,
-            per_layer_inputs: PerLayerInputs::new(&c, &model),
+            per_layer_inputs: PerLayerInputs::new(
+                &model,
+                PerLayerShape {
+                    vocab: c.vocab_size_per_layer_input,
+                    layers: c.num_hidden_layers,
+                    dim: c.hidden_size,
+                    width: c.hidden_size_per_layer_input,
+                    eps: c.rms_norm_eps,
+                },
+            ),
         })
     }
 
@@ -153,9 +125,8 @@ impl Architecture for Gemma3n {
         let embedded = self.decoder.embed(tokens);
         let inputs = self.per_layer_inputs.forward(tokens, &embedded, step);
         let mut x = self.streams.part(embedded);
-        for (i, (block, mut layer)) in self.decoder.layers.iter().zip(step.layers()).enumerate() {
-            let width = self.per_layer_inputs.width;
-            x = block.forward(&x, &inputs.narrow(i * width, width), &mut layer);
+        for ((block, input), mut layer) in self.decoder.layers.iter().zip(&inputs).zip(step.layers()) {
+            x = block.forward(&x, input, &mut layer);
         }
         self.decoder.norm.forward(&self.streams.join(&x))
     }

@@ -38,49 +38,26 @@ impl Config {
     }
 }
 
-struct Attention {
-    query_key_value: Linear,
-    dense: Linear,
-    rope: Rope,
-    head_dim: usize,
+fn attention(c: &Config, w: &Weights) -> SelfAttention {
+    let (dim, heads) = (c.hidden_size, c.num_attention_heads);
+    let head_dim = dim / heads;
+    // Masks that old exporters stored.
+    w.ignore("masked_bias");
+    w.ignore("bias");
+    let dense = w.linear("dense", dim, dim, c.attention_bias);
+    let shape = Heads { dim, heads, kv_heads: heads, head_dim };
+    let turned = (head_dim as f32 * c.partial_rotary_factor) as usize;
+    SelfAttention::grouped(w, "query_key_value", shape, c.attention_bias, dense).rope(w.rope(
+        turned,
+        c.rope_theta,
+        &c.rope_scaling,
+    ))
 }
 
-impl Attention {
-    fn new(c: &Config, w: &Weights) -> Self {
-        let (dim, head_dim) = (c.hidden_size, c.hidden_size / c.num_attention_heads);
-        // Masks that old exporters stored.
-        w.ignore("masked_bias");
-        if w.has("bias") {
-            w.ignore("bias");
-        }
-        Self {
-            query_key_value: w.linear("query_key_value", dim, 3 * dim, c.attention_bias),
-            dense: w.linear("dense", dim, dim, c.attention_bias),
-            rope: w.rope((head_dim as f32 * c.partial_rotary_factor) as usize, c.rope_theta, &c.rope_scaling),
-            head_dim,
-        }
-    }
-}
-
-impl Mixer for Attention {
-    fn forward(&self, x: &Tensor, layer: &mut Layer) -> Tensor {
-        let d = self.head_dim;
-        let heads = self.query_key_value.forward(x).split_heads(3 * d);
-        let [q, k, v] = [0, d, 2 * d].map(|start| heads.narrow(start, d));
-        let (q, k) = (layer.rotate(&self.rope, q), layer.rotate(&self.rope, k));
-        let scale = (d as f32).powf(-0.5);
-        self.dense.forward(&layer.attend(q, k, v, &Attend { scale, ..Default::default() }).merge_heads())
-    }
-
-    fn cache(&self) -> Cache {
-        Cache::key_value(None)
-    }
-}
-
-type Layers = Block<Attention, Mlp>;
+type Layers = Block<SelfAttention, Mlp>;
 
 fn block(c: &Config, w: &Weights) -> Layers {
-    let (attention, names) = (Attention::new(c, &w.at("attention")), ["dense_h_to_4h", "dense_4h_to_h"]);
+    let (attention, names) = (attention(c, &w.at("attention")), ["dense_h_to_4h", "dense_4h_to_h"]);
     let mlp = Mlp::new(&w.at("mlp"), names, c.hidden_size, c.intermediate_size, true, c.hidden_act);
     let norms = ["input_layernorm", "post_attention_layernorm"].map(|name| c.norm(w, name));
     match c.use_parallel_residual {

@@ -9,7 +9,7 @@
 //! SwiGLU(x) = (silu(x Wgate) * (x Wup)) · Wdown
 //!
 //! model_type                 what differs
-//! llama, iquestcoder         nothing; attention_bias and mlp_bias add biases, layer_types windows
+//! llama, iquestcoder, xverse nothing; attention_bias and mlp_bias add biases, layer_types windows
 //! mistral, ministral         a window, in all layers or in those of layer_types
 //! ministral3                 q · (1 + β ln(1 + ⌊position / span⌋)), the numbers in rope_parameters
 //! mistral3, pixtral, llava   one of these three, or llama, beside a vision tower: text_config says which
@@ -41,7 +41,7 @@ config! {
             _ => num_attention_heads,
         },
         head_dim: usize = match &*text_model_type {
-            "cwm" | "ernie4_5" | "helium" | "seed_oss" => 128,
+            "cwm" | "ernie4_5" | "helium" | "internlm3" | "iquestcoder" | "ministral3" | "seed_oss" => 128,
             _ => hidden_size / num_attention_heads,
         },
         hidden_act: Activation = Activation::Silu,
@@ -144,6 +144,7 @@ impl Architecture for Llama {
         "ernie4_5",
         "helium",
         "telechat3",
+        "xverse",
         "arcee",
     ];
     type Config = Config;

@@ -89,12 +89,12 @@ impl Tiny {
         self.chunked(&[self.expected.prompt.len()])
     }
 
-    /// The prompt in chunks of these sizes, then token by token.
+    /// The prompt in chunks of these sizes and one of what is left, then token by token.
     fn chunked(&self, sizes: &[usize]) -> tiny::Result<Vec<Vec<f32>>> {
         let mut state = self.state()?;
         state.horizon = self.expected.prompt.len();
         let (mut rows, mut rest) = (Vec::new(), self.expected.prompt.as_slice());
-        for &size in sizes {
+        for &size in sizes.iter().chain([&usize::MAX]) {
             let (chunk, after) = rest.split_at(size.min(rest.len()));
             rows = self.read(&mut state, chunk, Want::Last)?;
             rest = after;

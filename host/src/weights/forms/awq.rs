@@ -13,6 +13,13 @@ pub struct Awq;
 /// Which nibble of a word has output j of its eight.
 const NIBBLE: [usize; 8] = [0, 4, 1, 5, 2, 6, 3, 7];
 
+/// One output's numbers, down the lines of `outputs` each.
+fn of_output(words: &[u8], outputs: usize, output: usize) -> impl Iterator<Item = u8> + '_ {
+    let nibble = NIBBLE[output % 8];
+    let first = output / 8 * 4 + nibble / 2;
+    words[first..].iter().step_by(outputs / 2).map(move |byte| byte >> (nibble % 2 * 4) & 15)
+}
+
 impl Form for Awq {
     fn tensors(&self) -> &'static [&'static str] {
         &[".qweight", ".qzeros", ".scales"]
@@ -43,19 +50,13 @@ impl Form for Awq {
         let shape = self.shape(w)?;
         let (outputs, inputs) = (shape[0], shape[1]);
         let (weight, scales) = (w.need(".qweight")?.stored.bytes(), w.need(".scales")?);
-        let nibble = |words: &[u8], line: usize, output: usize| {
-            let at = NIBBLE[output % 8];
-            words[(line * (outputs / 8) + output / 8) * 4 + at / 2] >> (at % 2 * 4) & 15
-        };
         let row = |output: usize, numbers: &mut [u8]| {
-            numbers.iter_mut().enumerate().for_each(|(input, q)| *q = nibble(&weight, input, output));
+            numbers.iter_mut().zip(of_output(&weight, outputs, output)).for_each(|(to, q)| *to = q);
         };
-        let groups = scales.stored.shape[0];
         let zeros = match w.get(".qzeros") {
             Some(zeros) => {
                 let zeros = zeros.stored.bytes();
-                let of = |output| (0..groups).map(move |group| (group, output));
-                (0..outputs).flat_map(of).map(|(group, output)| f32::from(nibble(&zeros, group, output))).collect()
+                (0..outputs).flat_map(|output| of_output(&zeros, outputs, output)).map(f32::from).collect()
             }
             None => vec![8.0],
         };

@@ -2,9 +2,9 @@
 
 use plugin_api::prelude::*;
 use std::{
-    cell::{Cell, RefCell},
+    cell::Cell,
     mem::{forget, transmute, transmute_copy},
-    sync::atomic::{AtomicUsize, Ordering},
+    sync::atomic::{AtomicU64, AtomicUsize, Ordering},
 };
 
 config! {
@@ -24,8 +24,10 @@ struct Bad {
     rope: Rope,
 }
 
+/// Steps run on whichever thread of a pool is free, so what one keeps another must find.
+static KEPT: AtomicU64 = AtomicU64::new(0);
+
 thread_local! {
-    static KEPT: RefCell<Option<Tensor>> = const { RefCell::new(None) };
     static LAYER: Cell<Option<Layer>> = const { Cell::new(None) };
     static AT_EXIT: AtExit = const { AtExit };
 }
@@ -96,6 +98,18 @@ impl Bad {
                 drop(attend(&mut step.layers().next()?, &plain));
                 panic!("a deliberate panic in call {call}")
             }
+            "recur and panic later" => {
+                let mut layer = step.layers().next()?;
+                let y = layer.shift(h) + attend(&mut layer, &plain).merge_heads();
+                if call == 3 {
+                    panic!("a deliberate panic in call {call}");
+                }
+                y
+            }
+            "recur without a state" => step.layers().next()?.shift(h),
+            "recur with a state of another shape" => step.layers().next()?.shift(h),
+            "recur twice with one state" => step.layers().next()?.shift(&step.layers().next()?.shift(h)),
+            "recur over other tokens" => step.layers().next()?.shift(&h.transpose()),
             "return no handle" => forge(0),
             "return a forged handle" => forge(0x0123_4567_89ab_cdef),
             "return a released handle" => {
@@ -120,8 +134,9 @@ impl Bad {
                 return None;
             }
             "keep a tensor" => {
-                let kept = KEPT.with(|kept| kept.borrow_mut().replace(h.clone()));
-                return kept.map(|kept| h + kept);
+                forget(h.clone());
+                let kept = KEPT.swap(handle(h), Ordering::Relaxed);
+                return (kept != 0).then(|| h + forge(kept));
             }
             "compute off the thread" => {
                 let raw = handle(h);
@@ -211,6 +226,11 @@ impl Architecture for Bad {
         match self.misbehave.as_str() {
             "panic in caches" => panic!("a deliberate panic in caches"),
             "ask for a million caches" => vec![Cache::key_value(None); 1_000_000],
+            "ask for a huge state" => vec![Cache::state(&[1 << 40, 1 << 40])],
+            "recur with a state of another shape" => vec![Cache::state(&[1, 65])],
+            "recur and panic later" | "recur twice with one state" | "recur over other tokens" => {
+                vec![Cache::key_value(None).and(Cache::state(&[1, 64]))]
+            }
             _ => vec![Cache::key_value(None)],
         }
     }
