@@ -1,6 +1,6 @@
 //! Attention with grouped heads, as nearly every decoder has it; what differs between architectures are words on it.
 
-use crate::{Attend, Cache, Layer, Linear, Mixer, Norm, Parameter, Rope, Tensor, Weights};
+use crate::{Attend, Cache, Layer, Linear, Mixer, Norm, Parameter, Rope, SparseBlocks, Tensor, Weights};
 
 /// The shape of an attention block.
 #[derive(Debug, Clone, Copy)]
@@ -49,6 +49,7 @@ pub struct SelfAttention {
     sinks: Option<Parameter>,
     gate: Option<OutputGate>,
     chunk: Option<usize>,
+    blocks: Option<SparseBlocks>,
     /// Keys seen, counting the query's own; for [`Cache::key_value`](crate::Cache::key_value).
     pub window: Option<usize>,
 }
@@ -111,6 +112,7 @@ impl SelfAttention {
             sinks: None,
             gate: None,
             chunk: None,
+            blocks: None,
             window: None,
         }
     }
@@ -165,6 +167,11 @@ impl SelfAttention {
     /// The same with one factor a head; W `[heads, dim]`.
     pub fn head_gate(self, gate: Linear) -> Self {
         Self { gate: Some(OutputGate::Heads(gate)), ..self }
+    }
+
+    /// Which blocks of keys are seen.
+    pub fn blocks(self, blocks: Option<SparseBlocks>) -> Self {
+        Self { blocks, ..self }
     }
 
     /// Keys seen from the last multiple of this on.
@@ -223,8 +230,10 @@ impl SelfAttention {
     pub fn attend(&self, [q, k, v]: [Tensor; 3], layer: &mut Layer) -> Tensor {
         let sinks = self.sinks.as_ref().map(Parameter::tensor);
         let (sinks, scale) = (sinks.as_ref(), self.scale);
-        let (window, chunk, softcap) = (self.window, self.chunk, self.softcap);
-        layer.attend(q, k, v, &Attend { scale, window, chunk, softcap, sinks, ..Default::default() }).merge_heads()
+        let (window, chunk, softcap, blocks) = (self.window, self.chunk, self.softcap, self.blocks);
+        layer
+            .attend(q, k, v, &Attend { scale, window, chunk, softcap, sinks, blocks, ..Default::default() })
+            .merge_heads()
     }
 
     fn gated(&self, x: &Tensor, attended: Tensor) -> Tensor {
