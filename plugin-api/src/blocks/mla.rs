@@ -55,6 +55,7 @@ pub struct Mla {
     shape: MlaShape,
     scale: f32,
     growth: Option<(f32, f32)>,
+    gate: Option<Linear>,
 }
 
 /// Under the root of the latents' norms, whatever config.json says of the other norms.
@@ -65,6 +66,12 @@ impl Mla {
     /// below each other) or as MLX splits it, `embed_q` `[heads, rank, nope]` and `unembed_out` `[heads, v, rank]`.
     #[track_caller]
     pub fn new(w: &Weights, s: MlaShape, rope: Rope) -> Self {
+        Self::named(w, "o_proj", s, rope)
+    }
+
+    /// The same with another name than `o_proj`.
+    #[track_caller]
+    pub fn named(w: &Weights, o_proj: &str, s: MlaShape, rope: Rope) -> Self {
         let (dim, heads, rank) = (s.hidden_size, s.num_attention_heads, s.kv_lora_rank);
         let (nope, value) = (s.qk_nope_head_dim, s.v_head_dim);
         let q = heads * (nope + s.qk_rope_head_dim);
@@ -89,12 +96,18 @@ impl Mla {
             kv_a_layernorm: w.rms_norm("kv_a_layernorm", rank, EPS),
             embed_q,
             unembed_out,
-            o_proj: w.linear("o_proj", heads * value, dim, s.attention_bias),
+            o_proj: w.linear(o_proj, heads * value, dim, s.attention_bias),
             rope,
             shape: s,
             scale: ((nope + s.qk_rope_head_dim) as f32).powf(-0.5),
             growth: None,
+            gate: None,
         }
+    }
+
+    /// Multiplies what each head gives by `sigmoid(x W)`, before the output projection; W `[heads, dim]`.
+    pub fn head_gate(self, gate: Linear) -> Self {
+        Self { gate: Some(gate), ..self }
     }
 
     /// Multiplies scores by what YaRN's `mscale_all_dim` asks for, where `rope_scaling` has it. <https://arxiv.org/abs/2309.00071>
@@ -144,7 +157,12 @@ impl Mla {
         let q = grown(q, self.growth, layer);
         let how = Attend { scale: self.scale, selection, ..Default::default() };
         let attended = layer.attend_latent(q, Tensor::concat(&[&c, &k_rope]), rank, &how);
-        self.o_proj.forward(&self.unembed_out.forward(&attended).merge_heads())
+        let values = self.unembed_out.forward(&attended);
+        let values = match &self.gate {
+            Some(gate) => values * gate.forward(x).sigmoid().split_heads(1),
+            None => values,
+        };
+        self.o_proj.forward(&values.merge_heads())
     }
 }
 

@@ -1,5 +1,6 @@
 //! Ring and Ling 2.0 "linear": linear attention with fixed decays in most layers, softmax attention at the end of each group of layers,
-//! and routed experts. <https://arxiv.org/abs/2510.19338>
+//! and routed experts. <https://arxiv.org/abs/2510.19338> The later hybrids have latent attention there, and Ling 3 the delta rule in
+//! place of fixed decays: see `hybrid`.
 //!
 //! ```text
 //! h = x + Mixer(RMSNorm(x))                per layer
@@ -13,10 +14,13 @@
 //! FFN(x) = Σ pᵢ SwiGLUᵢ(x) + SwiGLU(x) over the k best experts of the best groups; in the first layers SwiGLU(x)
 //! ```
 
+mod hybrid;
+
 use plugin_api::prelude::*;
 
 config! {
     struct Config {
+        model_type: String,
         vocab_size: usize,
         hidden_size: usize,
         intermediate_size: usize,
@@ -28,26 +32,36 @@ config! {
         rope_theta: f32 = 10_000.0,
         rope_scaling: Option<RopeScaling> = None,
         rope_traditional: bool = false,
-        partial_rotary_factor: f32 = 1.0,
+        partial_rotary_factor: f32 = if model_type == "bailing_hybrid" { 0.5 } else { 1.0 },
+        rope_interleave: bool = true,
+        q_lora_rank: Option<usize> = None,
+        kv_lora_rank: usize = 512,
+        qk_nope_head_dim: usize = 128,
+        qk_rope_head_dim: usize = 64,
+        v_head_dim: usize = 128,
+        short_conv_kernel_size: usize where >= 1 = 4,
+        kda_safe_gate: bool = true,
+        kda_lower_bound: f32 = -5.0,
         use_bias: bool = false,
         use_qkv_bias: bool = false,
-        use_qk_norm: bool = false,
+        use_qk_norm: bool = model_type == "bailing_hybrid",
         layer_group_size: usize where >= 1,
         group_norm_size: usize where >= 1 = 1,
         first_k_dense_replace: usize = 0,
         num_experts: usize,
         num_experts_per_tok: usize where >= 1,
         moe_intermediate_size: usize,
-        num_shared_experts: usize = 0,
+        num_shared_experts: usize = (model_type == "bailing_hybrid").into(),
         moe_shared_expert_intermediate_size: usize = moe_intermediate_size,
         moe_router_enable_shared_expert: bool = true,
-        moe_router_enable_expert_bias: bool = false,
-        score_function: String = "softmax".into(),
-        norm_topk_prob: bool,
-        routed_scaling_factor: f32 = 1.0,
-        n_group: usize = 1,
+        moe_router_enable_expert_bias: bool = model_type == "bailing_hybrid",
+        score_function: String = if model_type == "bailing_hybrid" { "sigmoid" } else { "softmax" }.into(),
+        norm_topk_prob: bool = true,
+        routed_scaling_factor: f32 = if model_type == "bailing_hybrid" { 2.5 } else { 1.0 },
+        n_group: usize = if model_type == "bailing_hybrid" { 8 } else { 1 },
         topk_group: usize = 4,
         norm_head: bool = false,
+        num_nextn_predict_layers: usize = 1,
         tie_word_embeddings: bool = false,
     }
 }
@@ -57,6 +71,10 @@ impl Config {
     fn is_global(&self, layer: usize) -> bool {
         let grouped = self.num_hidden_layers / self.layer_group_size * self.layer_group_size;
         (layer + 1).is_multiple_of(self.layer_group_size) || layer >= grouped
+    }
+
+    fn is_hybrid(&self) -> bool {
+        self.model_type == "bailing_hybrid"
     }
 
     fn rope(&self, w: &Weights, head_dim: usize) -> Rope {
@@ -86,7 +104,9 @@ impl Config {
         let heads = self.num_attention_heads;
         let below = (heads + 1).next_power_of_two() / 2;
         let slopes = power_of_2(below).chain(power_of_2(2 * below).step_by(2)).take(heads);
-        let depth = layer.saturating_sub(1) as f64 / (self.num_hidden_layers - 1).max(1) as f64;
+        // The hybrids count from the first layer, the older ones from the second.
+        let depth = if self.is_hybrid() { layer } else { layer.saturating_sub(1) };
+        let depth = depth as f64 / (self.num_hidden_layers - 1).max(1) as f64;
         slopes.map(|slope| (-slope * (1.0 - depth + 1e-5)) as f32).collect()
     }
 }
@@ -105,7 +125,7 @@ struct LinearAttention {
 impl LinearAttention {
     fn new(c: &Config, w: &Weights, layer: usize) -> Self {
         let (heads, groups) = (c.num_attention_heads, c.group_norm_size);
-        let head_dim = c.hidden_size / heads;
+        let head_dim = if c.is_hybrid() { c.head_dim } else { c.hidden_size / heads };
         Self {
             attention: c.attention(w, heads, head_dim),
             log_decays: Parameter::of(Source::numbers(&c.log_decays(layer)), &[heads]),
@@ -177,7 +197,7 @@ fn lm_head(c: &Config, w: &Weights, embedding: &Embedding) -> LmHead {
 struct BailingMoeLinear(Decoder<Block<Box<dyn Mixer + Send>, Ffn>>);
 
 impl Architecture for BailingMoeLinear {
-    const MODEL_TYPES: &'static [&'static str] = &["bailing_moe_linear"];
+    const MODEL_TYPES: &'static [&'static str] = &["bailing_moe_linear", "bailing_hybrid"];
     type Config = Config;
 
     fn new(c: Config, w: &Weights) -> Result<Self> {
@@ -185,6 +205,8 @@ impl Architecture for BailingMoeLinear {
         let layers = model.at("layers").each(c.num_hidden_layers, |w, i| {
             let attention = w.at("attention");
             let mixer: Box<dyn Mixer + Send> = match c.is_global(i) {
+                true if c.is_hybrid() => Box::new(hybrid::latent_attention(&c, &attention)),
+                false if attention.has("A_log") => Box::new(hybrid::Delta::new(&c, &attention)),
                 true => Box::new(c.attention(&attention, c.num_key_value_heads, c.head_dim)),
                 false => Box::new(LinearAttention::new(&c, &attention, i)),
             };
@@ -192,6 +214,9 @@ impl Architecture for BailingMoeLinear {
             let norms = norms.map(|name| w.rms_norm(name, c.hidden_size, c.rms_norm_eps));
             Ok(Block::pre_norm(norms, mixer, ffn(&c, &w.at("mlp"), i)?))
         })?;
+        for layer in 0..c.num_nextn_predict_layers {
+            w.ignore(&format!("model.layers.{}.", c.num_hidden_layers + layer));
+        }
         let word_embeddings = model.embedding("word_embeddings", c.vocab_size, c.hidden_size);
         let lm_head = lm_head(&c, w, &word_embeddings);
         let norm = model.rms_norm("norm", c.hidden_size, c.rms_norm_eps);
