@@ -234,7 +234,7 @@ fn lm_head(c: &Config, w: &Weights, embedding: &Embedding) -> LmHead {
 struct BailingMoeLinear(Decoder<Block<AnyMixer, Ffn>>);
 
 impl Architecture for BailingMoeLinear {
-    const MODEL_TYPES: &'static [&'static str] = &["bailing_moe_linear", HYBRID];
+    const MODEL_TYPES: &'static [&'static str] = &["bailing_moe_linear", "bailing_hybrid"];
     type Config = Config;
 
     fn new(c: Config, w: &Weights) -> Result<Self> {
