@@ -1,4 +1,4 @@
-//! What a plugin implements. It names its config, its weights and what each layer remembers once; then it only runs.
+//! What a plugin implements: an architecture, which names its config and its weights once, and the model that this gives, which runs.
 
 use crate::{Cache, Step, Tensor, Weights, config::FromConfig};
 
@@ -16,20 +16,25 @@ impl<T: Into<String>> From<T> for Error {
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// A model architecture: the equations of a paper over layers that the host owns.
+pub trait Architecture: 'static {
+    /// The `model_type`s of config.json that this architecture serves; the first one names the library file.
+    const MODEL_TYPES: &'static [&'static str];
+    /// The keys it reads, declared with [`config!`](crate::config!).
+    type Config: FromConfig;
+    /// What it builds: mostly a [`Decoder`](crate::Decoder), which runs its blocks by itself; or `Self`, and the author says how.
+    type Model: Model;
+
+    /// Names the weights. Runs against the checkpoint's header alone; missing tensors are the host's to report. Thread: any.
+    fn new(config: Self::Config, weights: &Weights) -> Result<Self::Model>;
+}
+
+/// A model that runs.
 ///
 /// `Send`, since a model may be built on one thread and run on another; a [`Tensor`] is not, so none can be kept between steps.
 ///
 /// Replay contract: `forward` and `head` are pure functions of their arguments' shapes. They read no values, no clock and no files, and
 /// for equal token counts they issue equal ops, so that the host may record a step once and replay it.
-pub trait Architecture: Sized + Send + 'static {
-    /// The `model_type`s of config.json that this architecture serves; the first one names the library file.
-    const MODEL_TYPES: &'static [&'static str];
-    /// The keys it reads, declared with [`config!`](crate::config!).
-    type Config: FromConfig;
-
-    /// Names the weights. Runs against the checkpoint's header alone; missing tensors are the host's to report. Thread: any.
-    fn new(config: Self::Config, weights: &Weights) -> Result<Self>;
-
+pub trait Model: Send + 'static {
     /// What each layer must remember, in the order in which [`Step::layers`] hands the layers out.
     fn caches(&self) -> Vec<Cache>;
 

@@ -1,7 +1,7 @@
 //! `export_plugin!`: everything between an `Architecture` and the ABI. Compiled into the plugin, since only there can its panics be caught.
 
 use crate::{
-    Architecture, Step, Tensor, Weights,
+    Architecture, Model, Step, Tensor, Weights,
     abi::{
         self, CacheSpec, Ctx, Handle,
         ops::OpsRef,
@@ -83,8 +83,8 @@ fn check_ops(name: &str, host: &Host) -> Result<(), PluginError> {
 }
 
 /// What `ModelObject::data` points to.
-struct Built<A> {
-    model: A,
+struct Built<M> {
+    model: M,
     caches: RVec<CacheSpec>,
     places: Places,
 }
@@ -124,9 +124,9 @@ impl<A: Architecture> Exported<A> {
 
     /// # Safety
     /// `data` is the pointer that `create` made, not yet given to `drop`.
-    unsafe fn built<'a>(data: *const ()) -> &'a Built<A> {
-        // SAFETY: the caller's promise; `create` boxed exactly a `Built<A>`.
-        unsafe { &*data.cast::<Built<A>>() }
+    unsafe fn built<'a>(data: *const ()) -> &'a Built<A::Model> {
+        // SAFETY: the caller's promise; `create` boxed exactly a `Built<A::Model>`.
+        unsafe { &*data.cast::<Built<A::Model>>() }
     }
 
     extern "C" fn caches(data: *const ()) -> RVec<CacheSpec> {
@@ -155,8 +155,8 @@ impl<A: Architecture> Exported<A> {
 
     extern "C" fn drop(data: *mut ()) {
         let _ = catch(Self::name(), || {
-            // SAFETY: the host calls this once, last; `create` boxed exactly a `Built<A>`.
-            drop(unsafe { Box::from_raw(data.cast::<Built<A>>()) });
+            // SAFETY: the host calls this once, last; `create` boxed exactly a `Built<A::Model>`.
+            drop(unsafe { Box::from_raw(data.cast::<Built<A::Model>>()) });
             Ok(())
         });
     }

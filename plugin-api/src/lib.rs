@@ -79,7 +79,7 @@ pub mod step;
 pub mod tensor;
 pub mod weights;
 
-pub use architecture::{Architecture, Error, Result};
+pub use architecture::{Architecture, Error, Model, Result};
 pub use blocks::*;
 pub use cache::Cache;
 pub use config::RopeScaling;
@@ -96,7 +96,7 @@ pub use abi_stable;
 pub mod prelude {
     pub use crate::{
         Architecture, Attend, Cache, Conv1d, Embedding, ExpertKind, Experts, ExpertsShape, Layer, LayerNorm, Linear,
-        MultiLinear, Norm, Parameter, Result, RmsNorm, Rope, RopeScaling, Source, SparseBlocks, Step, Tensor, Weights,
-        blocks::*, config, export_plugin,
+        Model, MultiLinear, Norm, Parameter, Result, RmsNorm, Rope, RopeScaling, Source, SparseBlocks, Step, Tensor,
+        Weights, blocks::*, config, decoder_shape, export_plugin,
     };
 }

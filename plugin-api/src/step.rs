@@ -45,7 +45,7 @@ pub struct Step {
 }
 
 impl Step {
-    /// The layers, in the order of [`Architecture::caches`](crate::Architecture::caches).
+    /// The layers, in the order of [`Model::caches`](crate::Model::caches).
     pub fn layers(&mut self) -> impl Iterator<Item = Layer> + use<> {
         let places = self.places.clone();
         (0..places.layers()).map(move |index| Layer { places: places.clone(), index, attended: 0, recurred: 0 })

@@ -3,7 +3,7 @@
 
 use crate::{Cache, Ffn, GatedMlp, Layer, Mlp, Moe, Norm, SelfAttention, Tensor};
 
-/// What lets tokens see each other: attention, or a recurrence.
+/// What lets tokens see each other: attention, a recurrence, or a whole block around one.
 pub trait Mixer {
     /// `[tokens, dim]` -> `[tokens, dim]`
     fn forward(&self, x: &Tensor, layer: &mut Layer) -> Tensor;
@@ -101,19 +101,6 @@ impl<M: Mixer, F: FeedForward> Block<M, F> {
         Self { branch_scale, ..self }
     }
 
-    /// `[tokens, dim]` -> `[tokens, dim]`
-    #[track_caller]
-    pub fn forward(&self, x: &Tensor, layer: &mut Layer) -> Tensor {
-        let seen = self.normed(0, x);
-        let h = x + self.branch(0, self.mixer.forward(&seen, layer));
-        let seen = match self.order {
-            Order::InTurn => self.normed(1, &h),
-            Order::Parallel => self.normed(1, x),
-            Order::OneNorm => seen,
-        };
-        h + self.branch(1, self.ffn.forward(&seen))
-    }
-
     #[track_caller]
     fn normed(&self, which: usize, x: &Tensor) -> Tensor {
         self.before.as_ref().map_or_else(|| x.clone(), |norms| norms[which].forward(x))
@@ -127,5 +114,24 @@ impl<M: Mixer, F: FeedForward> Block<M, F> {
             None => y,
         };
         if self.branch_scale == 1.0 { y } else { y * self.branch_scale }
+    }
+}
+
+/// A whole block mixes tokens too: what a decoder is made of is a list of these.
+impl<M: Mixer, F: FeedForward> Mixer for Block<M, F> {
+    #[track_caller]
+    fn forward(&self, x: &Tensor, layer: &mut Layer) -> Tensor {
+        let seen = self.normed(0, x);
+        let h = x + self.branch(0, self.mixer.forward(&seen, layer));
+        let seen = match self.order {
+            Order::InTurn => self.normed(1, &h),
+            Order::Parallel => self.normed(1, x),
+            Order::OneNorm => seen,
+        };
+        h + self.branch(1, self.ffn.forward(&seen))
+    }
+
+    fn cache(&self) -> Cache {
+        self.mixer.cache()
     }
 }

@@ -1,6 +1,6 @@
 //! Blocks of models that mix in more than one way: a block of a single branch, and mixers whose kind differs from layer to layer.
 
-use crate::{Cache, Decoder, FeedForward, Layer, Mixer, Norm, Step, Tensor};
+use crate::{Cache, FeedForward, Layer, Mixer, Norm, Tensor};
 
 /// A mixer of any kind.
 pub type AnyMixer = Box<dyn Mixer + Send>;
@@ -32,23 +32,15 @@ impl<M: Mixer> Branch<M> {
     pub fn new(norm: impl Into<Norm>, mixer: M) -> Self {
         Self { norm: norm.into(), mixer }
     }
-
-    /// `[tokens, dim]` -> `[tokens, dim]`
-    #[track_caller]
-    pub fn forward(&self, x: &Tensor, layer: &mut Layer) -> Tensor {
-        x + self.mixer.forward(&self.norm.forward(x), layer)
-    }
 }
 
-impl<M: Mixer> Decoder<Branch<M>> {
-    /// What the blocks remember.
-    pub fn caches(&self) -> Vec<Cache> {
-        self.layers.iter().map(|block| block.mixer.cache()).collect()
+impl<M: Mixer> Mixer for Branch<M> {
+    #[track_caller]
+    fn forward(&self, x: &Tensor, layer: &mut Layer) -> Tensor {
+        x + self.mixer.forward(&self.norm.forward(x), layer)
     }
 
-    /// ids `[tokens]` -> hidden `[tokens, dim]`, the last norm included.
-    #[track_caller]
-    pub fn run(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
-        self.forward(tokens, step, Branch::forward)
+    fn cache(&self) -> Cache {
+        self.mixer.cache()
     }
 }

@@ -1,6 +1,6 @@
 //! What stands around the blocks of nearly every language model: the embedding before them, the norm and the output head after them.
 
-use crate::{Block, Cache, Embedding, FeedForward, Layer, Linear, Mixer, Norm, Result, Step, Tensor, Weights};
+use crate::{Block, Cache, Embedding, Layer, Linear, Mixer, Model, Norm, Result, Step, Tensor, Weights};
 
 /// The output head: a layer of its own, or the embedding table once more. <https://arxiv.org/abs/1608.05859>
 #[derive(Debug)]
@@ -68,6 +68,20 @@ pub struct DecoderShape {
     pub rms_norm_eps: f32,
     /// Whether the head is the embedding table; where config.json is silent, the checkpoint tells.
     pub tie_word_embeddings: Option<bool>,
+}
+
+/// The keys of a [`DecoderShape`] out of a config that has them under these names.
+#[macro_export]
+macro_rules! decoder_shape {
+    ($config:expr) => {
+        $crate::DecoderShape {
+            vocab_size: $config.vocab_size,
+            hidden_size: $config.hidden_size,
+            num_hidden_layers: $config.num_hidden_layers,
+            rms_norm_eps: $config.rms_norm_eps,
+            tie_word_embeddings: $config.tie_word_embeddings,
+        }
+    };
 }
 
 impl<B> Decoder<B> {
@@ -146,16 +160,17 @@ fn scaled(x: Tensor, by: f32) -> Tensor {
     if by == 1.0 { x } else { x * by }
 }
 
-impl<M: Mixer, F: FeedForward> Decoder<Block<M, F>> {
-    /// What the blocks remember.
-    pub fn caches(&self) -> Vec<Cache> {
-        self.layers.iter().map(|block| block.mixer.cache()).collect()
+impl<B: Mixer + Send + 'static> Model for Decoder<B> {
+    fn caches(&self) -> Vec<Cache> {
+        self.layers.iter().map(Mixer::cache).collect()
     }
 
-    /// ids `[tokens]` -> hidden `[tokens, dim]`, the last norm included.
-    #[track_caller]
-    pub fn run(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
-        self.forward(tokens, step, Block::forward)
+    fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
+        self.forward(tokens, step, B::forward)
+    }
+
+    fn head(&self, hidden: &Tensor) -> Tensor {
+        self.head(hidden)
     }
 }
 
@@ -180,7 +195,7 @@ macro_rules! as_decoder {
 
 impl Step {
     /// Sends x through one block after the other, each with the memory that stands in its place in
-    /// [`Architecture::caches`](crate::Architecture::caches): `step.through(&self.layers, x, Block::forward)`.
+    /// [`Model::caches`](crate::Model::caches): `step.through(&self.layers, x, Block::forward)`.
     #[track_caller]
     pub fn through<B>(
         &mut self,

@@ -208,6 +208,7 @@ impl Drop for Bad {
 impl Architecture for Bad {
     const MODEL_TYPES: &'static [&'static str] = &["bad", "Bad-2.0"];
     type Config = Config;
+    type Model = Self;
 
     fn new(c: Config, w: &Weights) -> Result<Self> {
         w.ignore("model.layers.");
@@ -221,7 +222,9 @@ impl Architecture for Bad {
             rope: w.rope(16, 10_000.0, &None),
         })
     }
+}
 
+impl Model for Bad {
     fn caches(&self) -> Vec<Cache> {
         match self.misbehave.as_str() {
             "panic in caches" => panic!("a deliberate panic in caches"),

@@ -67,6 +67,7 @@ struct Outsider {
 impl Architecture for Outsider {
     const MODEL_TYPES: &'static [&'static str] = &["outsider"];
     type Config = Config;
+    type Model = Self;
 
     fn new(c: Config, w: &Weights) -> Result<Self> {
         let model = w.at("model");
@@ -77,7 +78,9 @@ impl Architecture for Outsider {
             lm_head: w.linear("lm_head", c.hidden_size, c.vocab_size, false),
         })
     }
+}
 
+impl Model for Outsider {
     fn caches(&self) -> Vec<Cache> {
         vec![Cache::key_value(None); self.layers.len()]
     }
