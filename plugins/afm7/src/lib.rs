@@ -109,13 +109,14 @@ impl Mixer for Attention {
     }
 }
 
-struct Afm(Decoder<Block<Attention>>);
+struct Afm;
 
 impl Architecture for Afm {
     const MODEL_TYPES: &'static [&'static str] = &["afm7"];
     type Config = Config;
+    type Model = Decoder<Block<Attention>>;
 
-    fn new(c: Config, w: &Weights) -> Result<Self> {
+    fn new(c: Config, w: &Weights) -> Result<Self::Model> {
         let own = c.num_layers.saturating_sub(c.num_kv_reuse_layers);
         if own == 0 {
             let (all, reusing) = (c.num_layers, c.num_kv_reuse_layers);
@@ -135,19 +136,7 @@ impl Architecture for Afm {
         layers.extend(model.at("kv_reuse_layers").each(c.num_kv_reuse_layers, |w, _| block(w, Some(own - 1)))?);
         let embedding = model.embedding("embedding", c.vocab_size, dim);
         let lm_head = LmHead::new(w, &embedding, c.vocab_size, dim, Some(true));
-        Ok(Self(Decoder::of(embedding, layers, model.rms_norm("output_norm", dim, c.rms_norm_eps), lm_head)))
-    }
-
-    fn caches(&self) -> Vec<Cache> {
-        self.0.caches()
-    }
-
-    fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
-        self.0.run(tokens, step)
-    }
-
-    fn head(&self, hidden: &Tensor) -> Tensor {
-        self.0.head(hidden)
+        Ok(Decoder::of(embedding, layers, model.rms_norm("output_norm", dim, c.rms_norm_eps), lm_head))
     }
 }
 

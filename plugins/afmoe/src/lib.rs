@@ -83,37 +83,19 @@ fn block(c: &Config, w: &Weights, layer: usize) -> Result<Block<SelfAttention, F
     Ok(Block::both_norms(norms, attention(c, &w.at("self_attn"), layer)?, mlp(c, &w.at("mlp"), layer)))
 }
 
-struct AfMoe(Decoder<Block<SelfAttention, Ffn>>);
+struct AfMoe;
 
 impl Architecture for AfMoe {
     const MODEL_TYPES: &'static [&'static str] = &["afmoe"];
     type Config = Config;
+    type Model = Decoder<Block<SelfAttention, Ffn>>;
 
-    fn new(c: Config, w: &Weights) -> Result<Self> {
-        let shape = DecoderShape {
-            vocab_size: c.vocab_size,
-            hidden_size: c.hidden_size,
-            num_hidden_layers: c.num_hidden_layers,
-            rms_norm_eps: c.rms_norm_eps,
-            tie_word_embeddings: c.tie_word_embeddings,
-        };
-        Ok(Self(Decoder::new(w, shape, |w, layer| block(&c, w, layer))?.embed_scale(if c.mup_enabled {
+    fn new(c: Config, w: &Weights) -> Result<Self::Model> {
+        Ok(Decoder::new(w, decoder_shape!(c), |w, layer| block(&c, w, layer))?.embed_scale(if c.mup_enabled {
             (c.hidden_size as f32).sqrt()
         } else {
             1.0
-        })))
-    }
-
-    fn caches(&self) -> Vec<Cache> {
-        self.0.caches()
-    }
-
-    fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
-        self.0.run(tokens, step)
-    }
-
-    fn head(&self, hidden: &Tensor) -> Tensor {
-        self.0.head(hidden)
+        }))
     }
 }
 

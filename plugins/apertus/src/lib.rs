@@ -85,24 +85,16 @@ fn block(c: &Config, w: &Weights) -> Block<SelfAttention, ApertusMlp> {
     Block::pre_norm(["attention_layernorm", "feedforward_layernorm"].map(norm), attention(c, &w.at("self_attn")), mlp)
 }
 
-struct Apertus(Decoder<Block<SelfAttention, ApertusMlp>>);
+struct Apertus;
 
 impl Architecture for Apertus {
     const MODEL_TYPES: &'static [&'static str] = &["apertus"];
     type Config = Config;
+    type Model = Decoder<Block<SelfAttention, ApertusMlp>>;
 
-    fn new(c: Config, w: &Weights) -> Result<Self> {
-        let shape = DecoderShape {
-            vocab_size: c.vocab_size,
-            hidden_size: c.hidden_size,
-            num_hidden_layers: c.num_hidden_layers,
-            rms_norm_eps: c.rms_norm_eps,
-            tie_word_embeddings: c.tie_word_embeddings,
-        };
-        Ok(Self(Decoder::new(w, shape, |w, _| Ok(block(&c, w)))?))
+    fn new(c: Config, w: &Weights) -> Result<Self::Model> {
+        Decoder::new(w, decoder_shape!(c), |w, _| Ok(block(&c, w)))
     }
-
-    as_decoder!(0);
 }
 
 export_plugin!(Apertus);

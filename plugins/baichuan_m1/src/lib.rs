@@ -89,13 +89,14 @@ impl Mixer for Attention {
     }
 }
 
-struct BaichuanM1(Decoder<Block<Attention>>);
+struct BaichuanM1;
 
 impl Architecture for BaichuanM1 {
     const MODEL_TYPES: &'static [&'static str] = &["baichuan_m1"];
     type Config = Config;
+    type Model = Decoder<Block<Attention>>;
 
-    fn new(c: Config, w: &Weights) -> Result<Self> {
+    fn new(c: Config, w: &Weights) -> Result<Self::Model> {
         if c.conv_window != 2 {
             return Err(format!("config.json: conv_window is {}, Baichuan M1 mixes 2 tokens", c.conv_window).into());
         }
@@ -112,19 +113,7 @@ impl Architecture for BaichuanM1 {
             true => LmHead::new(w, &embed_tokens, c.vocab_size, dim, Some(c.tie_word_embeddings)),
             false => LmHead::Own(Linear::of(w.source("lm_head.weight").unit_rows(1e-12), None, dim, c.vocab_size)),
         };
-        Ok(Self(Decoder::of(embed_tokens, layers, norm(&model, "norm"), lm_head)))
-    }
-
-    fn caches(&self) -> Vec<Cache> {
-        self.0.caches()
-    }
-
-    fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
-        self.0.run(tokens, step)
-    }
-
-    fn head(&self, hidden: &Tensor) -> Tensor {
-        self.0.head(hidden)
+        Ok(Decoder::of(embed_tokens, layers, norm(&model, "norm"), lm_head))
     }
 }
 

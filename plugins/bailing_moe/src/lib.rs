@@ -93,13 +93,14 @@ fn block(c: &Config, w: &Weights, layer: usize) -> Block<SelfAttention, Ffn> {
     Block::pre_norm(norms, attention(c, &w.at("attention")), mlp(c, &w.at("mlp"), layer))
 }
 
-struct BailingMoe(Decoder<Block<SelfAttention, Ffn>>);
+struct BailingMoe;
 
 impl Architecture for BailingMoe {
     const MODEL_TYPES: &'static [&'static str] = &["bailing_moe"];
     type Config = Config;
+    type Model = Decoder<Block<SelfAttention, Ffn>>;
 
-    fn new(c: Config, w: &Weights) -> Result<Self> {
+    fn new(c: Config, w: &Weights) -> Result<Self::Model> {
         let (model, dim) = (w.at("model"), c.hidden_size);
         let word_embeddings = model.embedding("word_embeddings", c.vocab_size, dim);
         let layers = model.at("layers").each(c.num_hidden_layers, |w, layer| Ok(block(&c, w, layer)))?;
@@ -115,19 +116,7 @@ impl Architecture for BailingMoe {
         for layer in 0..c.num_nextn_predict_layers {
             w.ignore(&format!("model.layers.{}.", c.num_hidden_layers + layer));
         }
-        Ok(Self(Decoder::of(word_embeddings, layers, norm, lm_head)))
-    }
-
-    fn caches(&self) -> Vec<Cache> {
-        self.0.caches()
-    }
-
-    fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
-        self.0.run(tokens, step)
-    }
-
-    fn head(&self, hidden: &Tensor) -> Tensor {
-        self.0.head(hidden)
+        Ok(Decoder::of(word_embeddings, layers, norm, lm_head))
     }
 }
 

@@ -231,13 +231,14 @@ fn lm_head(c: &Config, w: &Weights, embedding: &Embedding) -> LmHead {
     LmHead::Own(Linear::of(weight, None, c.hidden_size, c.vocab_size))
 }
 
-struct BailingMoeLinear(Decoder<Block<AnyMixer, Ffn>>);
+struct BailingMoeLinear;
 
 impl Architecture for BailingMoeLinear {
     const MODEL_TYPES: &'static [&'static str] = &["bailing_moe_linear", "bailing_hybrid"];
     type Config = Config;
+    type Model = Decoder<Block<AnyMixer, Ffn>>;
 
-    fn new(c: Config, w: &Weights) -> Result<Self> {
+    fn new(c: Config, w: &Weights) -> Result<Self::Model> {
         let model = w.at("model");
         // Layers after the last predict further tokens.
         (0..c.num_nextn_predict_layers.min(8))
@@ -251,19 +252,7 @@ impl Architecture for BailingMoeLinear {
         let word_embeddings = model.embedding("word_embeddings", c.vocab_size, c.hidden_size);
         let lm_head = lm_head(&c, w, &word_embeddings);
         let norm = model.rms_norm("norm", c.hidden_size, c.rms_norm_eps);
-        Ok(Self(Decoder::of(word_embeddings, layers, norm, lm_head)))
-    }
-
-    fn caches(&self) -> Vec<Cache> {
-        self.0.caches()
-    }
-
-    fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
-        self.0.run(tokens, step)
-    }
-
-    fn head(&self, hidden: &Tensor) -> Tensor {
-        self.0.head(hidden)
+        Ok(Decoder::of(word_embeddings, layers, norm, lm_head))
     }
 }
 

@@ -62,13 +62,14 @@ fn mixer(c: &Config, w: &Weights, layer: usize) -> AnyMixer {
     Box::new(Mamba2::new(&w, shape, GatedNorm::new(&w, "norm", shape.inner(), c.mamba_n_groups, c.rms_norm_eps)))
 }
 
-struct Bamba(Decoder<Block<AnyMixer>>);
+struct Bamba;
 
 impl Architecture for Bamba {
     const MODEL_TYPES: &'static [&'static str] = &["bamba"];
     type Config = Config;
+    type Model = Decoder<Block<AnyMixer>>;
 
-    fn new(c: Config, w: &Weights) -> Result<Self> {
+    fn new(c: Config, w: &Weights) -> Result<Self::Model> {
         let (model, dim) = (w.at("model"), c.hidden_size);
         let embed_tokens = model.embedding("embed_tokens", c.vocab_size, dim);
         let lm_head = LmHead::new(w, &embed_tokens, c.vocab_size, dim, c.tie_word_embeddings);
@@ -78,19 +79,7 @@ impl Architecture for Bamba {
             Ok(Block::pre_norm(norms, mixer(&c, w, layer), ffn))
         })?;
         let norm = model.rms_norm("final_layernorm", dim, c.rms_norm_eps);
-        Ok(Self(Decoder::of(embed_tokens, layers, norm, lm_head)))
-    }
-
-    fn caches(&self) -> Vec<Cache> {
-        self.0.caches()
-    }
-
-    fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
-        self.0.run(tokens, step)
-    }
-
-    fn head(&self, hidden: &Tensor) -> Tensor {
-        self.0.head(hidden)
+        Ok(Decoder::of(embed_tokens, layers, norm, lm_head))
     }
 }
 

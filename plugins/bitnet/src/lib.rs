@@ -92,33 +92,15 @@ impl Config {
     }
 }
 
-struct BitNet(Decoder<Layers>);
+struct BitNet;
 
 impl Architecture for BitNet {
     const MODEL_TYPES: &'static [&'static str] = &["bitnet"];
     type Config = Config;
+    type Model = Decoder<Layers>;
 
-    fn new(c: Config, w: &Weights) -> Result<Self> {
-        let shape = DecoderShape {
-            vocab_size: c.vocab_size,
-            hidden_size: c.hidden_size,
-            num_hidden_layers: c.num_hidden_layers,
-            rms_norm_eps: c.rms_norm_eps,
-            tie_word_embeddings: c.tie_word_embeddings,
-        };
-        Ok(Self(Decoder::new(w, shape, |w, _| Ok(c.block(w)))?))
-    }
-
-    fn caches(&self) -> Vec<Cache> {
-        self.0.caches()
-    }
-
-    fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
-        self.0.run(tokens, step)
-    }
-
-    fn head(&self, hidden: &Tensor) -> Tensor {
-        self.0.head(hidden)
+    fn new(c: Config, w: &Weights) -> Result<Self::Model> {
+        Decoder::new(w, decoder_shape!(c), |w, _| Ok(c.block(w)))
     }
 }
 

@@ -141,13 +141,14 @@ impl FeedForward for Feed {
     }
 }
 
-struct Cohere(Decoder<Block<SelfAttention, Feed>>);
+struct Cohere;
 
 impl Architecture for Cohere {
     const MODEL_TYPES: &'static [&'static str] = &["cohere", "cohere2", "cohere2_moe"];
     type Config = Config;
+    type Model = Decoder<Block<SelfAttention, Feed>>;
 
-    fn new(c: Config, w: &Weights) -> Result<Self> {
+    fn new(c: Config, w: &Weights) -> Result<Self::Model> {
         let (model, dim) = (w.at("model"), c.hidden_size);
         let embed_tokens = model.embedding("embed_tokens", c.vocab_size, dim);
         let layers = model.at("layers").each(c.num_hidden_layers, |w, layer| {
@@ -155,19 +156,7 @@ impl Architecture for Cohere {
             Ok(Block::parallel(c.norm(w, "input_layernorm"), attention, c.feed(w, layer)?))
         })?;
         let lm_head = LmHead::new(w, &embed_tokens, c.vocab_size, dim, Some(c.tie_word_embeddings));
-        Ok(Self(Decoder::of(embed_tokens, layers, c.norm(&model, "norm"), lm_head).logit_scale(c.logit_scale)))
-    }
-
-    fn caches(&self) -> Vec<Cache> {
-        self.0.caches()
-    }
-
-    fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
-        self.0.run(tokens, step)
-    }
-
-    fn head(&self, hidden: &Tensor) -> Tensor {
-        self.0.head(hidden)
+        Ok(Decoder::of(embed_tokens, layers, c.norm(&model, "norm"), lm_head).logit_scale(c.logit_scale))
     }
 }
 

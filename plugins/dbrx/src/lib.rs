@@ -72,13 +72,14 @@ fn block(c: &Config, w: &Weights) -> Block<SelfAttention, Moe> {
     Block::pre_norm(norms, attention, Moe::new(router, experts(&c.ffn_config, &ffn, c.d_model)))
 }
 
-struct Dbrx(Decoder<Block<SelfAttention, Moe>>);
+struct Dbrx;
 
 impl Architecture for Dbrx {
     const MODEL_TYPES: &'static [&'static str] = &["dbrx"];
     type Config = Config;
+    type Model = Decoder<Block<SelfAttention, Moe>>;
 
-    fn new(c: Config, w: &Weights) -> Result<Self> {
+    fn new(c: Config, w: &Weights) -> Result<Self::Model> {
         if c.ffn_config.moe_normalize_expert_weights.is_some_and(|p| p != 1.0) {
             return Err("config.json: ffn_config.moe_normalize_expert_weights should be 1, the norm that the weights are divided by".into());
         }
@@ -87,19 +88,7 @@ impl Architecture for Dbrx {
         let blocks = transformer.at("blocks").each(c.n_layers, |w, _| Ok(block(&c, w)))?;
         let norm_f = transformer.layer_norm("norm_f", c.d_model, EPS, false);
         let lm_head = LmHead::new(w, &wte, c.vocab_size, c.d_model, c.tie_word_embeddings);
-        Ok(Self(Decoder::of(wte, blocks, norm_f, lm_head)))
-    }
-
-    fn caches(&self) -> Vec<Cache> {
-        self.0.caches()
-    }
-
-    fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
-        self.0.run(tokens, step)
-    }
-
-    fn head(&self, hidden: &Tensor) -> Tensor {
-        self.0.head(hidden)
+        Ok(Decoder::of(wte, blocks, norm_f, lm_head))
     }
 }
 

@@ -66,36 +66,18 @@ fn block(c: &Config, w: &Weights, layer: usize) -> Block<SelfAttention, Ffn> {
     Block::pre_norm(norms, attention(c, &w.at("self_attn")), ffn(c, &w.at("mlp"), layer))
 }
 
-struct Deepseek(Decoder<Block<SelfAttention, Ffn>>);
+struct Deepseek;
 
 impl Architecture for Deepseek {
     const MODEL_TYPES: &'static [&'static str] = &["deepseek"];
     type Config = Config;
+    type Model = Decoder<Block<SelfAttention, Ffn>>;
 
-    fn new(c: Config, w: &Weights) -> Result<Self> {
+    fn new(c: Config, w: &Weights) -> Result<Self::Model> {
         if c.hidden_act != Activation::Silu {
             return Err("config.json: hidden_act of deepseek should be silu, the experts know no other".into());
         }
-        let shape = DecoderShape {
-            vocab_size: c.vocab_size,
-            hidden_size: c.hidden_size,
-            num_hidden_layers: c.num_hidden_layers,
-            rms_norm_eps: c.rms_norm_eps,
-            tie_word_embeddings: c.tie_word_embeddings,
-        };
-        Ok(Self(Decoder::new(w, shape, |w, layer| Ok(block(&c, w, layer)))?))
-    }
-
-    fn caches(&self) -> Vec<Cache> {
-        self.0.caches()
-    }
-
-    fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
-        self.0.run(tokens, step)
-    }
-
-    fn head(&self, hidden: &Tensor) -> Tensor {
-        self.0.head(hidden)
+        Decoder::new(w, decoder_shape!(c), |w, layer| Ok(block(&c, w, layer)))
     }
 }
 

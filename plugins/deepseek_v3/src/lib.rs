@@ -230,6 +230,7 @@ impl Architecture for DeepseekV3 {
         "youtu_llm",
     ];
     type Config = Config;
+    type Model = Self;
 
     fn new(c: Config, w: &Weights) -> Result<Self> {
         if c.hidden_act != Activation::Silu {
@@ -239,16 +240,11 @@ impl Architecture for DeepseekV3 {
         for further in 0..c.num_nextn_predict_layers.min(8) {
             layers.ignore(&format!("{}.", c.num_hidden_layers + further));
         }
-        let shape = DecoderShape {
-            vocab_size: c.vocab_size,
-            hidden_size: c.hidden_size,
-            num_hidden_layers: c.num_hidden_layers,
-            rms_norm_eps: c.rms_norm_eps,
-            tie_word_embeddings: c.tie_word_embeddings,
-        };
-        Ok(Self(Decoder::new(w, shape, |w, layer| Ok(Block::new(&c, w, layer)))?))
+        Ok(Self(Decoder::new(w, decoder_shape!(c), |w, layer| Ok(Block::new(&c, w, layer)))?))
     }
+}
 
+impl Model for DeepseekV3 {
     fn caches(&self) -> Vec<Cache> {
         self.0.layers.iter().map(Block::cache).collect()
     }

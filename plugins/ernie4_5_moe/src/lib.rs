@@ -92,35 +92,17 @@ fn block(c: &Config, w: &Weights, layer: usize) -> Block<SelfAttention, Ffn> {
     Block::pre_norm(norms, attention(c, &w.at("self_attn")), mlp(c, &w.at("mlp"), layer))
 }
 
-struct Ernie45Moe(Decoder<Block<SelfAttention, Ffn>>);
+struct Ernie45Moe;
 
 impl Architecture for Ernie45Moe {
     const MODEL_TYPES: &'static [&'static str] = &["ernie4_5_moe"];
     type Config = Config;
+    type Model = Decoder<Block<SelfAttention, Ffn>>;
 
-    fn new(c: Config, w: &Weights) -> Result<Self> {
+    fn new(c: Config, w: &Weights) -> Result<Self::Model> {
         // Layers that predict further tokens.
         w.ignore("model.mtp_");
-        let shape = DecoderShape {
-            vocab_size: c.vocab_size,
-            hidden_size: c.hidden_size,
-            num_hidden_layers: c.num_hidden_layers,
-            rms_norm_eps: c.rms_norm_eps,
-            tie_word_embeddings: c.tie_word_embeddings,
-        };
-        Ok(Self(Decoder::new(w, shape, |w, layer| Ok(block(&c, w, layer)))?))
-    }
-
-    fn caches(&self) -> Vec<Cache> {
-        self.0.caches()
-    }
-
-    fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
-        self.0.run(tokens, step)
-    }
-
-    fn head(&self, hidden: &Tensor) -> Tensor {
-        self.0.head(hidden)
+        Decoder::new(w, decoder_shape!(c), |w, layer| Ok(block(&c, w, layer)))
     }
 }
 

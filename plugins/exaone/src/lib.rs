@@ -44,21 +44,20 @@ fn block(c: &Config, w: &Weights) -> Block {
     Block::pre_norm(norms, attention(c, &w.at("attn.attention")), mlp)
 }
 
-struct Exaone(Decoder);
+struct Exaone;
 
 impl Architecture for Exaone {
     const MODEL_TYPES: &'static [&'static str] = &["exaone"];
     type Config = Config;
+    type Model = Decoder;
 
-    fn new(c: Config, w: &Weights) -> Result<Self> {
+    fn new(c: Config, w: &Weights) -> Result<Self::Model> {
         let (model, vocab, dim) = (w.at("transformer"), c.vocab_size, c.hidden_size);
         let wte = model.embedding("wte", vocab, dim);
         let blocks = model.at("h").each(c.num_layers, |w, _| Ok(block(&c, w)))?;
         let lm_head = LmHead::new(w, &wte, vocab, dim, c.tie_word_embeddings);
-        Ok(Self(Decoder::of(wte, blocks, model.rms_norm("ln_f", dim, c.layer_norm_epsilon), lm_head)))
+        Ok(Decoder::of(wte, blocks, model.rms_norm("ln_f", dim, c.layer_norm_epsilon), lm_head))
     }
-
-    as_decoder!(0);
 }
 
 export_plugin!(Exaone);

@@ -62,13 +62,14 @@ impl Config {
     }
 }
 
-struct Falcon(Decoder<Layers>);
+struct Falcon;
 
 impl Architecture for Falcon {
     const MODEL_TYPES: &'static [&'static str] = &["falcon"];
     type Config = Config;
+    type Model = Decoder<Layers>;
 
-    fn new(c: Config, w: &Weights) -> Result<Self> {
+    fn new(c: Config, w: &Weights) -> Result<Self::Model> {
         if c.alibi {
             return Err(
                 "config.json: alibi is true; of Falcon's models only those with rotary positions are known".into()
@@ -82,19 +83,7 @@ impl Architecture for Falcon {
         let word_embeddings = model.embedding("word_embeddings", c.vocab_size, c.hidden_size);
         let layers = model.at("h").each(c.num_hidden_layers, |w, _| Ok(c.block(w)))?;
         let lm_head = LmHead::new(w, &word_embeddings, c.vocab_size, c.hidden_size, c.tie_word_embeddings);
-        Ok(Self(Decoder::of(word_embeddings, layers, c.norm(&model, "ln_f"), lm_head)))
-    }
-
-    fn caches(&self) -> Vec<Cache> {
-        self.0.caches()
-    }
-
-    fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
-        self.0.run(tokens, step)
-    }
-
-    fn head(&self, hidden: &Tensor) -> Tensor {
-        self.0.head(hidden)
+        Ok(Decoder::of(word_embeddings, layers, c.norm(&model, "ln_f"), lm_head))
     }
 }
 

@@ -160,6 +160,7 @@ struct FalconH1(Decoder<FalconBlock>);
 impl Architecture for FalconH1 {
     const MODEL_TYPES: &'static [&'static str] = &["falcon_h1"];
     type Config = Config;
+    type Model = Self;
 
     fn new(c: Config, w: &Weights) -> Result<Self> {
         let (model, dim) = (w.at("model"), c.hidden_size);
@@ -173,7 +174,9 @@ impl Architecture for FalconH1 {
         let decoder = Decoder::of(embed_tokens, layers, norm, lm_head);
         Ok(Self(decoder.embed_scale(scales.embedding).logit_scale(scales.head)))
     }
+}
 
+impl Model for FalconH1 {
     fn caches(&self) -> Vec<Cache> {
         self.0.layers.iter().map(|block| block.mamba.cache().and(block.attention.cache())).collect()
     }

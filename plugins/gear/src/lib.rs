@@ -126,13 +126,14 @@ fn block(c: &Config, w: &Weights, layer: usize) -> Result<Block<AnyMixer>> {
     Ok(Block::both_norms(norms, mixer, mlp))
 }
 
-struct Gear(Decoder<Block<AnyMixer>>);
+struct Gear;
 
 impl Architecture for Gear {
     const MODEL_TYPES: &'static [&'static str] = &["gear"];
     type Config = Config;
+    type Model = Decoder<Block<AnyMixer>>;
 
-    fn new(c: Config, w: &Weights) -> Result<Self> {
+    fn new(c: Config, w: &Weights) -> Result<Self::Model> {
         if c.use_bidirectional_attention {
             return Err("config.json: use_bidirectional_attention is true, a decoder only looks back".into());
         }
@@ -148,19 +149,7 @@ impl Architecture for Gear {
         let decoder = Decoder::of(embed_tokens, layers, norm(&c, &model, "norm", dim), lm_head)
             .embed_scale((dim as f32).sqrt())
             .softcap(c.final_logit_softcapping);
-        Ok(Self(decoder))
-    }
-
-    fn caches(&self) -> Vec<Cache> {
-        self.0.caches()
-    }
-
-    fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
-        self.0.run(tokens, step)
-    }
-
-    fn head(&self, hidden: &Tensor) -> Tensor {
-        self.0.head(hidden)
+        Ok(decoder)
     }
 }
 

@@ -89,13 +89,14 @@ impl Config {
     }
 }
 
-struct Gemma(Decoder);
+struct Gemma;
 
 impl Architecture for Gemma {
     const MODEL_TYPES: &'static [&'static str] = &["gemma", "gemma2", "vaultgemma"];
     type Config = Config;
+    type Model = Decoder;
 
-    fn new(c: Config, w: &Weights) -> Result<Self> {
+    fn new(c: Config, w: &Weights) -> Result<Self::Model> {
         if c.use_bidirectional_attention {
             return Err("config.json: use_bidirectional_attention makes an encoder, which generates no text".into());
         }
@@ -106,19 +107,7 @@ impl Architecture for Gemma {
         let decoder = Decoder::of(embed_tokens, layers, norm(&c, &model, "norm"), lm_head)
             .embed_scale((c.hidden_size as f32).sqrt())
             .softcap(c.final_logit_softcapping.filter(|_| c.is_second()));
-        Ok(Self(decoder))
-    }
-
-    fn caches(&self) -> Vec<Cache> {
-        self.0.caches()
-    }
-
-    fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
-        self.0.run(tokens, step)
-    }
-
-    fn head(&self, hidden: &Tensor) -> Tensor {
-        self.0.head(hidden)
+        Ok(decoder)
     }
 }
 

@@ -78,13 +78,14 @@ fn block(c: &Config, w: &Weights, layer: usize) -> Result<Block> {
     Ok(Block::both_norms(norms, attention(c, &w.at("self_attn"), layer)?, mlp))
 }
 
-struct Gemma3(Decoder);
+struct Gemma3;
 
 impl Architecture for Gemma3 {
     const MODEL_TYPES: &'static [&'static str] = &["gemma3", "gemma3_text"];
     type Config = Config;
+    type Model = Decoder;
 
-    fn new(c: Config, w: &Weights) -> Result<Self> {
+    fn new(c: Config, w: &Weights) -> Result<Self::Model> {
         if c.use_bidirectional_attention {
             return Err(
                 "config.json: use_bidirectional_attention makes an embedding model, which generates no text".into()
@@ -95,10 +96,8 @@ impl Architecture for Gemma3 {
         let layers = model.at("layers").each(c.num_hidden_layers, |w, i| block(&c, w, i))?;
         let lm_head = LmHead::new(w, &embed_tokens, vocab, dim, c.tie_word_embeddings);
         let decoder = Decoder::of(embed_tokens, layers, norm(&model, "norm", dim, c.rms_norm_eps), lm_head);
-        Ok(Self(decoder.embed_scale((dim as f32).sqrt()).softcap(c.final_logit_softcapping)))
+        Ok(decoder.embed_scale((dim as f32).sqrt()).softcap(c.final_logit_softcapping))
     }
-
-    as_decoder!(0);
 }
 
 export_plugin!(Gemma3);

@@ -85,6 +85,7 @@ struct Gemma3n {
 impl Architecture for Gemma3n {
     const MODEL_TYPES: &'static [&'static str] = &["gemma3n", "gemma3n_text"];
     type Config = Config;
+    type Model = Self;
 
     fn new(c: Config, w: &Weights) -> Result<Self> {
         if c.altup_active_idx >= c.altup_num_inputs {
@@ -92,15 +93,8 @@ impl Architecture for Gemma3n {
             return Err(format!("config.json: altup_active_idx is {index}, there are {streams} streams").into());
         }
         let model = w.at("model");
-        let shape = DecoderShape {
-            vocab_size: c.vocab_size,
-            hidden_size: c.hidden_size,
-            num_hidden_layers: c.num_hidden_layers,
-            rms_norm_eps: c.rms_norm_eps,
-            tie_word_embeddings: c.tie_word_embeddings,
-        };
         Ok(Self {
-            decoder: Decoder::new(w, shape, |w, layer| block::Block::new(&c, w, layer))?
+            decoder: Decoder::new(w, decoder_shape!(c), |w, layer| block::Block::new(&c, w, layer))?
                 .embed_scale((c.hidden_size as f32).sqrt())
                 .softcap(c.final_logit_softcapping),
             streams: Streams::new(&c, &model)?,
@@ -116,7 +110,9 @@ impl Architecture for Gemma3n {
             ),
         })
     }
+}
 
+impl Model for Gemma3n {
     fn caches(&self) -> Vec<Cache> {
         self.decoder.layers.iter().map(block::Block::cache).collect()
     }

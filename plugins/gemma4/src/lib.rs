@@ -215,18 +215,12 @@ struct Gemma4 {
 impl Architecture for Gemma4 {
     const MODEL_TYPES: &'static [&'static str] = &["gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"];
     type Config = Config;
+    type Model = Self;
 
     fn new(c: Config, w: &Weights) -> Result<Self> {
         if c.use_bidirectional_attention.as_deref() == Some("all") {
             return Err("config.json: use_bidirectional_attention makes an encoder, which generates no text".into());
         }
-        let shape = DecoderShape {
-            vocab_size: c.vocab_size,
-            hidden_size: c.hidden_size,
-            num_hidden_layers: c.num_hidden_layers,
-            rms_norm_eps: c.rms_norm_eps,
-            tie_word_embeddings: c.tie_word_embeddings,
-        };
         let inputs = PerLayerShape {
             vocab: c.vocab_size_per_layer_input,
             layers: c.num_hidden_layers,
@@ -235,13 +229,15 @@ impl Architecture for Gemma4 {
             eps: c.rms_norm_eps,
         };
         Ok(Self {
-            decoder: Decoder::new(w, shape, |w, layer| Layers::new(&c, w, layer))?
+            decoder: Decoder::new(w, decoder_shape!(c), |w, layer| Layers::new(&c, w, layer))?
                 .embed_scale((c.hidden_size as f32).sqrt())
                 .softcap(c.final_logit_softcapping),
             per_layer_inputs: (inputs.width > 0).then(|| PerLayerInputs::new(&w.at("model"), inputs)),
         })
     }
+}
 
+impl Model for Gemma4 {
     fn caches(&self) -> Vec<Cache> {
         self.decoder.layers.iter().map(|block| block.self_attn.cache()).collect()
     }

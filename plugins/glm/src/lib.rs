@@ -49,24 +49,16 @@ fn block(c: &Config, w: &Weights) -> Block {
     Block::both_norms(names.map(norm), attention, mlp)
 }
 
-struct Glm(Decoder);
+struct Glm;
 
 impl Architecture for Glm {
     const MODEL_TYPES: &'static [&'static str] = &["glm", "glm4"];
     type Config = Config;
+    type Model = Decoder;
 
-    fn new(c: Config, w: &Weights) -> Result<Self> {
-        let shape = DecoderShape {
-            vocab_size: c.vocab_size,
-            hidden_size: c.hidden_size,
-            num_hidden_layers: c.num_hidden_layers,
-            rms_norm_eps: c.rms_norm_eps,
-            tie_word_embeddings: c.tie_word_embeddings,
-        };
-        Ok(Self(Decoder::new(w, shape, |w, _| Ok(block(&c, w)))?))
+    fn new(c: Config, w: &Weights) -> Result<Self::Model> {
+        Decoder::new(w, decoder_shape!(c), |w, _| Ok(block(&c, w)))
     }
-
-    as_decoder!(0);
 }
 
 export_plugin!(Glm);

@@ -113,34 +113,16 @@ fn ignore_further_layers(c: &Config, w: &Weights) {
     (0..c.num_nextn_predict_layers).for_each(|i| w.ignore(&format!("model.layers.{}.", c.num_hidden_layers + i)));
 }
 
-struct Glm4Moe(Decoder<Block<SelfAttention, Ffn>>);
+struct Glm4Moe;
 
 impl Architecture for Glm4Moe {
     const MODEL_TYPES: &'static [&'static str] = &["glm4_moe", "solar_open", "dots1", "exaone_moe"];
     type Config = Config;
+    type Model = Decoder<Block<SelfAttention, Ffn>>;
 
-    fn new(c: Config, w: &Weights) -> Result<Self> {
+    fn new(c: Config, w: &Weights) -> Result<Self::Model> {
         ignore_further_layers(&c, w);
-        let shape = DecoderShape {
-            vocab_size: c.vocab_size,
-            hidden_size: c.hidden_size,
-            num_hidden_layers: c.num_hidden_layers,
-            rms_norm_eps: c.rms_norm_eps,
-            tie_word_embeddings: c.tie_word_embeddings,
-        };
-        Ok(Self(Decoder::new(w, shape, |w, layer| block(&c, w, layer))?))
-    }
-
-    fn caches(&self) -> Vec<Cache> {
-        self.0.caches()
-    }
-
-    fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
-        self.0.run(tokens, step)
-    }
-
-    fn head(&self, hidden: &Tensor) -> Tensor {
-        self.0.head(hidden)
+        Decoder::new(w, decoder_shape!(c), |w, layer| block(&c, w, layer))
     }
 }
 

@@ -129,6 +129,7 @@ struct Gpt2 {
 impl Architecture for Gpt2 {
     const MODEL_TYPES: &'static [&'static str] = &["gpt2", "gpt_bigcode"];
     type Config = Config;
+    type Model = Self;
 
     fn new(c: Config, w: &Weights) -> Result<Self> {
         let prefix = ["model", "transformer"].into_iter().find(|p| w.at(p).has("wte.weight"));
@@ -140,7 +141,9 @@ impl Architecture for Gpt2 {
         let decoder = Decoder::of(wte, layers, c.norm(&model, "ln_f"), lm_head);
         Ok(Self { decoder, wpe: model.embedding("wpe", c.n_positions, c.n_embd) })
     }
+}
 
+impl Model for Gpt2 {
     fn caches(&self) -> Vec<Cache> {
         self.decoder.caches()
     }

@@ -84,6 +84,7 @@ struct GptNeo {
 impl Architecture for GptNeo {
     const MODEL_TYPES: &'static [&'static str] = &["gpt_neo"];
     type Config = Config;
+    type Model = Self;
 
     fn new(c: Config, w: &Weights) -> Result<Self> {
         let model = w.at("transformer");
@@ -93,7 +94,9 @@ impl Architecture for GptNeo {
         let decoder = Decoder::of(wte, layers, c.norm(&model, "ln_f"), lm_head);
         Ok(Self { decoder, wpe: model.embedding("wpe", c.max_position_embeddings, c.hidden_size) })
     }
+}
 
+impl Model for GptNeo {
     fn caches(&self) -> Vec<Cache> {
         self.decoder.caches()
     }

@@ -66,13 +66,14 @@ fn block(c: &Config, w: &Weights) -> Layers {
     }
 }
 
-struct GptNeoX(Decoder<Layers>);
+struct GptNeoX;
 
 impl Architecture for GptNeoX {
     const MODEL_TYPES: &'static [&'static str] = &["gpt_neox"];
     type Config = Config;
+    type Model = Decoder<Layers>;
 
-    fn new(c: Config, w: &Weights) -> Result<Self> {
+    fn new(c: Config, w: &Weights) -> Result<Self::Model> {
         let (model, layers) = match w.has("model.embed_in.weight") {
             true => (w.at("model"), "h"),
             false => (w.at("gpt_neox"), "layers"),
@@ -82,19 +83,7 @@ impl Architecture for GptNeoX {
         let lm_head =
             LmHead::named(place, "embed_out", &embed_in, c.vocab_size, c.hidden_size, Some(c.tie_word_embeddings));
         let layers = model.at(layers).each(c.num_hidden_layers, |w, _| Ok(block(&c, w)))?;
-        Ok(Self(Decoder::of(embed_in, layers, c.norm(&model, "final_layer_norm"), lm_head)))
-    }
-
-    fn caches(&self) -> Vec<Cache> {
-        self.0.caches()
-    }
-
-    fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
-        self.0.run(tokens, step)
-    }
-
-    fn head(&self, hidden: &Tensor) -> Tensor {
-        self.0.head(hidden)
+        Ok(Decoder::of(embed_in, layers, c.norm(&model, "final_layer_norm"), lm_head))
     }
 }
 

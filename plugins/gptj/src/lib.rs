@@ -80,13 +80,14 @@ impl Mixer for Attention {
     }
 }
 
-struct GptJ(Decoder<Block<Attention, Mlp>>);
+struct GptJ;
 
 impl Architecture for GptJ {
     const MODEL_TYPES: &'static [&'static str] = &["gptj", "codegen"];
     type Config = Config;
+    type Model = Decoder<Block<Attention, Mlp>>;
 
-    fn new(c: Config, w: &Weights) -> Result<Self> {
+    fn new(c: Config, w: &Weights) -> Result<Self::Model> {
         if !(c.n_embd / c.n_head).is_multiple_of(2)
             || (c.model_type == "codegen" && !c.n_head.is_multiple_of(CODEGEN_CHIPS))
         {
@@ -104,19 +105,7 @@ impl Architecture for GptJ {
             Ok(Block::parallel(norm(w, "ln_1"), Attention::new(&c, &w.at("attn")), mlp))
         })?;
         let lm_head = LmHead::Own(w.linear("lm_head", c.n_embd, c.vocab_size, true));
-        Ok(Self(Decoder::of(model.embedding("wte", c.vocab_size, c.n_embd), layers, norm(&model, "ln_f"), lm_head)))
-    }
-
-    fn caches(&self) -> Vec<Cache> {
-        self.0.caches()
-    }
-
-    fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
-        self.0.run(tokens, step)
-    }
-
-    fn head(&self, hidden: &Tensor) -> Tensor {
-        self.0.head(hidden)
+        Ok(Decoder::of(model.embedding("wte", c.vocab_size, c.n_embd), layers, norm(&model, "ln_f"), lm_head))
     }
 }
 

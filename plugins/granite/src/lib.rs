@@ -76,25 +76,17 @@ fn block(c: &Config, w: &Weights) -> Block {
     block.branch_scale(c.residual_multiplier)
 }
 
-struct Granite(Decoder);
+struct Granite;
 
 impl Architecture for Granite {
     const MODEL_TYPES: &'static [&'static str] = &["granite", "minicpm", "hyperclovax"];
     type Config = Config;
+    type Model = Decoder;
 
-    fn new(c: Config, w: &Weights) -> Result<Self> {
-        let shape = DecoderShape {
-            vocab_size: c.vocab_size,
-            hidden_size: c.hidden_size,
-            num_hidden_layers: c.num_hidden_layers,
-            rms_norm_eps: c.rms_norm_eps,
-            tie_word_embeddings: c.tie_word_embeddings,
-        };
-        let decoder = Decoder::new(w, shape, |w, _| Ok(block(&c, w)))?;
-        Ok(Self(decoder.embed_scale(c.embedding_multiplier).logit_scale(c.logit_scale())))
+    fn new(c: Config, w: &Weights) -> Result<Self::Model> {
+        let decoder = Decoder::new(w, decoder_shape!(c), |w, _| Ok(block(&c, w)))?;
+        Ok(decoder.embed_scale(c.embedding_multiplier).logit_scale(c.logit_scale()))
     }
-
-    as_decoder!(0);
 }
 
 export_plugin!(Granite);

@@ -109,21 +109,15 @@ fn ffn(c: &Config, w: &Weights) -> Ffn {
     Ffn::Sparse(Moe::new(Router::chosen_softmax(router, c.num_experts_per_tok), experts).shared(shared(c, w)))
 }
 
-struct GraniteMoeHybrid(Decoder<Block<AnyMixer, Ffn>>);
+struct GraniteMoeHybrid;
 
 impl Architecture for GraniteMoeHybrid {
     const MODEL_TYPES: &'static [&'static str] = &["granitemoehybrid"];
     type Config = Config;
+    type Model = Decoder<Block<AnyMixer, Ffn>>;
 
-    fn new(c: Config, w: &Weights) -> Result<Self> {
-        let shape = DecoderShape {
-            vocab_size: c.vocab_size,
-            hidden_size: c.hidden_size,
-            num_hidden_layers: c.num_hidden_layers,
-            rms_norm_eps: c.rms_norm_eps,
-            tie_word_embeddings: c.tie_word_embeddings,
-        };
-        let decoder = Decoder::new(w, shape, |w, layer| {
+    fn new(c: Config, w: &Weights) -> Result<Self::Model> {
+        let decoder = Decoder::new(w, decoder_shape!(c), |w, layer| {
             let norm = |name| w.rms_norm(name, c.hidden_size, c.rms_norm_eps);
             let mixer: AnyMixer = match c.attends(layer)? {
                 true => Box::new(attention(&c, &w.at("self_attn"))),
@@ -132,19 +126,7 @@ impl Architecture for GraniteMoeHybrid {
             let norms = [norm("input_layernorm"), norm("post_attention_layernorm")];
             Ok(Block::pre_norm(norms, mixer, ffn(&c, w)).branch_scale(c.residual_multiplier))
         })?;
-        Ok(Self(decoder.embed_scale(c.embedding_multiplier).logit_scale(1.0 / c.logits_scaling)))
-    }
-
-    fn caches(&self) -> Vec<Cache> {
-        self.0.caches()
-    }
-
-    fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
-        self.0.run(tokens, step)
-    }
-
-    fn head(&self, hidden: &Tensor) -> Tensor {
-        self.0.head(hidden)
+        Ok(decoder.embed_scale(c.embedding_multiplier).logit_scale(1.0 / c.logits_scaling))
     }
 }
 

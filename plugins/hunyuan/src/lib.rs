@@ -168,18 +168,14 @@ struct Hunyuan(Decoder<HunyuanBlock>);
 impl Architecture for Hunyuan {
     const MODEL_TYPES: &'static [&'static str] = &["hunyuan"];
     type Config = Config;
+    type Model = Self;
 
     fn new(c: Config, w: &Weights) -> Result<Self> {
-        let shape = DecoderShape {
-            vocab_size: c.vocab_size,
-            hidden_size: c.hidden_size,
-            num_hidden_layers: c.num_hidden_layers,
-            rms_norm_eps: c.rms_norm_eps,
-            tie_word_embeddings: c.tie_word_embeddings,
-        };
-        Ok(Self(Decoder::new(w, shape, |w, layer| Ok(HunyuanBlock::new(&c, w, layer)))?))
+        Ok(Self(Decoder::new(w, decoder_shape!(c), |w, layer| Ok(HunyuanBlock::new(&c, w, layer)))?))
     }
+}
 
+impl Model for Hunyuan {
     fn caches(&self) -> Vec<Cache> {
         vec![Cache::key_value(None); self.0.layers.len()]
     }

@@ -57,24 +57,16 @@ fn block(c: &Config, w: &Weights) -> Block {
     Block::pre_norm(norms, attention(c, &w.at("self_attn")), mlp)
 }
 
-struct Hunyuan(Decoder);
+struct Hunyuan;
 
 impl Architecture for Hunyuan {
     const MODEL_TYPES: &'static [&'static str] = &["hunyuan_v1_dense"];
     type Config = Config;
+    type Model = Decoder;
 
-    fn new(c: Config, w: &Weights) -> Result<Self> {
-        let shape = DecoderShape {
-            vocab_size: c.vocab_size,
-            hidden_size: c.hidden_size,
-            num_hidden_layers: c.num_hidden_layers,
-            rms_norm_eps: c.rms_norm_eps,
-            tie_word_embeddings: c.tie_word_embeddings,
-        };
-        Ok(Self(Decoder::new(w, shape, |w, _| Ok(block(&c, w)))?))
+    fn new(c: Config, w: &Weights) -> Result<Self::Model> {
+        Decoder::new(w, decoder_shape!(c), |w, _| Ok(block(&c, w)))
     }
-
-    as_decoder!(0);
 }
 
 export_plugin!(Hunyuan);

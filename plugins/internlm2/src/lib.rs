@@ -53,21 +53,20 @@ fn block(c: &Config, w: &Weights) -> Block {
     Block::pre_norm(norms, attention(c, &w.at("attention")), mlp)
 }
 
-struct InternLm2(Decoder);
+struct InternLm2;
 
 impl Architecture for InternLm2 {
     const MODEL_TYPES: &'static [&'static str] = &["internlm2"];
     type Config = Config;
+    type Model = Decoder;
 
-    fn new(c: Config, w: &Weights) -> Result<Self> {
+    fn new(c: Config, w: &Weights) -> Result<Self::Model> {
         let (model, vocab, dim) = (w.at("model"), c.vocab_size, c.hidden_size);
         let tok_embeddings = model.embedding("tok_embeddings", vocab, dim);
         let layers = model.at("layers").each(c.num_hidden_layers, |w, _| Ok(block(&c, w)))?;
         let output = LmHead::named(w, "output", &tok_embeddings, vocab, dim, c.tie_word_embeddings);
-        Ok(Self(Decoder::of(tok_embeddings, layers, model.rms_norm("norm", dim, c.rms_norm_eps), output)))
+        Ok(Decoder::of(tok_embeddings, layers, model.rms_norm("norm", dim, c.rms_norm_eps), output))
     }
-
-    as_decoder!(0);
 }
 
 export_plugin!(InternLm2);

@@ -91,23 +91,19 @@ struct LoopCoder(Decoder<Layers>);
 impl Architecture for LoopCoder {
     const MODEL_TYPES: &'static [&'static str] = &["iquestloopcoder"];
     type Config = Config;
+    type Model = Self;
 
     fn new(c: Config, w: &Weights) -> Result<Self> {
         if c.loop_num != 2 {
             return Err(format!("config.json: loop_num is {}, the layers are made to run 2 times", c.loop_num).into());
         }
-        let shape = DecoderShape {
-            vocab_size: c.vocab_size,
-            hidden_size: c.hidden_size,
-            num_hidden_layers: c.num_hidden_layers,
-            rms_norm_eps: c.rms_norm_eps,
-            tie_word_embeddings: c.tie_word_embeddings,
-        };
         let gates = w.at("model.gate_projections");
         let block = |w: &Weights, layer: usize| Ok(Layers::new(&c, w, &gates.at(&layer.to_string()), layer));
-        Ok(Self(Decoder::new(w, shape, block)?))
+        Ok(Self(Decoder::new(w, decoder_shape!(c), block)?))
     }
+}
 
+impl Model for LoopCoder {
     fn caches(&self) -> Vec<Cache> {
         let of = |block: &Layers| Cache::key_value(None).and(Cache::key_value(Some(block.window)));
         self.0.layers.iter().map(of).collect()

@@ -68,13 +68,14 @@ fn ffn(c: &Config, w: &Weights, layer: usize) -> Ffn {
     Ffn::Sparse(Moe::new(router, w.experts(ExpertsShape::new(c.num_experts, dim, hidden))))
 }
 
-struct Jamba(Decoder<Block<AnyMixer, Ffn>>);
+struct Jamba;
 
 impl Architecture for Jamba {
     const MODEL_TYPES: &'static [&'static str] = &["jamba"];
     type Config = Config;
+    type Model = Decoder<Block<AnyMixer, Ffn>>;
 
-    fn new(c: Config, w: &Weights) -> Result<Self> {
+    fn new(c: Config, w: &Weights) -> Result<Self::Model> {
         let (model, dim) = (w.at("model"), c.hidden_size);
         let embed_tokens = model.embedding("embed_tokens", c.vocab_size, dim);
         let lm_head = LmHead::new(w, &embed_tokens, c.vocab_size, dim, c.tie_word_embeddings);
@@ -83,19 +84,7 @@ impl Architecture for Jamba {
             Ok(Block::pre_norm(norms, mixer(&c, w, layer), ffn(&c, &w.at("feed_forward"), layer)))
         })?;
         let norm = model.rms_norm("final_layernorm", dim, c.rms_norm_eps);
-        Ok(Self(Decoder::of(embed_tokens, layers, norm, lm_head)))
-    }
-
-    fn caches(&self) -> Vec<Cache> {
-        self.0.caches()
-    }
-
-    fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
-        self.0.run(tokens, step)
-    }
-
-    fn head(&self, hidden: &Tensor) -> Tensor {
-        self.0.head(hidden)
+        Ok(Decoder::of(embed_tokens, layers, norm, lm_head))
     }
 }
 

@@ -108,24 +108,18 @@ fn ffn(c: &Config, w: &Weights, layer: usize) -> Result<Ffn> {
     Ok(Ffn::Sparse(Moe::new(router, experts).shared(shared)))
 }
 
-struct KimiLinear(Decoder<Block<AnyMixer, Ffn>>);
+struct KimiLinear;
 
 impl Architecture for KimiLinear {
     const MODEL_TYPES: &'static [&'static str] = &["kimi_linear"];
     type Config = Config;
+    type Model = Decoder<Block<AnyMixer, Ffn>>;
 
-    fn new(c: Config, w: &Weights) -> Result<Self> {
+    fn new(c: Config, w: &Weights) -> Result<Self::Model> {
         if c.hidden_act != Activation::Silu {
             return Err("config.json: hidden_act of kimi_linear should be silu, the experts know no other".into());
         }
         w.ignore("model.mtp");
-        let shape = DecoderShape {
-            vocab_size: c.vocab_size,
-            hidden_size: c.hidden_size,
-            num_hidden_layers: c.num_hidden_layers,
-            rms_norm_eps: c.rms_norm_eps,
-            tie_word_embeddings: c.tie_word_embeddings,
-        };
         let block = |w: &Weights, i: usize| {
             let attn = w.at("self_attn");
             let mixer: AnyMixer = match c.linear_attn_config.kda_layers.contains(&(i + 1)) {
@@ -136,19 +130,7 @@ impl Architecture for KimiLinear {
             let norms = norms.map(|name| w.rms_norm(name, c.hidden_size, c.rms_norm_eps));
             Ok(Block::pre_norm(norms, mixer, ffn(&c, w, i)?))
         };
-        Ok(Self(Decoder::new(w, shape, block)?))
-    }
-
-    fn caches(&self) -> Vec<Cache> {
-        self.0.caches()
-    }
-
-    fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
-        self.0.run(tokens, step)
-    }
-
-    fn head(&self, hidden: &Tensor) -> Tensor {
-        self.0.head(hidden)
+        Decoder::new(w, decoder_shape!(c), block)
     }
 }
 

@@ -142,33 +142,15 @@ fn block(c: &Config, w: &Weights, layer: usize) -> Result<Block<Attention, Ffn>>
     Ok(Block::pre_norm(norms, Attention::new(c, &w.at("self_attn"), layer)?, mlp(c, &w.at("mlp"), layer)))
 }
 
-struct Laguna(Decoder<Block<Attention, Ffn>>);
+struct Laguna;
 
 impl Architecture for Laguna {
     const MODEL_TYPES: &'static [&'static str] = &["laguna"];
     type Config = Config;
+    type Model = Decoder<Block<Attention, Ffn>>;
 
-    fn new(c: Config, w: &Weights) -> Result<Self> {
-        let shape = DecoderShape {
-            vocab_size: c.vocab_size,
-            hidden_size: c.hidden_size,
-            num_hidden_layers: c.num_hidden_layers,
-            rms_norm_eps: c.rms_norm_eps,
-            tie_word_embeddings: c.tie_word_embeddings,
-        };
-        Ok(Self(Decoder::new(w, shape, |w, layer| block(&c, w, layer))?))
-    }
-
-    fn caches(&self) -> Vec<Cache> {
-        self.0.caches()
-    }
-
-    fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
-        self.0.run(tokens, step)
-    }
-
-    fn head(&self, hidden: &Tensor) -> Tensor {
-        self.0.head(hidden)
+    fn new(c: Config, w: &Weights) -> Result<Self::Model> {
+        Decoder::new(w, decoder_shape!(c), |w, layer| block(&c, w, layer))
     }
 }
 

@@ -134,13 +134,14 @@ fn ffn(c: &Config, w: &Weights, layer: usize) -> Ffn {
     Ffn::Sparse(Moe::new(router, w.experts(ExpertsShape::new(c.num_experts, dim, c.moe_intermediate_size))))
 }
 
-struct Lfm2(Decoder<Block<AnyMixer, Ffn>>);
+struct Lfm2;
 
 impl Architecture for Lfm2 {
     const MODEL_TYPES: &'static [&'static str] = &["lfm2", "lfm2_moe", "lfm2_vl", "lfm2-vl"];
     type Config = Config;
+    type Model = Decoder<Block<AnyMixer, Ffn>>;
 
-    fn new(c: Config, w: &Weights) -> Result<Self> {
+    fn new(c: Config, w: &Weights) -> Result<Self::Model> {
         let model = w.at("model");
         let layers = model.at("layers").each(c.num_hidden_layers, |w, i| {
             let mixer: AnyMixer = match c.attends(i)? {
@@ -153,19 +154,7 @@ impl Architecture for Lfm2 {
         let embed_tokens = model.embedding("embed_tokens", c.vocab_size, c.hidden_size);
         let lm_head = LmHead::new(w, &embed_tokens, c.vocab_size, c.hidden_size, c.tie_embedding);
         let norm = model.rms_norm("embedding_norm", c.hidden_size, c.norm_eps);
-        Ok(Self(Decoder::of(embed_tokens, layers, norm, lm_head)))
-    }
-
-    fn caches(&self) -> Vec<Cache> {
-        self.0.caches()
-    }
-
-    fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
-        self.0.run(tokens, step)
-    }
-
-    fn head(&self, hidden: &Tensor) -> Tensor {
-        self.0.head(hidden)
+        Ok(Decoder::of(embed_tokens, layers, norm, lm_head))
     }
 }
 

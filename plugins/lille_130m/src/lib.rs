@@ -42,21 +42,20 @@ fn block(c: &Config, w: &Weights) -> Block {
     Block::pre_norm(norms, attention(c, &attn), GatedMlp::new(&mlp, c.n_embd, c.hidden(), false, Activation::Silu))
 }
 
-struct Lille(Decoder);
+struct Lille;
 
 impl Architecture for Lille {
     const MODEL_TYPES: &'static [&'static str] = &["lille-130m"];
     type Config = Config;
+    type Model = Decoder;
 
-    fn new(c: Config, w: &Weights) -> Result<Self> {
+    fn new(c: Config, w: &Weights) -> Result<Self::Model> {
         let model = w.at("transformer");
         let tok_embeddings = model.embedding("tok_embeddings", c.vocab_size, c.n_embd);
         let layers = model.at("layers").each(c.n_layer, |w, _| Ok(block(&c, w)))?;
         let lm_head = LmHead::new(w, &tok_embeddings, c.vocab_size, c.n_embd, Some(true));
-        Ok(Self(Decoder::of(tok_embeddings, layers, model.rms_norm("norm", c.n_embd, c.layer_norm_eps), lm_head)))
+        Ok(Decoder::of(tok_embeddings, layers, model.rms_norm("norm", c.n_embd, c.layer_norm_eps), lm_head))
     }
-
-    as_decoder!(0);
 }
 
 export_plugin!(Lille);

@@ -125,7 +125,7 @@ fn block(c: &Config, w: &Weights, layer: usize) -> Result<Block<SelfAttention, F
     Ok(Block::pre_norm(norms, attention(c, &w.at("self_attn"), layer)?, ffn))
 }
 
-struct Llama(Decoder<Block<SelfAttention, Ffn>>);
+struct Llama;
 
 impl Architecture for Llama {
     const MODEL_TYPES: &'static [&'static str] = &[
@@ -148,19 +148,11 @@ impl Architecture for Llama {
         "arcee",
     ];
     type Config = Config;
+    type Model = Decoder<Block<SelfAttention, Ffn>>;
 
-    fn new(c: Config, w: &Weights) -> Result<Self> {
-        let shape = DecoderShape {
-            vocab_size: c.vocab_size,
-            hidden_size: c.hidden_size,
-            num_hidden_layers: c.num_hidden_layers,
-            rms_norm_eps: c.rms_norm_eps,
-            tie_word_embeddings: c.tie_word_embeddings,
-        };
-        Ok(Self(Decoder::new(w, shape, |w, layer| block(&c, w, layer))?))
+    fn new(c: Config, w: &Weights) -> Result<Self::Model> {
+        Decoder::new(w, decoder_shape!(c), |w, layer| block(&c, w, layer))
     }
-
-    as_decoder!(0);
 }
 
 export_plugin!(Llama);

@@ -127,33 +127,15 @@ fn block(c: &Config, w: &Weights, layer: usize) -> Block<Attention, Ffn> {
     Block::pre_norm(norms, Attention::new(c, &w.at("self_attn"), layer), feed_forward(c, &w.at("feed_forward"), layer))
 }
 
-struct Llama4(Decoder<Block<Attention, Ffn>>);
+struct Llama4;
 
 impl Architecture for Llama4 {
     const MODEL_TYPES: &'static [&'static str] = &["llama4", "llama4_text"];
     type Config = Config;
+    type Model = Decoder<Block<Attention, Ffn>>;
 
-    fn new(c: Config, w: &Weights) -> Result<Self> {
-        let shape = DecoderShape {
-            vocab_size: c.vocab_size,
-            hidden_size: c.hidden_size,
-            num_hidden_layers: c.num_hidden_layers,
-            rms_norm_eps: c.rms_norm_eps,
-            tie_word_embeddings: c.tie_word_embeddings,
-        };
-        Ok(Self(Decoder::new(w, shape, |w, layer| Ok(block(&c, w, layer)))?))
-    }
-
-    fn caches(&self) -> Vec<Cache> {
-        self.0.caches()
-    }
-
-    fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
-        self.0.run(tokens, step)
-    }
-
-    fn head(&self, hidden: &Tensor) -> Tensor {
-        self.0.head(hidden)
+    fn new(c: Config, w: &Weights) -> Result<Self::Model> {
+        Decoder::new(w, decoder_shape!(c), |w, layer| Ok(block(&c, w, layer)))
     }
 }
 

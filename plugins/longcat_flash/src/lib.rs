@@ -143,6 +143,7 @@ struct LongcatFlash {
 impl Architecture for LongcatFlash {
     const MODEL_TYPES: &'static [&'static str] = &["longcat_flash", "longcat_flash_ngram"];
     type Config = Config;
+    type Model = Self;
 
     fn new(c: Config, w: &Weights) -> Result<Self> {
         let (model, dim) = (w.at("model"), c.hidden_size);
@@ -160,7 +161,9 @@ impl Architecture for LongcatFlash {
         let ngrams = if with_ngrams { Ngrams::all(&c, &tables) } else { Vec::new() };
         Ok(Self { decoder, ngrams, vocab: c.vocab_size })
     }
+}
 
+impl Model for LongcatFlash {
     fn caches(&self) -> Vec<Cache> {
         vec![Cache::key_value(None).and(Cache::key_value(None)); self.decoder.layers.len()]
     }

@@ -56,13 +56,14 @@ fn mixer(c: &Config, w: &Weights) -> Mamba {
     }
 }
 
-struct MambaModel(Decoder<Branch<Mamba>>);
+struct MambaModel;
 
 impl Architecture for MambaModel {
     const MODEL_TYPES: &'static [&'static str] = &["mamba", "falcon_mamba"];
     type Config = Config;
+    type Model = Decoder<Branch<Mamba>>;
 
-    fn new(c: Config, w: &Weights) -> Result<Self> {
+    fn new(c: Config, w: &Weights) -> Result<Self::Model> {
         let (backbone, dim) = (w.at("backbone"), c.hidden_size);
         let embeddings = backbone.embedding("embeddings", c.vocab_size, dim);
         let lm_head = LmHead::new(w, &embeddings, c.vocab_size, dim, c.tie_word_embeddings);
@@ -70,19 +71,7 @@ impl Architecture for MambaModel {
             Ok(Branch::new(w.rms_norm("norm", dim, c.layer_norm_epsilon), mixer(&c, &w.at("mixer"))))
         })?;
         let norm_f = backbone.rms_norm("norm_f", dim, c.layer_norm_epsilon);
-        Ok(Self(Decoder::of(embeddings, layers, norm_f, lm_head)))
-    }
-
-    fn caches(&self) -> Vec<Cache> {
-        self.0.caches()
-    }
-
-    fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
-        self.0.run(tokens, step)
-    }
-
-    fn head(&self, hidden: &Tensor) -> Tensor {
-        self.0.head(hidden)
+        Ok(Decoder::of(embeddings, layers, norm_f, lm_head))
     }
 }
 

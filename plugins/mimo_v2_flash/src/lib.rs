@@ -153,35 +153,17 @@ fn block(c: &Config, w: &Weights, layer: usize) -> Result<Block<Attention, Ffn>>
     Ok(Block::pre_norm(norms, Attention::new(c, &w.at("self_attn"), c.slides(layer)?), mlp(c, &w.at("mlp"), layer)))
 }
 
-struct MiMoV2Flash(Decoder<Block<Attention, Ffn>>);
+struct MiMoV2Flash;
 
 impl Architecture for MiMoV2Flash {
     const MODEL_TYPES: &'static [&'static str] = &["mimo_v2_flash"];
     type Config = Config;
+    type Model = Decoder<Block<Attention, Ffn>>;
 
-    fn new(c: Config, w: &Weights) -> Result<Self> {
+    fn new(c: Config, w: &Weights) -> Result<Self::Model> {
         // Layers that predict further tokens.
         w.ignore("model.mtp");
-        let shape = DecoderShape {
-            vocab_size: c.vocab_size,
-            hidden_size: c.hidden_size,
-            num_hidden_layers: c.num_hidden_layers,
-            rms_norm_eps: c.rms_norm_eps,
-            tie_word_embeddings: c.tie_word_embeddings,
-        };
-        Ok(Self(Decoder::new(w, shape, |w, layer| block(&c, w, layer))?))
-    }
-
-    fn caches(&self) -> Vec<Cache> {
-        self.0.caches()
-    }
-
-    fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
-        self.0.run(tokens, step)
-    }
-
-    fn head(&self, hidden: &Tensor) -> Tensor {
-        self.0.head(hidden)
+        Decoder::new(w, decoder_shape!(c), |w, layer| block(&c, w, layer))
     }
 }
 

@@ -53,34 +53,16 @@ fn block(c: &Config, w: &Weights) -> Block<Mla> {
         .branch_scale(c.scale_depth / (c.num_hidden_layers as f32).sqrt())
 }
 
-struct MiniCpm3(Decoder<Block<Mla>>);
+struct MiniCpm3;
 
 impl Architecture for MiniCpm3 {
     const MODEL_TYPES: &'static [&'static str] = &["minicpm3"];
     type Config = Config;
+    type Model = Decoder<Block<Mla>>;
 
-    fn new(c: Config, w: &Weights) -> Result<Self> {
-        let shape = DecoderShape {
-            vocab_size: c.vocab_size,
-            hidden_size: c.hidden_size,
-            num_hidden_layers: c.num_hidden_layers,
-            rms_norm_eps: c.rms_norm_eps,
-            tie_word_embeddings: c.tie_word_embeddings,
-        };
-        let decoder = Decoder::new(w, shape, |w, _| Ok(block(&c, w)))?;
-        Ok(Self(decoder.embed_scale(c.scale_emb).logit_scale(c.dim_model_base as f32 / c.hidden_size as f32)))
-    }
-
-    fn caches(&self) -> Vec<Cache> {
-        self.0.caches()
-    }
-
-    fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
-        self.0.run(tokens, step)
-    }
-
-    fn head(&self, hidden: &Tensor) -> Tensor {
-        self.0.head(hidden)
+    fn new(c: Config, w: &Weights) -> Result<Self::Model> {
+        let decoder = Decoder::new(w, decoder_shape!(c), |w, _| Ok(block(&c, w)))?;
+        Ok(decoder.embed_scale(c.scale_emb).logit_scale(c.dim_model_base as f32 / c.hidden_size as f32))
     }
 }
 

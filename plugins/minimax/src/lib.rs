@@ -193,18 +193,13 @@ struct MiniMax(Decoder<Layers>);
 impl Architecture for MiniMax {
     const MODEL_TYPES: &'static [&'static str] = &["minimax", "minimax_m2"];
     type Config = Config;
+    type Model = Self;
 
     fn new(c: Config, w: &Weights) -> Result<Self> {
         if c.hidden_act != Activation::Silu {
             return Err("config.json: hidden_act should be silu, the experts know no other".into());
         }
-        let shape = DecoderShape {
-            vocab_size: c.vocab_size,
-            hidden_size: c.hidden_size,
-            num_hidden_layers: c.num_hidden_layers,
-            rms_norm_eps: c.rms_norm_eps,
-            tie_word_embeddings: c.tie_word_embeddings,
-        };
+        let shape = decoder_shape!(c);
         // M2 has gone by the name of minimax too; it alone corrects its routing.
         let is_m2 = w.has("model.layers.0.block_sparse_moe.e_score_correction_bias");
         Ok(Self(Decoder::new(
@@ -213,7 +208,9 @@ impl Architecture for MiniMax {
             |w, layer| if is_m2 { Ok(Layers::m2(&c, w)) } else { Layers::text_01(&c, w, layer) },
         )?))
     }
+}
 
+impl Model for MiniMax {
     fn caches(&self) -> Vec<Cache> {
         self.0.layers.iter().map(|layer| layer.mixer.cache()).collect()
     }

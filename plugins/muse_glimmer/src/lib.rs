@@ -80,25 +80,21 @@ struct MuseGlimmer {
 impl Architecture for MuseGlimmer {
     const MODEL_TYPES: &'static [&'static str] = &["muse_glimmer"];
     type Config = Config;
+    type Model = Self;
 
     fn new(c: Config, w: &Weights) -> Result<Self> {
         for tower in ["vision_tower.", "vision_adapter.", "vision_projection."] {
             w.ignore(tower);
         }
-        let shape = DecoderShape {
-            vocab_size: c.vocab_size,
-            hidden_size: c.hidden_size,
-            num_hidden_layers: c.num_hidden_layers,
-            rms_norm_eps: c.rms_norm_eps,
-            tie_word_embeddings: c.tie_word_embeddings,
-        };
-        let decoder = Decoder::new(w, shape, |w, layer| block(&c, w, layer))?;
+        let decoder = Decoder::new(w, decoder_shape!(c), |w, layer| block(&c, w, layer))?;
         Ok(Self {
             embed_norm: RmsNorm::plain(c.hidden_size, c.rms_norm_eps),
             decoder: decoder.logit_scale(c.output_multiplier).softcap(c.final_logit_softcapping),
         })
     }
+}
 
+impl Model for MuseGlimmer {
     fn caches(&self) -> Vec<Cache> {
         self.decoder.caches()
     }

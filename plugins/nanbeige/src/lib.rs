@@ -86,6 +86,7 @@ struct Nanbeige {
 impl Architecture for Nanbeige {
     const MODEL_TYPES: &'static [&'static str] = &["nanbeige"];
     type Config = Config;
+    type Model = Self;
 
     fn new(c: Config, w: &Weights) -> Result<Self> {
         c.check()?;
@@ -99,7 +100,9 @@ impl Architecture for Nanbeige {
         let decoder = Decoder::new(w, shape, |w, _| Ok(block(&c, w)))?;
         Ok(Self { decoder, loops: c.loops()?, skip_loop_final_norm: c.skip_loop_final_norm })
     }
+}
 
+impl Model for Nanbeige {
     fn caches(&self) -> Vec<Cache> {
         (0..self.loops).flat_map(|_| self.decoder.caches()).collect()
     }

@@ -73,6 +73,7 @@ struct NanoChat(Decoder<Block<SelfAttention, Mlp>>);
 impl Architecture for NanoChat {
     const MODEL_TYPES: &'static [&'static str] = &["nanochat"];
     type Config = Config;
+    type Model = Self;
 
     fn new(c: Config, w: &Weights) -> Result<Self> {
         let n = if w.has("transformer.wte.weight") { OF_NANOCHAT } else { OF_TRANSFORMERS };
@@ -86,7 +87,9 @@ impl Architecture for NanoChat {
         let lm_head = LmHead::new(w, &embed_tokens, vocab, dim, c.tie_word_embeddings);
         Ok(Self(Decoder::of(embed_tokens, layers, norm(), lm_head).softcap(c.final_logit_softcapping)))
     }
+}
 
+impl Model for NanoChat {
     fn caches(&self) -> Vec<Cache> {
         self.0.caches()
     }

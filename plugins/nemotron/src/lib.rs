@@ -42,13 +42,14 @@ impl Config {
     }
 }
 
-struct Nemotron(Decoder<Block<SelfAttention, Mlp>>);
+struct Nemotron;
 
 impl Architecture for Nemotron {
     const MODEL_TYPES: &'static [&'static str] = &["nemotron", "jais2"];
     type Config = Config;
+    type Model = Decoder<Block<SelfAttention, Mlp>>;
 
-    fn new(c: Config, w: &Weights) -> Result<Self> {
+    fn new(c: Config, w: &Weights) -> Result<Self::Model> {
         let (model, dim, head_dim) = (w.at("model"), c.hidden_size, c.head_dim);
         let embed_tokens = model.embedding("embed_tokens", c.vocab_size, dim);
         let heads = Heads { dim, heads: c.num_attention_heads, kv_heads: c.num_key_value_heads, head_dim };
@@ -62,19 +63,7 @@ impl Architecture for Nemotron {
             Ok(Block::pre_norm(norms, attention, mlp))
         })?;
         let lm_head = LmHead::new(w, &embed_tokens, c.vocab_size, dim, Some(c.tie_word_embeddings));
-        Ok(Self(Decoder::of(embed_tokens, layers, c.norm(&model, "norm"), lm_head)))
-    }
-
-    fn caches(&self) -> Vec<Cache> {
-        self.0.caches()
-    }
-
-    fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
-        self.0.run(tokens, step)
-    }
-
-    fn head(&self, hidden: &Tensor) -> Tensor {
-        self.0.head(hidden)
+        Ok(Decoder::of(embed_tokens, layers, c.norm(&model, "norm"), lm_head))
     }
 }
 

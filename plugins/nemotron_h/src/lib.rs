@@ -135,13 +135,14 @@ fn mixer(c: &Config, w: &Weights, layer: usize) -> Result<AnyMixer> {
     })
 }
 
-struct NemotronH(Decoder<Branch>);
+struct NemotronH;
 
 impl Architecture for NemotronH {
     const MODEL_TYPES: &'static [&'static str] = &["nemotron_h"];
     type Config = Config;
+    type Model = Decoder<Branch>;
 
-    fn new(c: Config, w: &Weights) -> Result<Self> {
+    fn new(c: Config, w: &Weights) -> Result<Self::Model> {
         // Layers that predict further tokens, for training.
         w.ignore("mtp.");
         let (backbone, dim) = (w.at("backbone"), c.hidden_size);
@@ -151,19 +152,7 @@ impl Architecture for NemotronH {
             Ok(Branch::new(w.rms_norm("norm", dim, c.layer_norm_epsilon), mixer(&c, &w.at("mixer"), layer)?))
         })?;
         let norm_f = backbone.rms_norm("norm_f", dim, c.layer_norm_epsilon);
-        Ok(Self(Decoder::of(embeddings, layers, norm_f, lm_head)))
-    }
-
-    fn caches(&self) -> Vec<Cache> {
-        self.0.caches()
-    }
-
-    fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
-        self.0.run(tokens, step)
-    }
-
-    fn head(&self, hidden: &Tensor) -> Tensor {
-        self.0.head(hidden)
+        Ok(Decoder::of(embeddings, layers, norm_f, lm_head))
     }
 }
 

@@ -149,6 +149,7 @@ struct NemotronNas(Decoder<Layers>);
 impl Architecture for NemotronNas {
     const MODEL_TYPES: &'static [&'static str] = &["nemotron-nas"];
     type Config = Config;
+    type Model = Self;
 
     fn new(c: Config, w: &Weights) -> Result<Self> {
         let shape = DecoderShape {
@@ -160,7 +161,9 @@ impl Architecture for NemotronNas {
         };
         Ok(Self(Decoder::new(w, shape, |w, layer| Layers::new(&c, w, layer))?))
     }
+}
 
+impl Model for NemotronNas {
     fn caches(&self) -> Vec<Cache> {
         self.0.layers.iter().map(Layers::cache).collect()
     }

@@ -45,21 +45,20 @@ fn block(c: &Config, w: &Weights) -> Block {
     Block::pre_norm([norm(c), norm(c)], attention(c, &w.at("self_attn")), mlp)
 }
 
-struct Olmo(Decoder);
+struct Olmo;
 
 impl Architecture for Olmo {
     const MODEL_TYPES: &'static [&'static str] = &["olmo"];
     type Config = Config;
+    type Model = Decoder;
 
-    fn new(c: Config, w: &Weights) -> Result<Self> {
+    fn new(c: Config, w: &Weights) -> Result<Self::Model> {
         let (model, vocab, dim) = (w.at("model"), c.vocab_size, c.hidden_size);
         let embed_tokens = model.embedding("embed_tokens", vocab, dim);
         let layers = model.at("layers").each(c.num_hidden_layers, |w, _| Ok(block(&c, w)))?;
         let lm_head = LmHead::new(w, &embed_tokens, vocab, dim, c.tie_word_embeddings);
-        Ok(Self(Decoder::of(embed_tokens, layers, norm(&c), lm_head)))
+        Ok(Decoder::of(embed_tokens, layers, norm(&c), lm_head))
     }
-
-    as_decoder!(0);
 }
 
 export_plugin!(Olmo);

@@ -102,24 +102,16 @@ fn block(c: &Config, w: &Weights, layer: usize) -> Result<Block> {
     Ok(Block::post_norm(norms, attention(c, &w.at("self_attn"), layer)?, mlp))
 }
 
-struct Olmo2(Decoder);
+struct Olmo2;
 
 impl Architecture for Olmo2 {
     const MODEL_TYPES: &'static [&'static str] = &["olmo2", "olmo3", "exaone4"];
     type Config = Config;
+    type Model = Decoder;
 
-    fn new(c: Config, w: &Weights) -> Result<Self> {
-        let shape = DecoderShape {
-            vocab_size: c.vocab_size,
-            hidden_size: c.hidden_size,
-            num_hidden_layers: c.num_hidden_layers,
-            rms_norm_eps: c.rms_norm_eps,
-            tie_word_embeddings: c.tie_word_embeddings,
-        };
-        Ok(Self(Decoder::new(w, shape, |w, layer| block(&c, w, layer))?))
+    fn new(c: Config, w: &Weights) -> Result<Self::Model> {
+        Decoder::new(w, decoder_shape!(c), |w, layer| block(&c, w, layer))
     }
-
-    as_decoder!(0);
 }
 
 export_plugin!(Olmo2);

@@ -117,20 +117,14 @@ fn attention(c: &Config, w: &Weights) -> SelfAttention {
         .rope(c.rope_theta.map(|theta| w.rope(head_dim, theta, &c.rope_scaling)))
 }
 
-struct OlmoHybrid(Decoder<Block<AnyMixer, GatedMlp>>);
+struct OlmoHybrid;
 
 impl Architecture for OlmoHybrid {
     const MODEL_TYPES: &'static [&'static str] = &["olmo_hybrid"];
     type Config = Config;
+    type Model = Decoder<Block<AnyMixer, GatedMlp>>;
 
-    fn new(c: Config, w: &Weights) -> Result<Self> {
-        let shape = DecoderShape {
-            vocab_size: c.vocab_size,
-            hidden_size: c.hidden_size,
-            num_hidden_layers: c.num_hidden_layers,
-            rms_norm_eps: c.rms_norm_eps,
-            tie_word_embeddings: c.tie_word_embeddings,
-        };
+    fn new(c: Config, w: &Weights) -> Result<Self::Model> {
         let block = |w: &Weights, i: usize| {
             let norm = |name| w.rms_norm(name, c.hidden_size, c.rms_norm_eps);
             let mlp = GatedMlp::new(&w.at("mlp"), c.hidden_size, c.intermediate_size, false, c.hidden_act);
@@ -145,19 +139,7 @@ impl Architecture for OlmoHybrid {
                 Block::pre_norm(names.map(norm), Box::new(Delta::new(&c, &w.at("linear_attn"))) as AnyMixer, mlp)
             })
         };
-        Ok(Self(Decoder::new(w, shape, block)?))
-    }
-
-    fn caches(&self) -> Vec<Cache> {
-        self.0.caches()
-    }
-
-    fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
-        self.0.run(tokens, step)
-    }
-
-    fn head(&self, hidden: &Tensor) -> Tensor {
-        self.0.head(hidden)
+        Decoder::new(w, decoder_shape!(c), block)
     }
 }
 

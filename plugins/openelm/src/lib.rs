@@ -64,13 +64,14 @@ impl Config {
     }
 }
 
-struct OpenElm(Decoder);
+struct OpenElm;
 
 impl Architecture for OpenElm {
     const MODEL_TYPES: &'static [&'static str] = &["openelm"];
     type Config = Config;
+    type Model = Decoder;
 
-    fn new(c: Config, w: &Weights) -> Result<Self> {
+    fn new(c: Config, w: &Weights) -> Result<Self::Model> {
         if !c.ffn_with_glu {
             return Err("config.json: ffn_with_glu is false, which no OpenELM has".into());
         }
@@ -81,19 +82,7 @@ impl Architecture for OpenElm {
             Ok(Block::pre_norm(norms, c.attention(&w.at("attn"), layer)?, c.mlp(&w.at("ffn"), layer)?))
         })?;
         let lm_head = LmHead::new(w, &token_embeddings, c.vocab_size, dim, Some(c.share_input_output_layers));
-        Ok(Self(Decoder::of(token_embeddings, layers, model.rms_norm("norm", dim, c.rms_norm_eps), lm_head)))
-    }
-
-    fn caches(&self) -> Vec<Cache> {
-        self.0.caches()
-    }
-
-    fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
-        self.0.run(tokens, step)
-    }
-
-    fn head(&self, hidden: &Tensor) -> Tensor {
-        self.0.head(hidden)
+        Ok(Decoder::of(token_embeddings, layers, model.rms_norm("norm", dim, c.rms_norm_eps), lm_head))
     }
 }
 

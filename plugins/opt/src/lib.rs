@@ -95,6 +95,7 @@ struct Opt {
 impl Architecture for Opt {
     const MODEL_TYPES: &'static [&'static str] = &["opt", "biogpt"];
     type Config = Config;
+    type Model = Self;
 
     fn new(c: Config, w: &Weights) -> Result<Self> {
         let (dim, narrow, is_opt) = (c.hidden_size, c.word_embed_proj_dim, c.model_type == "opt");
@@ -120,7 +121,9 @@ impl Architecture for Opt {
             embed_scale: if c.scale_embedding { (dim as f32).sqrt() } else { 1.0 },
         })
     }
+}
 
+impl Model for Opt {
     fn caches(&self) -> Vec<Cache> {
         vec![Cache::key_value(None); self.layers.len()]
     }

@@ -43,13 +43,14 @@ impl Config {
     }
 }
 
-struct Persimmon(Decoder<Block<SelfAttention, Mlp>>);
+struct Persimmon;
 
 impl Architecture for Persimmon {
     const MODEL_TYPES: &'static [&'static str] = &["persimmon"];
     type Config = Config;
+    type Model = Decoder<Block<SelfAttention, Mlp>>;
 
-    fn new(c: Config, w: &Weights) -> Result<Self> {
+    fn new(c: Config, w: &Weights) -> Result<Self::Model> {
         let (model, dim, hidden) = (w.at("model"), c.hidden_size, c.intermediate_size);
         let norm = |w: &Weights, name| w.layer_norm(name, dim, c.layer_norm_eps, true);
         let layers = model.at("layers").each(c.num_hidden_layers, |w, _| {
@@ -59,19 +60,7 @@ impl Architecture for Persimmon {
         })?;
         let embed_tokens = model.embedding("embed_tokens", c.vocab_size, dim);
         let lm_head = LmHead::new(w, &embed_tokens, c.vocab_size, dim, Some(c.tie_word_embeddings));
-        Ok(Self(Decoder::of(embed_tokens, layers, norm(&model, "final_layernorm"), lm_head)))
-    }
-
-    fn caches(&self) -> Vec<Cache> {
-        self.0.caches()
-    }
-
-    fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
-        self.0.run(tokens, step)
-    }
-
-    fn head(&self, hidden: &Tensor) -> Tensor {
-        self.0.head(hidden)
+        Ok(Decoder::of(embed_tokens, layers, norm(&model, "final_layernorm"), lm_head))
     }
 }
 

@@ -46,13 +46,14 @@ impl Config {
     }
 }
 
-struct Phi(Decoder<Block<SelfAttention, Mlp>>);
+struct Phi;
 
 impl Architecture for Phi {
     const MODEL_TYPES: &'static [&'static str] = &["phi"];
     type Config = Config;
+    type Model = Decoder<Block<SelfAttention, Mlp>>;
 
-    fn new(c: Config, w: &Weights) -> Result<Self> {
+    fn new(c: Config, w: &Weights) -> Result<Self::Model> {
         let (model, dim) = (w.at("model"), c.hidden_size);
         let norm = |w: &Weights, name| w.layer_norm(name, dim, c.layer_norm_eps, true);
         let layers = model.at("layers").each(c.num_hidden_layers, |w, _| {
@@ -61,19 +62,7 @@ impl Architecture for Phi {
         })?;
         let embed_tokens = model.embedding("embed_tokens", c.vocab_size, dim);
         let lm_head = LmHead::Own(w.linear("lm_head", dim, c.vocab_size, true));
-        Ok(Self(Decoder::of(embed_tokens, layers, norm(&model, "final_layernorm"), lm_head)))
-    }
-
-    fn caches(&self) -> Vec<Cache> {
-        self.0.caches()
-    }
-
-    fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
-        self.0.run(tokens, step)
-    }
-
-    fn head(&self, hidden: &Tensor) -> Tensor {
-        self.0.head(hidden)
+        Ok(Decoder::of(embed_tokens, layers, norm(&model, "final_layernorm"), lm_head))
     }
 }
 

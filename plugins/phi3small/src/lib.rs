@@ -85,13 +85,14 @@ impl FeedForward for Gegelu {
     }
 }
 
-struct Phi3Small(Decoder<Block<SelfAttention, Gegelu>>);
+struct Phi3Small;
 
 impl Architecture for Phi3Small {
     const MODEL_TYPES: &'static [&'static str] = &["phi3small"];
     type Config = Config;
+    type Model = Decoder<Block<SelfAttention, Gegelu>>;
 
-    fn new(c: Config, w: &Weights) -> Result<Self> {
+    fn new(c: Config, w: &Weights) -> Result<Self::Model> {
         let (model, dim) = (w.at("model"), c.hidden_size);
         let embed_tokens = model.embedding("embed_tokens", c.vocab_size, dim);
         let layers = model.at("layers").each(c.num_hidden_layers, |w, layer| {
@@ -102,19 +103,7 @@ impl Architecture for Phi3Small {
         let decoder = Decoder::of(embed_tokens, layers, c.norm(&model, "final_layernorm"), lm_head)
             .embed_scale(c.mup_embedding_multiplier)
             .logit_scale(1.0 / c.mup_width_multiplier);
-        Ok(Self(decoder))
-    }
-
-    fn caches(&self) -> Vec<Cache> {
-        self.0.caches()
-    }
-
-    fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
-        self.0.run(tokens, step)
-    }
-
-    fn head(&self, hidden: &Tensor) -> Tensor {
-        self.0.head(hidden)
+        Ok(decoder)
     }
 }
 

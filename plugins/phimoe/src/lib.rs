@@ -91,30 +91,19 @@ fn block(c: &Config, w: &Weights) -> Block<SelfAttention, SparseMoe> {
     Block::pre_norm(norms, attention(c, &w.at("self_attn")), SparseMoe { router, experts })
 }
 
-struct PhiMoe(Decoder<Block<SelfAttention, SparseMoe>>);
+struct PhiMoe;
 
 impl Architecture for PhiMoe {
     const MODEL_TYPES: &'static [&'static str] = &["phimoe"];
     type Config = Config;
+    type Model = Decoder<Block<SelfAttention, SparseMoe>>;
 
-    fn new(c: Config, w: &Weights) -> Result<Self> {
+    fn new(c: Config, w: &Weights) -> Result<Self::Model> {
         let (model, dim) = (w.at("model"), c.hidden_size);
         let layers = model.at("layers").each(c.num_hidden_layers, |w, _| Ok(block(&c, w)))?;
         let norm = model.layer_norm("norm", dim, c.rms_norm_eps, true);
         let lm_head = LmHead::Own(w.linear("lm_head", dim, c.vocab_size, c.lm_head_bias));
-        Ok(Self(Decoder::of(model.embedding("embed_tokens", c.vocab_size, dim), layers, norm, lm_head)))
-    }
-
-    fn caches(&self) -> Vec<Cache> {
-        self.0.caches()
-    }
-
-    fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
-        self.0.run(tokens, step)
-    }
-
-    fn head(&self, hidden: &Tensor) -> Tensor {
-        self.0.head(hidden)
+        Ok(Decoder::of(model.embedding("embed_tokens", c.vocab_size, dim), layers, norm, lm_head))
     }
 }
 

@@ -62,6 +62,7 @@ struct Phixtral(Decoder<ParallelBlock>);
 impl Architecture for Phixtral {
     const MODEL_TYPES: &'static [&'static str] = &["phixtral", "phi-msft"];
     type Config = Config;
+    type Model = Self;
 
     fn new(c: Config, w: &Weights) -> Result<Self> {
         let (transformer, head) = (w.at("transformer"), w.at("lm_head"));
@@ -71,7 +72,9 @@ impl Architecture for Phixtral {
         let linear = head.linear("linear", c.model_dim, c.num_vocab, true);
         Ok(Self(Decoder::of(wte, layers, norm, LmHead::Own(linear))))
     }
+}
 
+impl Model for Phixtral {
     fn caches(&self) -> Vec<Cache> {
         self.0.layers.iter().map(|block| block.mixer.cache()).collect()
     }

@@ -74,13 +74,14 @@ impl Mixer for Attention {
     }
 }
 
-struct Plamo(Decoder<Block<Attention>>);
+struct Plamo;
 
 impl Architecture for Plamo {
     const MODEL_TYPES: &'static [&'static str] = &["plamo"];
     type Config = Config;
+    type Model = Decoder<Block<Attention>>;
 
-    fn new(c: Config, w: &Weights) -> Result<Self> {
+    fn new(c: Config, w: &Weights) -> Result<Self::Model> {
         if !c.num_attention_heads.is_multiple_of(c.n_shared_head) {
             let (heads, sharing) = (c.num_attention_heads, c.n_shared_head);
             return Err(
@@ -94,19 +95,7 @@ impl Architecture for Plamo {
             Ok(Block::parallel(w.rms_norm("norm", dim, c.rms_norm_eps), Attention::new(&c, &w.at("self_attn")), mlp))
         })?;
         let lm_head = LmHead::new(w, &embed_tokens, c.vocab_size, dim, Some(c.tie_word_embeddings));
-        Ok(Self(Decoder::of(embed_tokens, layers, model.rms_norm("norm", dim, c.rms_norm_eps), lm_head)))
-    }
-
-    fn caches(&self) -> Vec<Cache> {
-        self.0.caches()
-    }
-
-    fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
-        self.0.run(tokens, step)
-    }
-
-    fn head(&self, hidden: &Tensor) -> Tensor {
-        self.0.head(hidden)
+        Ok(Decoder::of(embed_tokens, layers, model.rms_norm("norm", dim, c.rms_norm_eps), lm_head))
     }
 }
 

@@ -131,31 +131,20 @@ fn block(c: &Config, w: &Weights, layer: usize) -> Block<AnyMixer> {
     Block::both_norms(starts.map(norm), mixer, mlp)
 }
 
-struct Plamo2(Decoder<Block<AnyMixer>>);
+struct Plamo2;
 
 impl Architecture for Plamo2 {
     const MODEL_TYPES: &'static [&'static str] = &["plamo2"];
     type Config = Config;
+    type Model = Decoder<Block<AnyMixer>>;
 
-    fn new(c: Config, w: &Weights) -> Result<Self> {
+    fn new(c: Config, w: &Weights) -> Result<Self::Model> {
         let (model, dim) = (w.at("model"), c.hidden_size);
         let embed_tokens = model.embedding("embed_tokens", c.vocab_size, dim);
         let lm_head = LmHead::new(w, &embed_tokens, c.vocab_size, dim, c.tie_word_embeddings);
         let layers = model.at("layers.layers").each(c.num_hidden_layers, |w, layer| Ok(block(&c, w, layer)))?;
         let norm = RmsNorm::of(model.source("norm.weight").plus(1.0), dim, c.rms_norm_eps);
-        Ok(Self(Decoder::of(embed_tokens, layers, norm, lm_head)))
-    }
-
-    fn caches(&self) -> Vec<Cache> {
-        self.0.caches()
-    }
-
-    fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
-        self.0.run(tokens, step)
-    }
-
-    fn head(&self, hidden: &Tensor) -> Tensor {
-        self.0.head(hidden)
+        Ok(Decoder::of(embed_tokens, layers, norm, lm_head))
     }
 }
 

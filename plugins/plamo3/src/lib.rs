@@ -61,21 +61,20 @@ fn block(c: &Config, w: &Weights, layer: usize) -> Block {
     Block::both_norms(norms, attention(c, &w.at("mixer"), layer), mlp)
 }
 
-struct Plamo3(Decoder);
+struct Plamo3;
 
 impl Architecture for Plamo3 {
     const MODEL_TYPES: &'static [&'static str] = &["plamo3"];
     type Config = Config;
+    type Model = Decoder;
 
-    fn new(c: Config, w: &Weights) -> Result<Self> {
+    fn new(c: Config, w: &Weights) -> Result<Self::Model> {
         let (model, vocab, dim) = (w.at("model"), c.vocab_size, c.hidden_size);
         let embed_tokens = model.embedding("embed_tokens", vocab, dim);
         let layers = model.at("layers.layers").each(c.num_hidden_layers, |w, i| Ok(block(&c, w, i)))?;
         let lm_head = LmHead::new(w, &embed_tokens, vocab, dim, c.tie_word_embeddings);
-        Ok(Self(Decoder::of(embed_tokens, layers, norm(&model, "norm", 1.0, dim, c.rms_norm_eps), lm_head)))
+        Ok(Decoder::of(embed_tokens, layers, norm(&model, "norm", 1.0, dim, c.rms_norm_eps), lm_head))
     }
-
-    as_decoder!(0);
 }
 
 export_plugin!(Plamo3);

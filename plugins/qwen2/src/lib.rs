@@ -72,26 +72,18 @@ fn block(c: &Config, w: &Weights, layer: usize) -> Result<Block> {
     Ok(Block::pre_norm(norms, attention(c, &w.at("self_attn"), layer)?, mlp))
 }
 
-struct Qwen(Decoder);
+struct Qwen;
 
 impl Architecture for Qwen {
     const MODEL_TYPES: &'static [&'static str] = &["qwen2", "qwen2_vl", "qwen2_5_vl", "mimo", "qwen3", "qwen3_vl"];
     type Config = Config;
+    type Model = Decoder;
 
-    fn new(c: Config, w: &Weights) -> Result<Self> {
+    fn new(c: Config, w: &Weights) -> Result<Self::Model> {
         w.ignore("visual.");
         w.ignore("model.mtp_layers.");
-        let shape = DecoderShape {
-            vocab_size: c.vocab_size,
-            hidden_size: c.hidden_size,
-            num_hidden_layers: c.num_hidden_layers,
-            rms_norm_eps: c.rms_norm_eps,
-            tie_word_embeddings: c.tie_word_embeddings,
-        };
-        Ok(Self(Decoder::new(w, shape, |w, layer| block(&c, w, layer))?))
+        Decoder::new(w, decoder_shape!(c), |w, layer| block(&c, w, layer))
     }
-
-    as_decoder!(0);
 }
 
 export_plugin!(Qwen);

@@ -84,33 +84,15 @@ fn block(c: &Config, w: &Weights, layer: usize) -> Result<Block<SelfAttention, F
     Ok(Block::pre_norm(norms, attention, mlp(c, &w.at("mlp"), layer)))
 }
 
-struct Qwen2Moe(Decoder<Block<SelfAttention, Ffn>>);
+struct Qwen2Moe;
 
 impl Architecture for Qwen2Moe {
     const MODEL_TYPES: &'static [&'static str] = &["qwen2_moe"];
     type Config = Config;
+    type Model = Decoder<Block<SelfAttention, Ffn>>;
 
-    fn new(c: Config, w: &Weights) -> Result<Self> {
-        let shape = DecoderShape {
-            vocab_size: c.vocab_size,
-            hidden_size: c.hidden_size,
-            num_hidden_layers: c.num_hidden_layers,
-            rms_norm_eps: c.rms_norm_eps,
-            tie_word_embeddings: c.tie_word_embeddings,
-        };
-        Ok(Self(Decoder::new(w, shape, |w, layer| block(&c, w, layer))?))
-    }
-
-    fn caches(&self) -> Vec<Cache> {
-        self.0.caches()
-    }
-
-    fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
-        self.0.run(tokens, step)
-    }
-
-    fn head(&self, hidden: &Tensor) -> Tensor {
-        self.0.head(hidden)
+    fn new(c: Config, w: &Weights) -> Result<Self::Model> {
+        Decoder::new(w, decoder_shape!(c), |w, layer| block(&c, w, layer))
     }
 }
 

@@ -76,27 +76,19 @@ fn block(c: &Config, w: &Weights, layer: usize) -> Block<SelfAttention, Ffn> {
     Block::pre_norm(norms, attention(c, &w.at("self_attn")), mlp(c, &w.at("mlp"), layer))
 }
 
-struct Qwen3Moe(Decoder<Block<SelfAttention, Ffn>>);
+struct Qwen3Moe;
 
 impl Architecture for Qwen3Moe {
     const MODEL_TYPES: &'static [&'static str] = &["qwen3_moe", "qwen3_vl_moe", "qwen3_vl_moe_text"];
     type Config = Config;
+    type Model = Decoder<Block<SelfAttention, Ffn>>;
 
-    fn new(c: Config, w: &Weights) -> Result<Self> {
+    fn new(c: Config, w: &Weights) -> Result<Self::Model> {
         if c.hidden_act != Activation::Silu {
             return Err("config.json: hidden_act of qwen3_moe should be silu, the experts know no other".into());
         }
-        let shape = DecoderShape {
-            vocab_size: c.vocab_size,
-            hidden_size: c.hidden_size,
-            num_hidden_layers: c.num_hidden_layers,
-            rms_norm_eps: c.rms_norm_eps,
-            tie_word_embeddings: c.tie_word_embeddings,
-        };
-        Ok(Self(Decoder::new(w, shape, |w, layer| Ok(block(&c, w, layer)))?))
+        Decoder::new(w, decoder_shape!(c), |w, layer| Ok(block(&c, w, layer)))
     }
-
-    as_decoder!(0);
 }
 
 export_plugin!(Qwen3Moe);

@@ -219,14 +219,15 @@ fn ffn(c: &Config, w: &Weights, layer: usize) -> Ffn {
     Ffn::Sparse(Moe::new(router, experts).shared(shared).shared_gate(shared_gate))
 }
 
-struct Qwen3Next(Decoder<Block<AnyMixer, Ffn>>);
+struct Qwen3Next;
 
 impl Architecture for Qwen3Next {
     const MODEL_TYPES: &'static [&'static str] =
         &["qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen3_5_text", "qwen3_5_moe_text"];
     type Config = Config;
+    type Model = Decoder<Block<AnyMixer, Ffn>>;
 
-    fn new(c: Config, w: &Weights) -> Result<Self> {
+    fn new(c: Config, w: &Weights) -> Result<Self::Model> {
         if c.num_experts > 0 && c.hidden_act != Activation::Silu {
             return Err("config.json: hidden_act should be silu, the experts know no other".into());
         }
@@ -246,19 +247,7 @@ impl Architecture for Qwen3Next {
         })?;
         let embed_tokens = model.embedding("embed_tokens", c.vocab_size, c.hidden_size);
         let lm_head = LmHead::new(w, &embed_tokens, c.vocab_size, c.hidden_size, c.tie_word_embeddings);
-        Ok(Self(Decoder::of(embed_tokens, layers, norm(&model, "norm", c.hidden_size), lm_head)))
-    }
-
-    fn caches(&self) -> Vec<Cache> {
-        self.0.caches()
-    }
-
-    fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
-        self.0.run(tokens, step)
-    }
-
-    fn head(&self, hidden: &Tensor) -> Tensor {
-        self.0.head(hidden)
+        Ok(Decoder::of(embed_tokens, layers, norm(&model, "norm", c.hidden_size), lm_head))
     }
 }
 

@@ -136,13 +136,14 @@ fn attention(c: &Config, w: &Weights) -> SelfAttention {
         .window(Some(c.attention_window_size))
 }
 
-struct RecurrentGemma(Decoder<Block<AnyMixer, GatedMlp>>);
+struct RecurrentGemma;
 
 impl Architecture for RecurrentGemma {
     const MODEL_TYPES: &'static [&'static str] = &["recurrent_gemma"];
     type Config = Config;
+    type Model = Decoder<Block<AnyMixer, GatedMlp>>;
 
-    fn new(c: Config, w: &Weights) -> Result<Self> {
+    fn new(c: Config, w: &Weights) -> Result<Self::Model> {
         let (model, dim) = (w.at("model"), c.hidden_size);
         let layers = model.at("layers").each(c.num_hidden_layers, |w, i| {
             let mixer: AnyMixer = match c.attends(i)? {
@@ -159,19 +160,7 @@ impl Architecture for RecurrentGemma {
         let decoder = Decoder::of(embed_tokens, layers, norm(&c, &model, "final_norm"), lm_head)
             .embed_scale(embed_scale)
             .softcap(Some(c.logits_soft_cap).filter(|&cap| cap > 0.0));
-        Ok(Self(decoder))
-    }
-
-    fn caches(&self) -> Vec<Cache> {
-        self.0.caches()
-    }
-
-    fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
-        self.0.run(tokens, step)
-    }
-
-    fn head(&self, hidden: &Tensor) -> Tensor {
-        self.0.head(hidden)
+        Ok(decoder)
     }
 }
 

@@ -178,6 +178,7 @@ struct Rwkv7 {
 impl Architecture for Rwkv7 {
     const MODEL_TYPES: &'static [&'static str] = &["rwkv7"];
     type Config = Config;
+    type Model = Self;
 
     fn new(c: Config, w: &Weights) -> Result<Self> {
         let model = w.at("model");
@@ -190,7 +191,9 @@ impl Architecture for Rwkv7 {
             embeddings,
         })
     }
+}
 
+impl Model for Rwkv7 {
     fn caches(&self) -> Vec<Cache> {
         let [heads, d] = self.heads;
         let before = Cache::state(&[1, heads * d]);

@@ -48,13 +48,14 @@ fn block(c: &Config, w: &Weights, layer: usize) -> Result<Block> {
     Ok(Block::pre_norm(norms, attention, mlp))
 }
 
-struct Spark(Decoder);
+struct Spark;
 
 impl Architecture for Spark {
     const MODEL_TYPES: &'static [&'static str] = &["spark2_5"];
     type Config = Config;
+    type Model = Decoder;
 
-    fn new(c: Config, w: &Weights) -> Result<Self> {
+    fn new(c: Config, w: &Weights) -> Result<Self::Model> {
         if !c.headwise_attn_output_gate || c.gate_attn_act_mode != "sigmoid" {
             return Err("config.json: headwise_attn_output_gate should be true and gate_attn_act_mode sigmoid".into());
         }
@@ -63,19 +64,7 @@ impl Architecture for Spark {
         let embedding = model.embedding(embedding, c.vocab_size, dim);
         let layers = model.at("layers").each(c.num_hidden_layers, |w, layer| block(&c, w, layer))?;
         let lm_head = LmHead::new(w, &embedding, c.vocab_size, dim, Some(c.tie_word_embeddings));
-        Ok(Self(Decoder::of(embedding, layers, model.rms_norm("norm", dim, c.rms_norm_eps), lm_head)))
-    }
-
-    fn caches(&self) -> Vec<Cache> {
-        self.0.caches()
-    }
-
-    fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
-        self.0.run(tokens, step)
-    }
-
-    fn head(&self, hidden: &Tensor) -> Tensor {
-        self.0.head(hidden)
+        Ok(Decoder::of(embedding, layers, model.rms_norm("norm", dim, c.rms_norm_eps), lm_head))
     }
 }
 

@@ -58,13 +58,14 @@ impl Config {
     }
 }
 
-struct StableLm(Decoder);
+struct StableLm;
 
 impl Architecture for StableLm {
     const MODEL_TYPES: &'static [&'static str] = &["stablelm"];
     type Config = Config;
+    type Model = Decoder;
 
-    fn new(c: Config, w: &Weights) -> Result<Self> {
+    fn new(c: Config, w: &Weights) -> Result<Self::Model> {
         let (model, dim) = (w.at("model"), c.hidden_size);
         let embed_tokens = model.embedding("embed_tokens", c.vocab_size, dim);
         let norm = |w: &Weights, name| w.layer_norm(name, dim, c.layer_norm_eps, true);
@@ -77,19 +78,7 @@ impl Architecture for StableLm {
             })
         })?;
         let lm_head = LmHead::new(w, &embed_tokens, c.vocab_size, dim, Some(c.tie_word_embeddings));
-        Ok(Self(Decoder::of(embed_tokens, layers, norm(&model, "norm"), lm_head)))
-    }
-
-    fn caches(&self) -> Vec<Cache> {
-        self.0.caches()
-    }
-
-    fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
-        self.0.run(tokens, step)
-    }
-
-    fn head(&self, hidden: &Tensor) -> Tensor {
-        self.0.head(hidden)
+        Ok(Decoder::of(embed_tokens, layers, norm(&model, "norm"), lm_head))
     }
 }
 

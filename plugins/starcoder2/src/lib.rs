@@ -47,30 +47,19 @@ impl Config {
     }
 }
 
-struct Starcoder2(Decoder<Layers>);
+struct Starcoder2;
 
 impl Architecture for Starcoder2 {
     const MODEL_TYPES: &'static [&'static str] = &["starcoder2"];
     type Config = Config;
+    type Model = Decoder<Layers>;
 
-    fn new(c: Config, w: &Weights) -> Result<Self> {
+    fn new(c: Config, w: &Weights) -> Result<Self::Model> {
         let model = w.at("model");
         let embed_tokens = model.embedding("embed_tokens", c.vocab_size, c.hidden_size);
         let layers = model.at("layers").each(c.num_hidden_layers, |w, _| Ok(c.block(w)))?;
         let lm_head = LmHead::new(w, &embed_tokens, c.vocab_size, c.hidden_size, c.tie_word_embeddings);
-        Ok(Self(Decoder::of(embed_tokens, layers, c.norm(&model, "norm"), lm_head)))
-    }
-
-    fn caches(&self) -> Vec<Cache> {
-        self.0.caches()
-    }
-
-    fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
-        self.0.run(tokens, step)
-    }
-
-    fn head(&self, hidden: &Tensor) -> Tensor {
-        self.0.head(hidden)
+        Ok(Decoder::of(embed_tokens, layers, c.norm(&model, "norm"), lm_head))
     }
 }
 

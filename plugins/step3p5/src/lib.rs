@@ -215,13 +215,14 @@ fn block(c: &Config, w: &Weights, layer: usize, form: Form) -> Result<Block<Self
     Ok(Block::pre_norm(norms, attention(c, &w.at("self_attn"), layer, form)?, Mlp::new(c, w, layer, form)))
 }
 
-struct Step3p5(Decoder<Block<SelfAttention, Mlp>>);
+struct Step3p5;
 
 impl Architecture for Step3p5 {
     const MODEL_TYPES: &'static [&'static str] = &["step3p5"];
     type Config = Config;
+    type Model = Decoder<Block<SelfAttention, Mlp>>;
 
-    fn new(c: Config, w: &Weights) -> Result<Self> {
+    fn new(c: Config, w: &Weights) -> Result<Self::Model> {
         let (model, dim) = (w.at("model"), c.hidden_size);
         let layers = model.at("layers");
         let is_moe = |layer: usize| layers.at(&layer.to_string()).has("moe.gate.weight");
@@ -233,19 +234,7 @@ impl Architecture for Step3p5 {
         for layer in 0..c.num_nextn_predict_layers {
             w.ignore(&format!("model.layers.{}.", c.num_hidden_layers + layer));
         }
-        Ok(Self(Decoder::of(embed_tokens, blocks, norm, lm_head)))
-    }
-
-    fn caches(&self) -> Vec<Cache> {
-        self.0.caches()
-    }
-
-    fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
-        self.0.run(tokens, step)
-    }
-
-    fn head(&self, hidden: &Tensor) -> Tensor {
-        self.0.head(hidden)
+        Ok(Decoder::of(embed_tokens, blocks, norm, lm_head))
     }
 }
 

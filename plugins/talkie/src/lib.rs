@@ -100,6 +100,7 @@ struct Talkie {
 impl Architecture for Talkie {
     const MODEL_TYPES: &'static [&'static str] = &["talkie"];
     type Config = Config;
+    type Model = Self;
 
     fn new(c: Config, w: &Weights) -> Result<Self> {
         let (model, dim) = (w.at("model"), c.hidden_size);
@@ -110,7 +111,9 @@ impl Architecture for Talkie {
         let decoder = Decoder::of(embed, blocks, norm(), lm_head);
         Ok(Self { decoder, norm: norm(), lm_head_gain: w.tensor("lm_head_gain.w_g", &[1]) })
     }
+}
 
+impl Model for Talkie {
     fn caches(&self) -> Vec<Cache> {
         self.decoder.layers.iter().map(|_| Cache::key_value(None)).collect()
     }
