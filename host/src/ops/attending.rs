@@ -102,7 +102,7 @@ impl Running<'_> {
             return Err(fault!("a selection of {:?} for {tokens} tokens", chosen.dims()?));
         }
         if cache as usize >= self.fed.len() {
-            return Err(fault!("cache {cache} of {}", self.fed.len()));
+            return Err(fault!("the layer declares no further keys and values in caches()"));
         }
         if tokens != self.tokens {
             return Err(fault!("{tokens} tokens in a step of {}", self.tokens));

@@ -1,6 +1,6 @@
 //! Blocks of models that mix in more than one way: a block of a single branch, and mixers whose kind differs from layer to layer.
 
-use crate::{Cache, FeedForward, Layer, Mixer, Norm, Tensor};
+use crate::{Cache, Decoder, DecoderShape, FeedForward, Layer, LmHead, Mixer, Norm, Result, Tensor, Weights};
 
 /// A mixer of any kind.
 pub type AnyMixer = Box<dyn Mixer + Send>;
@@ -42,5 +42,24 @@ impl<M: Mixer> Mixer for Branch<M> {
 
     fn cache(&self) -> Cache {
         self.mixer.cache()
+    }
+}
+
+impl<M: Mixer> Decoder<Branch<M>> {
+    /// Under the names of Mamba's models: `backbone.embeddings`, `backbone.layers.N.norm` and `.mixer` (made by `mixer`),
+    /// `backbone.norm_f`, `lm_head`.
+    #[track_caller]
+    pub fn backbone(
+        w: &Weights,
+        shape: DecoderShape,
+        mut mixer: impl FnMut(&Weights, usize) -> Result<M>,
+    ) -> Result<Self> {
+        let (backbone, dim, eps) = (w.at("backbone"), shape.hidden_size, shape.rms_norm_eps);
+        let embeddings = backbone.embedding("embeddings", shape.vocab_size, dim);
+        let lm_head = LmHead::new(w, &embeddings, shape.vocab_size, dim, shape.tie_word_embeddings);
+        let layers = backbone.at("layers").each(shape.num_hidden_layers, |w, layer| {
+            Ok(Branch::new(w.rms_norm("norm", dim, eps), mixer(&w.at("mixer"), layer)?))
+        })?;
+        Ok(Self::of(embeddings, layers, backbone.rms_norm("norm_f", dim, eps), lm_head))
     }
 }

@@ -64,14 +64,14 @@ impl Architecture for MambaModel {
     type Model = Decoder<Branch<Mamba>>;
 
     fn new(c: Config, w: &Weights) -> Result<Self::Model> {
-        let (backbone, dim) = (w.at("backbone"), c.hidden_size);
-        let embeddings = backbone.embedding("embeddings", c.vocab_size, dim);
-        let lm_head = LmHead::new(w, &embeddings, c.vocab_size, dim, c.tie_word_embeddings);
-        let layers = backbone.at("layers").each(c.num_hidden_layers, |w, _| {
-            Ok(Branch::new(w.rms_norm("norm", dim, c.layer_norm_epsilon), mixer(&c, &w.at("mixer"))))
-        })?;
-        let norm_f = backbone.rms_norm("norm_f", dim, c.layer_norm_epsilon);
-        Ok(Decoder::of(embeddings, layers, norm_f, lm_head))
+        let shape = DecoderShape {
+            vocab_size: c.vocab_size,
+            hidden_size: c.hidden_size,
+            num_hidden_layers: c.num_hidden_layers,
+            rms_norm_eps: c.layer_norm_epsilon,
+            tie_word_embeddings: c.tie_word_embeddings,
+        };
+        Decoder::backbone(w, shape, |w, _| Ok(mixer(&c, w)))
     }
 }
 

@@ -145,14 +145,14 @@ impl Architecture for NemotronH {
     fn new(c: Config, w: &Weights) -> Result<Self::Model> {
         // Layers that predict further tokens, for training.
         w.ignore("mtp.");
-        let (backbone, dim) = (w.at("backbone"), c.hidden_size);
-        let embeddings = backbone.embedding("embeddings", c.vocab_size, dim);
-        let lm_head = LmHead::new(w, &embeddings, c.vocab_size, dim, c.tie_word_embeddings);
-        let layers = backbone.at("layers").each(c.layers_block_type.len(), |w, layer| {
-            Ok(Branch::new(w.rms_norm("norm", dim, c.layer_norm_epsilon), mixer(&c, &w.at("mixer"), layer)?))
-        })?;
-        let norm_f = backbone.rms_norm("norm_f", dim, c.layer_norm_epsilon);
-        Ok(Decoder::of(embeddings, layers, norm_f, lm_head))
+        let shape = DecoderShape {
+            vocab_size: c.vocab_size,
+            hidden_size: c.hidden_size,
+            num_hidden_layers: c.layers_block_type.len(),
+            rms_norm_eps: c.layer_norm_epsilon,
+            tie_word_embeddings: c.tie_word_embeddings,
+        };
+        Decoder::backbone(w, shape, |w, layer| mixer(&c, w, layer))
     }
 }
 

@@ -94,7 +94,9 @@ pub trait Recurrence: Sync {
 /// # Panics
 /// If the inputs, the state and `out` are not of the sizes that their shape says.
 pub fn recur<R: Recurrence>(recurrence: &R, state: &mut [f32], out: &mut [f32]) {
-    let shape = recurrence.checked().unwrap_or_else(|| panic!("recurrence: the inputs do not fit each other"));
+    let checked = recurrence.checked();
+    assert!(checked.is_some(), "recurrence: the inputs do not fit each other");
+    let Some(shape) = checked else { return };
     let Shape { tokens, heads, d, e, .. } = shape;
     assert!(state.len() == heads * d * e, "recurrence: a state of {} numbers for {shape:?}", state.len());
     assert!(out.len() == shape.values(), "recurrence: outputs of {} numbers for {shape:?}", out.len());
