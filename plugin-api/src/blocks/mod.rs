@@ -16,6 +16,7 @@ mod mlp;
 mod moe;
 mod per_layer;
 mod per_layer_inputs;
+mod qk_norm;
 mod sharing;
 mod turning;
 
