@@ -1,6 +1,7 @@
 //! Attention with grouped heads, as nearly every decoder has it; what differs between architectures are words on it.
 
 use super::{
+    output_gate::OutputGate,
     qk_norm::QkNorm,
     turning::{grown, turned},
 };
@@ -17,13 +18,6 @@ pub struct Heads {
     pub kv_heads: usize,
     /// Lanes of a head.
     pub head_dim: usize,
-}
-
-/// What multiplies the attended values.
-#[derive(Debug)]
-enum OutputGate {
-    Lanes(Linear),
-    Heads(Linear),
 }
 
 /// `softmax(q · kᵀ · scale) · v · Wo` over grouped heads, with rotary positions. <https://arxiv.org/abs/2305.13245>
@@ -223,18 +217,6 @@ impl SelfAttention {
             .merge_heads()
     }
 
-    fn gated(&self, x: &Tensor, attended: Tensor) -> Tensor {
-        match &self.gate {
-            None => attended,
-            Some(OutputGate::Lanes(gate)) => attended * gate.forward(x).sigmoid(),
-            Some(OutputGate::Heads(gate)) => {
-                // [tokens, heads, 1], to meet [tokens, heads, head_dim].
-                let shares = gate.forward(x).sigmoid().split_heads(1);
-                (attended.split_heads(self.head_dim) * shares).merge_heads()
-            }
-        }
-    }
-
     /// The output projection.
     #[track_caller]
     pub fn output(&self, attended: &Tensor) -> Tensor {
@@ -245,7 +227,10 @@ impl SelfAttention {
     #[track_caller]
     pub fn forward(&self, x: &Tensor, layer: &mut Layer) -> Tensor {
         let attended = self.attend(self.project(x, layer), layer);
-        self.output(&self.gated(x, attended))
+        self.output(&match &self.gate {
+            Some(gate) => gate.forward(x, attended, self.head_dim),
+            None => attended,
+        })
     }
 }
 

@@ -14,6 +14,7 @@ mod mamba2;
 mod mla;
 mod mlp;
 mod moe;
+mod output_gate;
 mod per_layer;
 mod per_layer_inputs;
 mod qk_norm;
