@@ -1,6 +1,10 @@
 //! Attention with grouped heads, as nearly every decoder has it; what differs between architectures are words on it.
 
-use super::turning::{grown, turned};
+use super::{
+    output_gate::OutputGate,
+    qk_norm::QkNorm,
+    turning::{grown, turned},
+};
 use crate::{Attend, Cache, Layer, Linear, Mixer, Norm, Parameter, Rope, SparseBlocks, Tensor, Weights};
 
 /// The shape of an attention block.
@@ -14,23 +18,6 @@ pub struct Heads {
     pub kv_heads: usize,
     /// Lanes of a head.
     pub head_dim: usize,
-}
-
-/// Where queries and keys are normalized.
-#[derive(Debug)]
-enum QkNorm {
-    None,
-    Heads(Norm, Norm),
-    Whole(Norm, Norm),
-    Turned(Norm, Norm),
-    Weighted(Norm, Parameter, Parameter),
-}
-
-/// What multiplies the attended values.
-#[derive(Debug)]
-enum OutputGate {
-    Lanes(Linear),
-    Heads(Linear),
 }
 
 /// `softmax(q · kᵀ · scale) · v · Wo` over grouped heads, with rotary positions. <https://arxiv.org/abs/2305.13245>
@@ -206,28 +193,16 @@ impl SelfAttention {
     #[track_caller]
     pub fn project(&self, x: &Tensor, layer: &mut Layer) -> [Tensor; 3] {
         let [q, k, v] = [&self.q_proj, &self.k_proj, &self.v_proj].map(|proj| proj.forward(x));
-        let (q, k) = match &self.qk_norm {
-            QkNorm::Whole(q_norm, k_norm) => (q_norm.forward(&q), k_norm.forward(&k)),
-            _ => (q, k),
-        };
+        let (q, k) = self.qk_norm.of_whole(q, k);
         let [q, k, v] = match self.clip {
             Some(most) => [q, k, v].map(|x| x.clamp(-most, most)),
             None => [q, k, v],
         };
         let [q, k, v] = [q, k, v].map(|x| x.split_heads(self.head_dim));
-        let (q, k) = match &self.qk_norm {
-            QkNorm::Heads(q_norm, k_norm) => (q_norm.forward(&q), k_norm.forward(&k)),
-            QkNorm::Weighted(norm, q_weight, k_weight) => {
-                (norm.forward(&q) * q_weight.tensor(), norm.forward(&k) * k_weight.tensor())
-            }
-            _ => (q, k),
-        };
+        let (q, k) = self.qk_norm.of_heads(q, k);
         let turn = |x, layer: &mut Layer| turned(x, self.rope.as_ref(), self.reversed.then_some(self.head_dim), layer);
         let (q, k) = (turn(q, layer), turn(k, layer));
-        let (q, k) = match &self.qk_norm {
-            QkNorm::Turned(q_norm, k_norm) => (q_norm.forward(&q), k_norm.forward(&k)),
-            _ => (q, k),
-        };
+        let (q, k) = self.qk_norm.of_turned(q, k);
         [grown(q, self.growth, layer), k, v]
     }
 
@@ -242,18 +217,6 @@ impl SelfAttention {
             .merge_heads()
     }
 
-    fn gated(&self, x: &Tensor, attended: Tensor) -> Tensor {
-        match &self.gate {
-            None => attended,
-            Some(OutputGate::Lanes(gate)) => attended * gate.forward(x).sigmoid(),
-            Some(OutputGate::Heads(gate)) => {
-                // [tokens, heads, 1], to meet [tokens, heads, head_dim].
-                let shares = gate.forward(x).sigmoid().split_heads(1);
-                (attended.split_heads(self.head_dim) * shares).merge_heads()
-            }
-        }
-    }
-
     /// The output projection.
     #[track_caller]
     pub fn output(&self, attended: &Tensor) -> Tensor {
@@ -264,7 +227,10 @@ impl SelfAttention {
     #[track_caller]
     pub fn forward(&self, x: &Tensor, layer: &mut Layer) -> Tensor {
         let attended = self.attend(self.project(x, layer), layer);
-        self.output(&self.gated(x, attended))
+        self.output(&match &self.gate {
+            Some(gate) => gate.forward(x, attended, self.head_dim),
+            None => attended,
+        })
     }
 }
 

@@ -14,8 +14,10 @@ mod mamba2;
 mod mla;
 mod mlp;
 mod moe;
+mod output_gate;
 mod per_layer;
 mod per_layer_inputs;
+mod qk_norm;
 mod sharing;
 mod turning;
 
