@@ -4,7 +4,7 @@
 //! The paper's per-head keys and values are products of the latent. Here they are never made: `(Wk c) · q = c · (Wkᵀ q)`, so each query is
 //! taken into the latent space, attends there with the latents as keys and as values, and only the result is taken out again.
 
-use super::attention::grown;
+use super::turning::grown;
 use crate::{
     Attend, Cache, Layer, Linear, Mixer, MultiLinear, Norm, RmsNorm, Rope, RopeScaling, Source, Tensor, Weights,
 };

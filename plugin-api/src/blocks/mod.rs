@@ -17,6 +17,7 @@ mod moe;
 mod per_layer;
 mod per_layer_inputs;
 mod sharing;
+mod turning;
 
 pub use activation::{Activation, LayerTypes};
 pub use attention::{Heads, SelfAttention};
