@@ -38,6 +38,13 @@ pub enum Activation {
         /// Bounds both.
         limit: f32,
     },
+    /// `beta tanh(g / beta) sigmoid(g) * linear_beta tanh(u / linear_beta)`; with a `linear_beta` of 0, u as it is
+    Situ {
+        /// Bounds the gate.
+        beta: f32,
+        /// Bounds what it lets through.
+        linear_beta: f32,
+    },
     /// `relu(u)²`
     Relu2,
     /// `gelu_tanh(u)`
@@ -76,6 +83,10 @@ impl Activation {
                 g / (1.0 + (-alpha * g).exp()) * (u + 1.0)
             }
             Activation::LimitedSwiglu { limit } => silu(g).min(limit) * u.clamp(-limit, limit),
+            Activation::Situ { beta, linear_beta } => {
+                let u = if linear_beta > 0.0 { linear_beta * (u / linear_beta).tanh() } else { u };
+                beta * (g / beta).tanh() / (1.0 + (-g).exp()) * u
+            }
             Activation::Relu2 => u.max(0.0) * u.max(0.0),
             Activation::Silu => silu(u),
             Activation::Geglu | Activation::GeluTanh => {
@@ -95,6 +106,11 @@ impl Activation {
                 (&gate * sigmoid(&(&gate * alpha as f64)?)?)? * (up.clamp(-limit, limit)? + 1.0)?
             }
             Activation::LimitedSwiglu { limit } => gate.silu()?.minimum(limit)? * up.clamp(-limit, limit)?,
+            Activation::Situ { beta, linear_beta } => {
+                let bounded = |x: &Tensor, bound: f32| (x / bound as f64)?.tanh()? * bound as f64;
+                let up = if linear_beta > 0.0 { bounded(up, linear_beta)? } else { up.clone() };
+                (bounded(gate, beta)? * sigmoid(gate)?)?.broadcast_mul(&up)
+            }
             Activation::Relu2 => up.relu()?.sqr(),
             Activation::GeluTanh => up.gelu(),
             Activation::Silu => up.silu(),

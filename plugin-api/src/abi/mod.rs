@@ -93,6 +93,9 @@ pub const EXPERTS_GELU_TANH: u32 = 5;
 /// `down(silu(up x))`, no gate
 pub const EXPERTS_SILU: u32 = 6;
 
+/// `down(alpha tanh(g / alpha) sigmoid(g) * limit tanh(u / limit))`, g = gate x, u = up x; with `limit` 0, u as it is
+pub const EXPERTS_SITU: u32 = 7;
+
 /// Every projection has a bias.
 pub const EXPERTS_WITH_BIAS: u32 = 1;
 /// The router's weight multiplies an expert's input, not its output.

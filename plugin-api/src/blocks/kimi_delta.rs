@@ -26,7 +26,7 @@ pub struct KimiDeltaShape {
 /// ```
 #[derive(Debug)]
 pub struct KimiDelta {
-    qkv: [Linear; 3],
+    qkv: Vec<Linear>,
     rule: DeltaRule,
     forget: Vec<Linear>,
     gate: Vec<Linear>,
@@ -40,15 +40,23 @@ pub struct KimiDelta {
 }
 
 impl KimiDelta {
-    /// `q_proj`, `q_conv1d` (or MLX's `q_conv.conv`) and so on; `f_proj` or `f_a_proj` and `f_b_proj`, likewise `g`. `bound` is the lowest
+    /// `q_proj` and so on or `qkv_proj`; `q_conv1d` or MLX's `q_conv.conv` and so on or its `qkv_conv.conv`; `f_proj` or `f_a_proj` and `f_b_proj`, likewise `g`. `bound` is the lowest
     /// log decay, below 0, of models that have one.
     #[track_caller]
     pub fn new(w: &Weights, s: KimiDeltaShape, bound: Option<f32>) -> Self {
         let KimiDeltaShape { dim, heads, head_dim: d, kernel, eps } = s;
         let width = heads * d;
-        let convs = match w.has("q_conv1d.weight") {
-            true => ["q_conv1d", "k_conv1d", "v_conv1d"],
-            false => ["q_conv.conv", "k_conv.conv", "v_conv.conv"],
+        let shape = DeltaShape { k_heads: heads, d, heads, e: d, kernel };
+        let rule = if w.has("qkv_conv.conv.weight") {
+            DeltaRule::new(w, "qkv_conv.conv", shape)
+        } else if w.has("q_conv.conv.weight") {
+            DeltaRule::apart(w, ["q_conv.conv", "k_conv.conv", "v_conv.conv"], shape)
+        } else {
+            DeltaRule::apart(w, ["q_conv1d", "k_conv1d", "v_conv1d"], shape)
+        };
+        let qkv = match w.has("qkv_proj.weight") {
+            true => vec![w.linear("qkv_proj", dim, 3 * width, false)],
+            false => w.linears(dim, false, [("q_proj", width), ("k_proj", width), ("v_proj", width)]).into(),
         };
         let one_or_two = |name: &str| match w.has(&format!("{name}_proj.weight")) {
             true => vec![w.linear(&format!("{name}_proj"), dim, width, false)],
@@ -58,8 +66,8 @@ impl KimiDelta {
             ],
         };
         Self {
-            qkv: w.linears(dim, false, [("q_proj", width), ("k_proj", width), ("v_proj", width)]),
-            rule: DeltaRule::apart(w, convs, DeltaShape { k_heads: heads, d, heads, e: d, kernel }),
+            qkv,
+            rule,
             forget: one_or_two("f"),
             gate: one_or_two("g"),
             b_proj: w.linear("b_proj", dim, heads, false),
@@ -80,7 +88,8 @@ fn through(layers: &[Linear], x: &Tensor) -> Tensor {
 impl Mixer for KimiDelta {
     #[track_caller]
     fn forward(&self, x: &Tensor, layer: &mut Layer) -> Tensor {
-        let [q, k, v] = self.qkv.each_ref().map(|proj| proj.forward(x));
+        let qkv: Vec<Tensor> = self.qkv.iter().map(|proj| proj.forward(x)).collect();
+        let qkv = Tensor::concat(&qkv.iter().collect::<Vec<_>>());
         let (forget, pace) = (through(&self.forget, x).split_heads(self.head_dim), self.a_log.tensor().exp());
         let forget = forget + self.dt_bias.tensor();
         let g = match self.bound {
@@ -88,7 +97,7 @@ impl Mixer for KimiDelta {
             None => -(pace * forget.softplus()),
         };
         let beta = self.b_proj.forward(x).sigmoid();
-        let o = self.o_norm.forward(&self.rule.forward(&Tensor::concat(&[&q, &k, &v]), &g, &beta, layer));
+        let o = self.o_norm.forward(&self.rule.forward(&qkv, &g, &beta, layer));
         self.o_proj.forward(&(o.merge_heads() * through(&self.gate, x).sigmoid()))
     }
 

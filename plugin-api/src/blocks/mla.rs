@@ -52,7 +52,7 @@ pub struct Mla {
     unembed_out: MultiLinear,
     o_proj: Linear,
     rope: Option<Rope>,
-    head_gate: Option<Linear>,
+    gate: Option<(Linear, usize)>,
     shape: MlaShape,
     scale: f32,
     growth: Option<(f32, f32)>,
@@ -98,7 +98,7 @@ impl Mla {
             unembed_out,
             o_proj: w.linear(o_proj, heads * value, dim, s.attention_bias),
             rope: rope.into(),
-            head_gate: None,
+            gate: None,
             shape: s,
             scale: ((nope + s.qk_rope_head_dim) as f32).powf(-0.5),
             growth: None,
@@ -115,7 +115,13 @@ impl Mla {
 
     /// Multiplies what each head has attended to by `sigmoid(x W)`, W `[heads, dim]`.
     pub fn head_gate(self, gate: Linear) -> Self {
-        Self { head_gate: Some(gate), ..self }
+        Self { gate: Some((gate, 1)), ..self }
+    }
+
+    /// Multiplies each lane of what heads have attended to by its own `sigmoid(x W)`, W `[heads * v_head_dim, dim]`.
+    pub fn lane_gate(self, gate: Linear) -> Self {
+        let lanes = self.shape.v_head_dim;
+        Self { gate: Some((gate, lanes)), ..self }
     }
 
     /// Multiplies queries by `1 + beta · ln(1 + ⌊position / span⌋)`, with `(beta, span)`: sharper attention in long texts.
@@ -161,8 +167,8 @@ impl Mla {
         let how = Attend { scale: self.scale, selection, ..Default::default() };
         let attended = layer.attend_latent(q, Tensor::concat(&[&c, &k_rope]), rank, &how);
         let by_head = self.unembed_out.forward(&attended);
-        let by_head = match &self.head_gate {
-            Some(gate) => by_head * gate.forward(x).sigmoid().split_heads(1),
+        let by_head = match &self.gate {
+            Some((gate, lanes)) => by_head * gate.forward(x).sigmoid().split_heads(*lanes),
             None => by_head,
         };
         self.o_proj.forward(&by_head.merge_heads())
