@@ -22,7 +22,8 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 /// Replay contract: `forward` and `head` are pure functions of their arguments' shapes. They read no values, no clock and no files, and
 /// for equal token counts they issue equal ops, so that the host may record a step once and replay it.
 pub trait Architecture: Sized + Send + 'static {
-    /// The `model_type`s of config.json that this architecture serves; the first one names the library file.
+    /// The `model_type`s of config.json that this architecture serves; the first one names the library file. Text models inside of a
+    /// wrapper that also wraps others go by both names, `mistral3.mistral4`.
     const MODEL_TYPES: &'static [&'static str];
     /// The keys it reads, declared with [`config!`](crate::config!).
     type Config: FromConfig;
