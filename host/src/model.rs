@@ -95,7 +95,7 @@ pub struct Input<'a> {
 impl Plan {
     /// Finds the plugin, lets it describe the model, and compares that with the checkpoint, reading headers only.
     pub fn new(config: Config, checkpoint: Checkpoint, registry: &Registry) -> Result<Self> {
-        let found = registry.resolve(&config.model_type)?;
+        let found = registry.resolve_for(&config)?;
         let library = Library::open(&found)?;
         let pantry = Pantry { checkpoint: plain_names(checkpoint)?, quantization: config.quantization().cloned() };
         let json = serde_json::Value::Object(config.json().clone());

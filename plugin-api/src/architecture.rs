@@ -17,7 +17,8 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// A model architecture: the equations of a paper over layers that the host owns.
 pub trait Architecture: 'static {
-    /// The `model_type`s of config.json that this architecture serves; the first one names the library file.
+    /// The `model_type`s of config.json that this architecture serves; the first one names the library file. Text models inside of a
+    /// wrapper that also wraps others go by both names, `mistral3.mistral4`.
     const MODEL_TYPES: &'static [&'static str];
     /// The keys it reads, declared with [`config!`](crate::config!).
     type Config: FromConfig;

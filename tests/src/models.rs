@@ -46,6 +46,13 @@ pub fn served() -> Result<Vec<(String, String)>> {
     Ok(served)
 }
 
+/// The name among these by which config.json finds its plugin: a text model that has one of its own in its wrapper goes by both names.
+pub fn type_of(config: &Value, served: &[(String, String)]) -> String {
+    let name = |config: &Value| config["model_type"].as_str().unwrap_or_default().to_owned();
+    let both = format!("{}.{}", name(config), name(&config["text_config"]));
+    if served.iter().any(|(name, _)| *name == both) { both } else { name(config) }
+}
+
 /// What the entries of one model type show.
 #[derive(Default)]
 struct Proof {
@@ -56,10 +63,10 @@ struct Proof {
 }
 
 impl Proof {
-    fn of(model_type: &str, entries: &[PathBuf]) -> Result<Self> {
+    fn of(model_type: &str, entries: &[PathBuf], served: &[(String, String)]) -> Result<Self> {
         let mut proof = Self::default();
         for entry in entries {
-            if tiny::config(entry)?["model_type"] != model_type {
+            if type_of(&tiny::config(entry)?, served) != model_type {
                 continue;
             }
             let facts = tiny::facts(entry)?;
@@ -92,8 +99,9 @@ pub fn table() -> Result<String> {
     let mut table = "| `model_type` in config.json | plugin | models | checkpoints tried | logits held to |\n\
                      |---|---|---|---|---|\n"
         .to_owned();
-    for (model_type, plugin) in served()? {
-        let Proof { models, forms, held_to } = Proof::of(&model_type, &entries)?;
+    let served = served()?;
+    for (model_type, plugin) in &served {
+        let Proof { models, forms, held_to } = Proof::of(model_type, &entries, &served)?;
         let order = ["hub", "mlx", "4-bit"].into_iter().filter(|form| forms.contains(form));
         let forms = order.collect::<Vec<_>>().join(", ");
         let held_to = held_to.into_iter().rev().collect::<Vec<_>>().join(", ");

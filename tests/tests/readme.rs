@@ -21,9 +21,9 @@ fn the_readme_s_table_of_models_is_the_one_that_model_table_writes() {
 #[test]
 fn every_model_type_of_every_plugin_has_a_tiny_checkpoint() {
     let entries = tiny::all_entries().unwrap();
-    let tried: Vec<_> = entries.iter().map(|entry| tiny::config(entry).unwrap()["model_type"].clone()).collect();
-    let untried =
-        models::served().unwrap().into_iter().filter(|(model_type, _)| !tried.contains(&model_type.as_str().into()));
+    let served = models::served().unwrap();
+    let tried: Vec<_> = entries.iter().map(|entry| models::type_of(&tiny::config(entry).unwrap(), &served)).collect();
+    let untried = served.into_iter().filter(|(model_type, _)| !tried.contains(model_type));
     let untried: Vec<String> = untried.map(|(model_type, plugin)| format!("{model_type} ({plugin})")).collect();
     assert!(untried.is_empty(), "no entry in tests/fixtures/tiny for {}", untried.join(", "));
 }

@@ -5,7 +5,7 @@
 
 use super::note::Note;
 use crate::{
-    config::is_model_type,
+    config::{Config, is_model_type},
     error::{Error, Result},
 };
 use std::{
@@ -76,6 +76,15 @@ impl Registry {
         let mut files: Vec<PathBuf> = entries.filter(is_library).collect();
         files.sort();
         files.into_iter().map(|path| (path.clone(), Note::read(&path))).collect()
+    }
+
+    /// The plugin for a model. A wrapper may hold text models of several architectures; a plugin for one of these serves both names
+    /// with a dot between them, `mistral3.mistral4`, and comes before the wrapper's own.
+    pub fn resolve_for(&self, config: &Config) -> Result<Found> {
+        let text = config.get("text_model_type").and_then(|text| text.as_str());
+        let both = text.map(|text| format!("{}.{text}", config.model_type));
+        let served = |name: &String| self.list().iter().any(|found| found.note.model_types.contains(name));
+        self.resolve(both.filter(served).as_ref().unwrap_or(&config.model_type))
     }
 
     /// The plugin that serves `model_type`.

@@ -21,7 +21,10 @@ use std::cell::RefCell;
 
 config! {
     struct Config {
+        // Of a wrapper the text model's counts.
+        text_model_type: Option<String> = None,
         model_type: String,
+        kind: String = text_model_type.clone().unwrap_or(model_type.clone()),
         vocab_size: usize,
         hidden_size: usize,
         intermediate_size: usize,
@@ -46,8 +49,8 @@ config! {
         n_group: usize = 1,
         topk_group: usize where >= 1 = n_group.max(1),
         norm_topk_prob: bool = true,
-        routed_scaling_factor: f32 = if matches!(model_type.as_str(), "deepseek_v2" | "mistral4") { 1.0 } else { 2.5 },
-        first_k_dense_replace: usize = if matches!(model_type.as_str(), "axk1" | "glm4_moe_lite") { 1 } else { 0 },
+        routed_scaling_factor: f32 = if matches!(kind.as_str(), "deepseek_v2" | "mistral4") { 1.0 } else { 2.5 },
+        first_k_dense_replace: usize = if matches!(kind.as_str(), "axk1" | "glm4_moe_lite") { 1 } else { 0 },
         moe_layer_freq: usize where >= 1 = 1,
         mlp_layer_types: Option<Vec<String>> = None,
         // Layers that predict further tokens follow the last one.
@@ -103,7 +106,7 @@ impl Indexer {
             wk: w.linear("wk", c.hidden_size, head_dim, false),
             k_norm: w.layer_norm("k_norm", head_dim, 1e-6, true),
             weights_proj: w.linear("weights_proj", c.hidden_size, heads, false),
-            rope: if c.model_type == "glm_moe_dsa" { rope.interleaved() } else { rope },
+            rope: if c.kind == "glm_moe_dsa" { rope.interleaved() } else { rope },
             head_dim,
             scale: ((heads * head_dim) as f32).powf(-0.5),
             top_k: c.index_topk,
@@ -144,9 +147,9 @@ fn ffn(c: &Config, w: &Weights, layer: usize) -> Ffn {
     let gate = w.linear("gate", dim, experts, false);
     let (k, groups, kept) = (c.num_experts_per_tok, c.n_group, c.topk_group);
     // A.X K1's checkpoints have none, so it is optional there.
-    let corrected = c.model_type != "axk1" || w.has("gate.e_score_correction_bias");
+    let corrected = c.kind != "axk1" || w.has("gate.e_score_correction_bias");
     let correction = || corrected.then(|| w.at("gate").tensor("e_score_correction_bias", &[experts]));
-    let router = match c.model_type.as_str() {
+    let router = match c.kind.as_str() {
         "deepseek_v2" => Router::softmax(gate, k).groups(groups, kept, GroupScore::Best),
         "mistral4" => {
             Router::softmax(gate, k).groups(groups, kept, GroupScore::BestTwo).normalized(c.norm_topk_prob, 1e-20)
@@ -176,11 +179,11 @@ struct Block {
 impl Block {
     fn new(c: &Config, w: &Weights, layer: usize) -> Self {
         let norm = |name| w.rms_norm(name, c.hidden_size, c.rms_norm_eps);
-        let normed = c.model_type == "axk1" && c.is_sparse(layer);
+        let normed = c.kind == "axk1" && c.is_sparse(layer);
         if !normed {
             w.ignore("post_mlp_layernorm.");
         }
-        let (attn, selects) = (w.at("self_attn"), matches!(c.model_type.as_str(), "deepseek_v32" | "glm_moe_dsa"));
+        let (attn, selects) = (w.at("self_attn"), matches!(c.kind.as_str(), "deepseek_v32" | "glm_moe_dsa"));
         Self {
             input_layernorm: norm("input_layernorm"),
             self_attn: mla(c, &attn),
@@ -226,6 +229,7 @@ impl Architecture for DeepseekV3 {
         "kimi_k25",
         "kimi_vl",
         "mistral4",
+        "mistral3.mistral4",
         "youtu",
         "youtu_llm",
     ];
@@ -234,7 +238,7 @@ impl Architecture for DeepseekV3 {
 
     fn new(c: Config, w: &Weights) -> Result<Self> {
         if c.hidden_act != Activation::Silu {
-            return Err(format!("config.json: hidden_act of {} should be silu", c.model_type).into());
+            return Err(format!("config.json: hidden_act of {} should be silu", c.kind).into());
         }
         let layers = w.at("model.layers");
         for further in 0..c.num_nextn_predict_layers.min(8) {
