@@ -16,7 +16,7 @@ mod per_layer;
 mod per_layer_inputs;
 mod sharing;
 
-pub use activation::{Activation, LayerTypes};
+pub use activation::{Activation, LayerTypes, SiluOnly};
 pub use attention::{Heads, SelfAttention};
 pub use block::{Block, FeedForward, Mixer};
 pub use branch::{AnyMixer, Branch, Unmixed};
