@@ -100,9 +100,10 @@ pub fn linears(entry: &Path) -> Result<Vec<String>> {
         let is_number = |part: &&str| part.bytes().all(|b| b.is_ascii_digit());
         let routes = parts.last().is_some_and(|leaf| ["gate", "router", "wg", "classifier"].contains(leaf));
         let sees = parts.iter().any(|part| part.contains("vision") || part.contains("visual"));
+        let looks_up = parts.iter().any(|part| part.starts_with("embed"));
         if is_matrix(&tensor.name, &tensor.shape)
             && tensor.shape.len() == 2
-            && !routes
+            && !(routes || looks_up)
             && !sees
             && parts.iter().any(is_number)
         {

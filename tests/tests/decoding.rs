@@ -79,6 +79,21 @@ fn a_draft_works_over_sliding_windows() {
 }
 
 #[test]
+fn a_draft_changes_no_greedy_token_where_states_must_go_back() {
+    let models = ["mamba2", "jamba", "falcon_h1"].map(load);
+    for (lm, draft) in models.iter().zip(models.iter().cycle().skip(1)) {
+        let plain = ids(lm, &options());
+        for num_draft_tokens in [1, 4] {
+            let options = GenerateOptions { num_draft_tokens, ..options() };
+            let drafted = Generation::new(lm, &PROMPT, &options, None, Some(draft)).unwrap();
+            let drafted: Vec<_> = drafted.map(|r| r.unwrap()).collect();
+            assert!(drafted.iter().any(|r| !r.from_draft), "some drafts are refused");
+            assert_eq!(drafted.iter().map(|r| r.token).collect::<Vec<_>>(), plain, "{}", lm.model.plugin.name);
+        }
+    }
+}
+
+#[test]
 fn a_draft_of_another_vocabulary_is_refused_in_one_sentence() {
     let (lm, other) = (load("llama"), load("llama-bias"));
     let error = Generation::new(&lm, &PROMPT, &options(), None, Some(&other)).err().unwrap().to_string();

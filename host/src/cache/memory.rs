@@ -6,6 +6,7 @@ use plugin_api::abi::CacheSpec;
 
 /// One declared cache of one sequence.
 #[derive(Clone)]
+#[allow(clippy::large_enum_variant)] // one a layer: a box would save little and cost a hop
 pub enum Memory {
     /// Keys and values.
     KeyValue(KvCache),

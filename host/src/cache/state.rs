@@ -140,14 +140,14 @@ impl State {
 
     /// Copies the states as they are, so that [`Self::trim`] can come back to here without reading anything again.
     pub fn remember(&mut self) {
-        let numbers = self.layers.iter().filter_map(Memory::state).map(|s| s.numbers.clone()).collect();
-        self.keep(self.offset - self.behind, numbers);
+        let here = self.offset - self.behind;
+        if here > self.copies.back().map_or(0, |c| c.offset) && self.recurs() {
+            let numbers = self.layers.iter().filter_map(Memory::state).map(|s| s.numbers.clone()).collect();
+            self.keep(here, numbers);
+        }
     }
 
     fn keep(&mut self, offset: usize, numbers: Vec<Vec<f32>>) {
-        if offset == 0 || !self.recurs() || self.copies.back().is_some_and(|c| c.offset >= offset) {
-            return;
-        }
         if self.copies.len() == COPIES {
             self.copies.pop_front();
         }

@@ -1,6 +1,7 @@
 //! Attention with grouped heads, as nearly every decoder has it; what differs between architectures are words on it.
 
-use crate::{Attend, Cache, Layer, Linear, Mixer, Norm, Parameter, Rope, Tensor, Weights};
+use super::turning::{grown, turned};
+use crate::{Attend, Cache, Layer, Linear, Mixer, Norm, Parameter, Rope, SparseBlocks, Tensor, Weights};
 
 /// The shape of an attention block.
 #[derive(Debug, Clone, Copy)]
@@ -41,6 +42,7 @@ pub struct SelfAttention {
     o_proj: Linear,
     qk_norm: QkNorm,
     rope: Option<Rope>,
+    reversed: bool,
     head_dim: usize,
     scale: f32,
     softcap: Option<f32>,
@@ -49,6 +51,7 @@ pub struct SelfAttention {
     sinks: Option<Parameter>,
     gate: Option<OutputGate>,
     chunk: Option<usize>,
+    blocks: Option<SparseBlocks>,
     /// Keys seen, counting the query's own; for [`Cache::key_value`](crate::Cache::key_value).
     pub window: Option<usize>,
 }
@@ -103,6 +106,7 @@ impl SelfAttention {
             o_proj,
             qk_norm: QkNorm::None,
             rope: None,
+            reversed: false,
             head_dim,
             scale: (head_dim as f32).powf(-0.5),
             softcap: None,
@@ -111,6 +115,7 @@ impl SelfAttention {
             sinks: None,
             gate: None,
             chunk: None,
+            blocks: None,
             window: None,
         }
     }
@@ -118,6 +123,11 @@ impl SelfAttention {
     /// Turns queries and keys by their positions; `None` leaves this layer without.
     pub fn rope(self, rope: impl Into<Option<Rope>>) -> Self {
         Self { rope: rope.into(), ..self }
+    }
+
+    /// The rope turns all lanes, and the other way: by minus the angle.
+    pub fn reversed(self) -> Self {
+        Self { reversed: true, ..self }
     }
 
     /// Normalizes each head of queries and keys alone, before the rope: norms of `head_dim` lanes.
@@ -167,6 +177,11 @@ impl SelfAttention {
         Self { gate: Some(OutputGate::Heads(gate)), ..self }
     }
 
+    /// Which blocks of keys are seen.
+    pub fn blocks(self, blocks: Option<SparseBlocks>) -> Self {
+        Self { blocks, ..self }
+    }
+
     /// Keys seen from the last multiple of this on.
     pub fn chunk(self, chunk: Option<usize>) -> Self {
         Self { chunk, ..self }
@@ -207,10 +222,8 @@ impl SelfAttention {
             }
             _ => (q, k),
         };
-        let (q, k) = match &self.rope {
-            Some(rope) => (layer.rotate(rope, q), layer.rotate(rope, k)),
-            None => (q, k),
-        };
+        let turn = |x, layer: &mut Layer| turned(x, self.rope.as_ref(), self.reversed.then_some(self.head_dim), layer);
+        let (q, k) = (turn(q, layer), turn(k, layer));
         let (q, k) = match &self.qk_norm {
             QkNorm::Turned(q_norm, k_norm) => (q_norm.forward(&q), k_norm.forward(&k)),
             _ => (q, k),
@@ -223,8 +236,10 @@ impl SelfAttention {
     pub fn attend(&self, [q, k, v]: [Tensor; 3], layer: &mut Layer) -> Tensor {
         let sinks = self.sinks.as_ref().map(Parameter::tensor);
         let (sinks, scale) = (sinks.as_ref(), self.scale);
-        let (window, chunk, softcap) = (self.window, self.chunk, self.softcap);
-        layer.attend(q, k, v, &Attend { scale, window, chunk, softcap, sinks, ..Default::default() }).merge_heads()
+        let (window, chunk, softcap, blocks) = (self.window, self.chunk, self.softcap, self.blocks);
+        layer
+            .attend(q, k, v, &Attend { scale, window, chunk, softcap, sinks, blocks, ..Default::default() })
+            .merge_heads()
     }
 
     fn gated(&self, x: &Tensor, attended: Tensor) -> Tensor {
@@ -251,15 +266,6 @@ impl SelfAttention {
         let attended = self.attend(self.project(x, layer), layer);
         self.output(&self.gated(x, attended))
     }
-}
-
-/// q `[tokens, heads, head_dim]` times `1 + beta · ln(1 + ⌊position / span⌋)`.
-#[track_caller]
-pub(super) fn grown(q: Tensor, growth: Option<(f32, f32)>, layer: &Layer) -> Tensor {
-    let Some((beta, span)) = growth else { return q };
-    // [tokens, 1, 1], to meet [tokens, heads, head_dim].
-    let positions = layer.positions().unflatten(1).transpose().unflatten(1);
-    q * (((positions / span).floor() + 1.0).log() * beta + 1.0)
 }
 
 impl Mixer for SelfAttention {

@@ -159,6 +159,25 @@ impl<M: Mixer, F: FeedForward> Decoder<Block<M, F>> {
     }
 }
 
+/// Inside `impl Architecture`, for a model that is a [`Decoder`] and no more: `caches`, `forward` and `head` are those of the decoder in
+/// this field. `struct Tiny(Decoder);` says `as_decoder!(0);`
+#[macro_export]
+macro_rules! as_decoder {
+    ($field:tt) => {
+        fn caches(&self) -> Vec<$crate::Cache> {
+            self.$field.caches()
+        }
+
+        fn forward(&self, tokens: &$crate::Tensor, step: &mut $crate::Step) -> $crate::Tensor {
+            self.$field.run(tokens, step)
+        }
+
+        fn head(&self, hidden: &$crate::Tensor) -> $crate::Tensor {
+            self.$field.head(hidden)
+        }
+    };
+}
+
 impl Step {
     /// Sends x through one block after the other, each with the memory that stands in its place in
     /// [`Architecture::caches`](crate::Architecture::caches): `step.through(&self.layers, x, Block::forward)`.

@@ -4,7 +4,7 @@
 //! The paper's per-head keys and values are products of the latent. Here they are never made: `(Wk c) · q = c · (Wkᵀ q)`, so each query is
 //! taken into the latent space, attends there with the latents as keys and as values, and only the result is taken out again.
 
-use super::attention::grown;
+use super::turning::grown;
 use crate::{
     Attend, Cache, Layer, Linear, Mixer, MultiLinear, Norm, RmsNorm, Rope, RopeScaling, Source, Tensor, Weights,
 };
@@ -51,27 +51,27 @@ pub struct Mla {
     embed_q: MultiLinear,
     unembed_out: MultiLinear,
     o_proj: Linear,
-    rope: Rope,
+    rope: Option<Rope>,
+    head_gate: Option<Linear>,
     shape: MlaShape,
     scale: f32,
     growth: Option<(f32, f32)>,
-    gate: Option<Linear>,
 }
 
 /// Under the root of the latents' norms, whatever config.json says of the other norms.
 const EPS: f32 = 1e-6;
 
 impl Mla {
-    /// The names of DeepSeek's checkpoints; per-head matrices as `kv_b_proj` `[heads * (nope + v), rank]` (all keys and values of a head
+    /// The names of DeepSeek's checkpoints, without a rope no positions; per-head matrices as `kv_b_proj` `[heads * (nope + v), rank]` (all keys and values of a head
     /// below each other) or as MLX splits it, `embed_q` `[heads, rank, nope]` and `unembed_out` `[heads, v, rank]`.
     #[track_caller]
-    pub fn new(w: &Weights, s: MlaShape, rope: Rope) -> Self {
+    pub fn new(w: &Weights, s: MlaShape, rope: impl Into<Option<Rope>>) -> Self {
         Self::named(w, "o_proj", s, rope)
     }
 
-    /// The same with another name than `o_proj`.
+    /// The same with another name for the output's projection.
     #[track_caller]
-    pub fn named(w: &Weights, o_proj: &str, s: MlaShape, rope: Rope) -> Self {
+    pub fn named(w: &Weights, o_proj: &str, s: MlaShape, rope: impl Into<Option<Rope>>) -> Self {
         let (dim, heads, rank) = (s.hidden_size, s.num_attention_heads, s.kv_lora_rank);
         let (nope, value) = (s.qk_nope_head_dim, s.v_head_dim);
         let q = heads * (nope + s.qk_rope_head_dim);
@@ -97,17 +97,12 @@ impl Mla {
             embed_q,
             unembed_out,
             o_proj: w.linear(o_proj, heads * value, dim, s.attention_bias),
-            rope,
+            rope: rope.into(),
+            head_gate: None,
             shape: s,
             scale: ((nope + s.qk_rope_head_dim) as f32).powf(-0.5),
             growth: None,
-            gate: None,
         }
-    }
-
-    /// Multiplies what each head gives by `sigmoid(x W)`, before the output projection; W `[heads, dim]`.
-    pub fn head_gate(self, gate: Linear) -> Self {
-        Self { gate: Some(gate), ..self }
     }
 
     /// Multiplies scores by what YaRN's `mscale_all_dim` asks for, where `rope_scaling` has it. <https://arxiv.org/abs/2309.00071>
@@ -116,6 +111,11 @@ impl Mla {
         let (factor, all) = (number("factor").unwrap_or(1.0), number("mscale_all_dim").unwrap_or(0.0));
         let mscale = if factor > 1.0 { 0.1 * all * factor.ln() + 1.0 } else { 1.0 };
         Self { scale: self.scale * mscale * mscale, ..self }
+    }
+
+    /// Multiplies what each head has attended to by `sigmoid(x W)`, W `[heads, dim]`.
+    pub fn head_gate(self, gate: Linear) -> Self {
+        Self { head_gate: Some(gate), ..self }
     }
 
     /// Multiplies queries by `1 + beta · ln(1 + ⌊position / span⌋)`, with `(beta, span)`: sharper attention in long texts.
@@ -151,18 +151,21 @@ impl Mla {
         let q = q.split_heads(nope + turned);
         let kv = self.kv_a_proj_with_mqa.forward(x);
         let c = self.kv_a_layernorm.forward(&kv.narrow(0, rank)).split_heads(rank);
-        let k_rope = layer.rotate(&self.rope, kv.narrow(rank, turned).split_heads(turned));
-        let q_rope = layer.rotate(&self.rope, q.narrow(nope, turned));
+        let mut turn = |x: Tensor| match &self.rope {
+            Some(rope) => layer.rotate(rope, x),
+            None => x,
+        };
+        let (q_rope, k_rope) = (turn(q.narrow(nope, turned)), turn(kv.narrow(rank, turned).split_heads(turned)));
         let q = Tensor::concat(&[&self.embed_q.forward(&q.narrow(0, nope)), &q_rope]);
         let q = grown(q, self.growth, layer);
         let how = Attend { scale: self.scale, selection, ..Default::default() };
         let attended = layer.attend_latent(q, Tensor::concat(&[&c, &k_rope]), rank, &how);
-        let values = self.unembed_out.forward(&attended);
-        let values = match &self.gate {
-            Some(gate) => values * gate.forward(x).sigmoid().split_heads(1),
-            None => values,
+        let by_head = self.unembed_out.forward(&attended);
+        let by_head = match &self.head_gate {
+            Some(gate) => by_head * gate.forward(x).sigmoid().split_heads(1),
+            None => by_head,
         };
-        self.o_proj.forward(&values.merge_heads())
+        self.o_proj.forward(&by_head.merge_heads())
     }
 }
 

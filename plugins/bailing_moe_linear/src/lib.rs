@@ -1,6 +1,5 @@
-//! Ring and Ling 2.0 "linear": linear attention with fixed decays in most layers, softmax attention at the end of each group of layers,
-//! and routed experts. <https://arxiv.org/abs/2510.19338> The later hybrids have latent attention there, and Ling 3 the delta rule in
-//! place of fixed decays: see `hybrid`.
+//! Ring and Ling "linear", 2.0 to 3.0: linear attention in most layers, softmax attention at the end of each group of layers, and routed
+//! experts. In 2.5 softmax attention is latent, in 3.0 linear attention is Kimi's. <https://arxiv.org/abs/2510.19338>
 //!
 //! ```text
 //! h = x + Mixer(RMSNorm(x))                per layer
@@ -11,12 +10,14 @@
 //! Attention(x) = softmax(q · kᵀ / √d) · v · Wo
 //! Linear(x) = (GroupRMSNorm(o) * sigmoid(x Wg)) · Wo,   S = exp(-sₕ f) S + k vᵀ,  o = qᵀ S / √d
 //!   sₕ = 2^(-8 h / heads), h from 1;   f falls from 1 in the first layers to 0 in the last
+//! Latent attention and Kimi's are words: see `Mla`, here perhaps with a gate for each head, and `KimiDelta`
 //! FFN(x) = Σ pᵢ SwiGLUᵢ(x) + SwiGLU(x) over the k best experts of the best groups; in the first layers SwiGLU(x)
 //! ```
 
-mod hybrid;
-
 use plugin_api::prelude::*;
+
+/// Later models have another name for their type, and further defaults.
+const HYBRID: &str = "bailing_hybrid";
 
 config! {
     struct Config {
@@ -32,36 +33,38 @@ config! {
         rope_theta: f32 = 10_000.0,
         rope_scaling: Option<RopeScaling> = None,
         rope_traditional: bool = false,
-        partial_rotary_factor: f32 = if model_type == "bailing_hybrid" { 0.5 } else { 1.0 },
-        rope_interleave: bool = true,
-        q_lora_rank: Option<usize> = None,
-        kv_lora_rank: usize = 512,
-        qk_nope_head_dim: usize = 128,
-        qk_rope_head_dim: usize = 64,
-        v_head_dim: usize = 128,
-        short_conv_kernel_size: usize where >= 1 = 4,
-        kda_safe_gate: bool = true,
-        kda_lower_bound: f32 = -5.0,
+        partial_rotary_factor: f32 = if model_type == HYBRID { 0.5 } else { 1.0 },
         use_bias: bool = false,
         use_qkv_bias: bool = false,
-        use_qk_norm: bool = model_type == "bailing_hybrid",
+        use_qk_norm: bool = model_type == HYBRID,
         layer_group_size: usize where >= 1,
         group_norm_size: usize where >= 1 = 1,
         first_k_dense_replace: usize = 0,
         num_experts: usize,
         num_experts_per_tok: usize where >= 1,
         moe_intermediate_size: usize,
-        num_shared_experts: usize = (model_type == "bailing_hybrid").into(),
+        num_shared_experts: usize = 0,
         moe_shared_expert_intermediate_size: usize = moe_intermediate_size,
         moe_router_enable_shared_expert: bool = true,
-        moe_router_enable_expert_bias: bool = model_type == "bailing_hybrid",
-        score_function: String = if model_type == "bailing_hybrid" { "sigmoid" } else { "softmax" }.into(),
-        norm_topk_prob: bool = true,
-        routed_scaling_factor: f32 = if model_type == "bailing_hybrid" { 2.5 } else { 1.0 },
-        n_group: usize = if model_type == "bailing_hybrid" { 8 } else { 1 },
+        moe_router_enable_expert_bias: bool = model_type == HYBRID,
+        score_function: String = if model_type == HYBRID { "sigmoid" } else { "softmax" }.into(),
+        norm_topk_prob: bool = model_type == HYBRID,
+        routed_scaling_factor: f32 = 1.0,
+        n_group: usize = 1,
         topk_group: usize = 4,
-        norm_head: bool = false,
+        // Of latent attention.
+        q_lora_rank: Option<usize> = None,
+        kv_lora_rank: usize = 512,
+        qk_nope_head_dim: usize = 128,
+        qk_rope_head_dim: usize = 64,
+        v_head_dim: usize = 128,
+        rope_interleave: bool = true,
+        // Of Kimi's linear attention.
+        short_conv_kernel_size: usize where >= 1 = 4,
+        kda_safe_gate: bool = true,
+        kda_lower_bound: f32 = -5.0,
         num_nextn_predict_layers: usize = 1,
+        norm_head: bool = false,
         tie_word_embeddings: bool = false,
     }
 }
@@ -71,10 +74,6 @@ impl Config {
     fn is_global(&self, layer: usize) -> bool {
         let grouped = self.num_hidden_layers / self.layer_group_size * self.layer_group_size;
         (layer + 1).is_multiple_of(self.layer_group_size) || layer >= grouped
-    }
-
-    fn is_hybrid(&self) -> bool {
-        self.model_type == "bailing_hybrid"
     }
 
     fn rope(&self, w: &Weights, head_dim: usize) -> Rope {
@@ -104,9 +103,8 @@ impl Config {
         let heads = self.num_attention_heads;
         let below = (heads + 1).next_power_of_two() / 2;
         let slopes = power_of_2(below).chain(power_of_2(2 * below).step_by(2)).take(heads);
-        // The hybrids count from the first layer, the older ones from the second.
-        let depth = if self.is_hybrid() { layer } else { layer.saturating_sub(1) };
-        let depth = depth as f64 / (self.num_hidden_layers - 1).max(1) as f64;
+        let layer = if self.model_type == HYBRID { layer } else { layer.saturating_sub(1) };
+        let depth = layer as f64 / (self.num_hidden_layers - 1).max(1) as f64;
         slopes.map(|slope| (-slope * (1.0 - depth + 1e-5)) as f32).collect()
     }
 }
@@ -125,7 +123,7 @@ struct LinearAttention {
 impl LinearAttention {
     fn new(c: &Config, w: &Weights, layer: usize) -> Self {
         let (heads, groups) = (c.num_attention_heads, c.group_norm_size);
-        let head_dim = if c.is_hybrid() { c.head_dim } else { c.hidden_size / heads };
+        let head_dim = if c.model_type == HYBRID { c.head_dim } else { c.hidden_size / heads };
         Self {
             attention: c.attention(w, heads, head_dim),
             log_decays: Parameter::of(Source::numbers(&c.log_decays(layer)), &[heads]),
@@ -153,6 +151,45 @@ impl Mixer for LinearAttention {
     }
 }
 
+fn latent(c: &Config, w: &Weights) -> Mla {
+    let shape = MlaShape {
+        hidden_size: c.hidden_size,
+        num_attention_heads: c.num_attention_heads,
+        q_lora_rank: c.q_lora_rank,
+        kv_lora_rank: c.kv_lora_rank,
+        qk_nope_head_dim: c.qk_nope_head_dim,
+        qk_rope_head_dim: c.qk_rope_head_dim,
+        v_head_dim: c.v_head_dim,
+        attention_bias: c.use_qkv_bias,
+    };
+    let rope = w.rope(c.qk_rope_head_dim, c.rope_theta, &c.rope_scaling);
+    let rope = if c.rope_interleave { rope.interleaved() } else { rope };
+    let mla = Mla::named(w, "dense", shape, rope).mscale(&c.rope_scaling);
+    match w.has("g_proj.weight") {
+        true => mla.head_gate(w.linear("g_proj", c.hidden_size, c.num_attention_heads, false)),
+        false => mla,
+    }
+}
+
+fn kimi_delta(c: &Config, w: &Weights) -> KimiDelta {
+    let (heads, head_dim, kernel) = (c.num_attention_heads, c.head_dim, c.short_conv_kernel_size);
+    let shape = KimiDeltaShape { dim: c.hidden_size, heads, head_dim, kernel, eps: c.rms_norm_eps };
+    KimiDelta::new(w, shape, c.kda_safe_gate.then_some(c.kda_lower_bound))
+}
+
+/// Which of the four mixers a layer has, its tensors and its number tell.
+fn mixer(c: &Config, w: &Weights, layer: usize) -> AnyMixer {
+    if w.has("kv_a_proj_with_mqa.weight") {
+        Box::new(latent(c, w))
+    } else if w.has("q_conv1d.weight") {
+        Box::new(kimi_delta(c, w))
+    } else if c.is_global(layer) {
+        Box::new(c.attention(w, c.num_key_value_heads, c.head_dim))
+    } else {
+        Box::new(LinearAttention::new(c, w, layer))
+    }
+}
+
 fn ffn(c: &Config, w: &Weights, layer: usize) -> Result<Ffn> {
     let dim = c.hidden_size;
     let mlp = |w: Weights, hidden| GatedMlp::new(&w, dim, hidden, c.use_bias, Activation::Silu);
@@ -175,7 +212,7 @@ fn ffn(c: &Config, w: &Weights, layer: usize) -> Result<Ffn> {
     let router = router
         .correction(bias)
         .groups(c.n_group, c.topk_group, GroupScore::BestTwo)
-        .normalized(c.norm_topk_prob && c.num_experts_per_tok > 1, 0.0)
+        .normalized(c.norm_topk_prob && c.num_experts_per_tok > 1, 1e-20)
         .scale(c.routed_scaling_factor);
     let experts =
         w.experts(ExpertsShape { bias: c.use_bias, ..ExpertsShape::new(c.num_experts, dim, c.moe_intermediate_size) });
@@ -194,29 +231,23 @@ fn lm_head(c: &Config, w: &Weights, embedding: &Embedding) -> LmHead {
     LmHead::Own(Linear::of(weight, None, c.hidden_size, c.vocab_size))
 }
 
-struct BailingMoeLinear(Decoder<Block<Box<dyn Mixer + Send>, Ffn>>);
+struct BailingMoeLinear(Decoder<Block<AnyMixer, Ffn>>);
 
 impl Architecture for BailingMoeLinear {
-    const MODEL_TYPES: &'static [&'static str] = &["bailing_moe_linear", "bailing_hybrid"];
+    const MODEL_TYPES: &'static [&'static str] = &["bailing_moe_linear", HYBRID];
     type Config = Config;
 
     fn new(c: Config, w: &Weights) -> Result<Self> {
         let model = w.at("model");
+        // Layers after the last predict further tokens.
+        (0..c.num_nextn_predict_layers.min(8))
+            .for_each(|i| model.ignore(&format!("layers.{}.", c.num_hidden_layers + i)));
         let layers = model.at("layers").each(c.num_hidden_layers, |w, i| {
-            let attention = w.at("attention");
-            let mixer: Box<dyn Mixer + Send> = match c.is_global(i) {
-                true if c.is_hybrid() => Box::new(hybrid::latent_attention(&c, &attention)),
-                false if attention.has("A_log") => Box::new(hybrid::Delta::new(&c, &attention)),
-                true => Box::new(c.attention(&attention, c.num_key_value_heads, c.head_dim)),
-                false => Box::new(LinearAttention::new(&c, &attention, i)),
-            };
+            let mixer = mixer(&c, &w.at("attention"), i);
             let norms = ["input_layernorm", "post_attention_layernorm"];
             let norms = norms.map(|name| w.rms_norm(name, c.hidden_size, c.rms_norm_eps));
             Ok(Block::pre_norm(norms, mixer, ffn(&c, &w.at("mlp"), i)?))
         })?;
-        for layer in 0..c.num_nextn_predict_layers {
-            w.ignore(&format!("model.layers.{}.", c.num_hidden_layers + layer));
-        }
         let word_embeddings = model.embedding("word_embeddings", c.vocab_size, c.hidden_size);
         let lm_head = lm_head(&c, w, &word_embeddings);
         let norm = model.rms_norm("norm", c.hidden_size, c.rms_norm_eps);

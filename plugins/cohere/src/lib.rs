@@ -1,14 +1,15 @@
-//! Command R, <https://cohere.com/blog/command-r>, and its successors R7B and A (cohere2), <https://arxiv.org/abs/2504.00698>.
+//! Command R, <https://cohere.com/blog/command-r>, and its successors R7B and A (cohere2), <https://arxiv.org/abs/2504.00698>, also with
+//! experts (cohere2_moe).
 //!
 //! ```text
 //! n = Norm(x)                              per layer
-//! y = x + Attention(n) + SwiGLU(n)
+//! y = x + Attention(n) + SwiGLU(n)         cohere2_moe: + Σ pᵢ SwiGLUᵢ(n) of the chosen, and what a shared one adds
 //! logits = s · Norm(y) · Eᵀ
 //!
 //! Norm(x) = (x - mean(x)) / std(x) * w
 //! Attention(x) = softmax(rope(Norm(x Wq)) · rope(Norm(x Wk))ᵀ / √d) · (x Wv) · Wo
 //!   Norm in the largest Command R alone, each head with weights of its own
-//!   cohere2: three of four layers see a window; the fourth sees everything, and no positions
+//!   cohere2, cohere2_moe: three of four layers see a window; the fourth sees everything, and no positions
 //! ```
 
 use plugin_api::prelude::*;
@@ -32,7 +33,18 @@ config! {
         rope_scaling: Option<RopeScaling> = None,
         sliding_window: Option<usize> = Some(4096),
         sliding_window_pattern: usize where >= 1 = 4,
-        layer_types: LayerTypes = LayerTypes::every(sliding_window_pattern, num_hidden_layers),
+        layer_types: Option<LayerTypes> = None,
+        // The first layers of cohere2_moe are dense.
+        first_k_dense_replace: usize = 0,
+        prefix_dense_intermediate_size: usize = intermediate_size,
+        prefix_dense_sliding_window_pattern: usize where >= 1 = 1,
+        rms_norm_eps: Option<f32> = None,
+        num_experts: usize = 8,
+        num_experts_per_tok: usize where >= 1 = 2,
+        expert_selection_fn: String = "softmax".to_owned(),
+        norm_topk_prob: bool = true,
+        num_shared_experts: usize = 0,
+        shared_expert_combination_strategy: String = "average".to_owned(),
         logit_scale: f32 = 0.0625,
         tie_word_embeddings: bool = true,
     }
@@ -44,10 +56,11 @@ impl Config {
         let heads = Heads { dim, heads: self.num_attention_heads, kv_heads: self.num_key_value_heads, head_dim };
         let attention = SelfAttention::new(w, heads, bias, bias);
         let rope = w.rope(head_dim, self.rope_theta, &self.rope_scaling).interleaved();
-        if self.model_type == "cohere2" {
-            return Ok(match self.layer_types.slides(layer)? {
+        if self.model_type != "cohere" {
+            let turns = self.is_dense(layer) && self.prefix_dense_sliding_window_pattern == 1;
+            return Ok(match self.slides(layer)? {
                 true => attention.rope(rope).window(self.sliding_window),
-                false => attention,
+                false => attention.rope(turns.then_some(rope)),
             });
         }
         Ok(match self.use_qk_norm {
@@ -60,23 +73,86 @@ impl Config {
         })
     }
 
-    fn norm(&self, w: &Weights, name: &str) -> LayerNorm {
-        w.layer_norm(name, self.hidden_size, self.layer_norm_eps, self.layer_norm_bias)
+    /// Whether this is one of the dense layers before those with experts.
+    fn is_dense(&self, layer: usize) -> bool {
+        self.model_type == "cohere2_moe" && layer < self.first_k_dense_replace
+    }
+
+    fn slides(&self, layer: usize) -> Result<bool> {
+        match &self.layer_types {
+            Some(types) => types.slides(layer),
+            None if self.is_dense(layer) => Ok(!(layer + 1).is_multiple_of(self.prefix_dense_sliding_window_pattern)),
+            None if self.model_type == "cohere2_moe" => {
+                Ok(!(layer - self.first_k_dense_replace + 1).is_multiple_of(self.sliding_window_pattern))
+            }
+            None => Ok(!(layer + 1).is_multiple_of(self.sliding_window_pattern)),
+        }
+    }
+
+    fn feed(&self, w: &Weights, layer: usize) -> Result<Feed> {
+        let (dim, hidden, mlp) = (self.hidden_size, self.intermediate_size, w.at("mlp"));
+        let dense = |w: &Weights, hidden| GatedMlp::new(w, dim, hidden, false, self.hidden_act);
+        if self.is_dense(layer) {
+            return Ok(Feed::Dense(dense(&mlp, self.prefix_dense_intermediate_size)));
+        }
+        if self.model_type != "cohere2_moe" {
+            return Ok(Feed::Dense(dense(&mlp, hidden)));
+        }
+        let gate = mlp.linear("gate", dim, self.num_experts, false);
+        let router = match self.expert_selection_fn.as_str() {
+            "softmax" => Router::chosen_softmax(gate, self.num_experts_per_tok),
+            "sigmoid" => Router::sigmoid(gate, self.num_experts_per_tok).normalized(self.norm_topk_prob, 0.0),
+            other => {
+                return Err(
+                    format!("config.json: expert_selection_fn is {other}, it should be softmax or sigmoid").into()
+                );
+            }
+        };
+        let shared =
+            (self.num_shared_experts > 0).then(|| dense(&mlp.at("shared_experts"), hidden * self.num_shared_experts));
+        let scale = match (&shared, self.shared_expert_combination_strategy.as_str()) {
+            (Some(_), "average") => 0.5,
+            _ => 1.0,
+        };
+        let experts = mlp.experts(ExpertsShape::new(self.num_experts, dim, hidden));
+        Ok(Feed::Sparse(Box::new(Moe::new(router, experts).shared(shared)), scale))
+    }
+
+    fn norm(&self, w: &Weights, name: &str) -> Norm {
+        match self.rms_norm_eps.filter(|_| self.model_type == "cohere2_moe") {
+            Some(eps) => w.rms_norm(name, self.hidden_size, eps).into(),
+            None => w.layer_norm(name, self.hidden_size, self.layer_norm_eps, self.layer_norm_bias).into(),
+        }
     }
 }
 
-struct Cohere(Decoder);
+enum Feed {
+    Dense(GatedMlp),
+    /// Experts, and what multiplies all that they add.
+    Sparse(Box<Moe>, f32),
+}
+
+impl FeedForward for Feed {
+    fn forward(&self, x: &Tensor) -> Tensor {
+        match self {
+            Self::Dense(mlp) => mlp.forward(x),
+            Self::Sparse(moe, scale) => moe.forward(x) * *scale,
+        }
+    }
+}
+
+struct Cohere(Decoder<Block<SelfAttention, Feed>>);
 
 impl Architecture for Cohere {
-    const MODEL_TYPES: &'static [&'static str] = &["cohere", "cohere2"];
+    const MODEL_TYPES: &'static [&'static str] = &["cohere", "cohere2", "cohere2_moe"];
     type Config = Config;
 
     fn new(c: Config, w: &Weights) -> Result<Self> {
         let (model, dim) = (w.at("model"), c.hidden_size);
         let embed_tokens = model.embedding("embed_tokens", c.vocab_size, dim);
         let layers = model.at("layers").each(c.num_hidden_layers, |w, layer| {
-            let mlp = GatedMlp::new(&w.at("mlp"), dim, c.intermediate_size, false, c.hidden_act);
-            Ok(Block::parallel(c.norm(w, "input_layernorm"), c.attention(&w.at("self_attn"), layer)?, mlp))
+            let attention = c.attention(&w.at("self_attn"), layer)?;
+            Ok(Block::parallel(c.norm(w, "input_layernorm"), attention, c.feed(w, layer)?))
         })?;
         let lm_head = LmHead::new(w, &embed_tokens, c.vocab_size, dim, Some(c.tie_word_embeddings));
         Ok(Self(Decoder::of(embed_tokens, layers, c.norm(&model, "norm"), lm_head).logit_scale(c.logit_scale)))

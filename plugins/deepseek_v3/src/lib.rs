@@ -1,5 +1,5 @@
 //! DeepSeek V2, V3 and V3.2, and the models of others in their shape: Kimi K2, GLM 4.7 Flash, GLM 5, JoyAI,
-//! Mistral Small 4, and Youtu (all dense).
+//! A.X K1 (a norm after each MoE), Mistral Small 4, and Youtu (all dense).
 //! V2: <https://arxiv.org/abs/2405.04434>, V3: <https://arxiv.org/abs/2412.19437>, V3.2: <https://arxiv.org/abs/2512.02556>
 //!
 //! ```text
@@ -47,7 +47,7 @@ config! {
         topk_group: usize where >= 1 = n_group.max(1),
         norm_topk_prob: bool = true,
         routed_scaling_factor: f32 = if matches!(model_type.as_str(), "deepseek_v2" | "mistral4") { 1.0 } else { 2.5 },
-        first_k_dense_replace: usize = if model_type == "glm4_moe_lite" { 1 } else { 0 },
+        first_k_dense_replace: usize = if matches!(model_type.as_str(), "axk1" | "glm4_moe_lite") { 1 } else { 0 },
         moe_layer_freq: usize where >= 1 = 1,
         mlp_layer_types: Option<Vec<String>> = None,
         // Layers that predict further tokens follow the last one.
@@ -143,13 +143,16 @@ fn ffn(c: &Config, w: &Weights, layer: usize) -> Ffn {
     };
     let gate = w.linear("gate", dim, experts, false);
     let (k, groups, kept) = (c.num_experts_per_tok, c.n_group, c.topk_group);
+    // A.X K1's checkpoints have none, so it is optional there.
+    let corrected = c.model_type != "axk1" || w.has("gate.e_score_correction_bias");
+    let correction = || corrected.then(|| w.at("gate").tensor("e_score_correction_bias", &[experts]));
     let router = match c.model_type.as_str() {
         "deepseek_v2" => Router::softmax(gate, k).groups(groups, kept, GroupScore::Best),
         "mistral4" => {
             Router::softmax(gate, k).groups(groups, kept, GroupScore::BestTwo).normalized(c.norm_topk_prob, 1e-20)
         }
         _ => Router::sigmoid(gate, k)
-            .correction(w.at("gate").tensor("e_score_correction_bias", &[experts]))
+            .correction(correction())
             .groups(groups, kept, GroupScore::BestTwo)
             .normalized(c.norm_topk_prob, 1e-20),
     };
@@ -166,11 +169,17 @@ struct Block {
     indexer: Option<Indexer>,
     post_attention_layernorm: RmsNorm,
     mlp: Ffn,
+    /// After a routed layer, in A.X K1.
+    post_mlp_layernorm: Option<RmsNorm>,
 }
 
 impl Block {
     fn new(c: &Config, w: &Weights, layer: usize) -> Self {
         let norm = |name| w.rms_norm(name, c.hidden_size, c.rms_norm_eps);
+        let normed = c.model_type == "axk1" && c.is_sparse(layer);
+        if !normed {
+            w.ignore("post_mlp_layernorm.");
+        }
         let (attn, selects) = (w.at("self_attn"), matches!(c.model_type.as_str(), "deepseek_v32" | "glm_moe_dsa"));
         Self {
             input_layernorm: norm("input_layernorm"),
@@ -179,6 +188,7 @@ impl Block {
             indexer: (selects && c.indexes(layer)).then(|| Indexer::new(c, &attn.at("indexer"))),
             post_attention_layernorm: norm("post_attention_layernorm"),
             mlp: ffn(c, &w.at("mlp"), layer),
+            post_mlp_layernorm: normed.then(|| norm("post_mlp_layernorm")),
         }
     }
 
@@ -196,7 +206,8 @@ impl Block {
         }
         let selection = selection.borrow();
         let h = x + self.self_attn.attend(&normed, &latent, selection.as_ref().filter(|_| self.selects), layer);
-        &h + self.mlp.forward(&self.post_attention_layernorm.forward(&h))
+        let y = self.mlp.forward(&self.post_attention_layernorm.forward(&h));
+        h + self.post_mlp_layernorm.iter().fold(y, |y, norm| norm.forward(&y))
     }
 }
 
@@ -207,6 +218,7 @@ impl Architecture for DeepseekV3 {
         "deepseek_v3",
         "deepseek_v2",
         "deepseek_v32",
+        "axk1",
         "glm4_moe_lite",
         "glm_moe_dsa",
         "joyai_llm_flash",

@@ -98,17 +98,7 @@ impl Architecture for Gemma3 {
         Ok(Self(decoder.embed_scale((dim as f32).sqrt()).softcap(c.final_logit_softcapping)))
     }
 
-    fn caches(&self) -> Vec<Cache> {
-        self.0.caches()
-    }
-
-    fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
-        self.0.run(tokens, step)
-    }
-
-    fn head(&self, hidden: &Tensor) -> Tensor {
-        self.0.head(hidden)
-    }
+    as_decoder!(0);
 }
 
 export_plugin!(Gemma3);

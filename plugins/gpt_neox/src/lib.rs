@@ -78,12 +78,9 @@ impl Architecture for GptNeoX {
             false => (w.at("gpt_neox"), "layers"),
         };
         let embed_in = model.embedding("embed_in", c.vocab_size, c.hidden_size);
-        let (place, name) = match layers {
-            "h" => (&model, "embed_out"),
-            _ if w.has("lm_head.weight") => (w, "lm_head"),
-            _ => (w, "embed_out"),
-        };
-        let lm_head = LmHead::named(place, name, &embed_in, c.vocab_size, c.hidden_size, Some(c.tie_word_embeddings));
+        let place = if layers == "h" { &model } else { w };
+        let lm_head =
+            LmHead::named(place, "embed_out", &embed_in, c.vocab_size, c.hidden_size, Some(c.tie_word_embeddings));
         let layers = model.at(layers).each(c.num_hidden_layers, |w, _| Ok(block(&c, w)))?;
         Ok(Self(Decoder::of(embed_in, layers, c.norm(&model, "final_layer_norm"), lm_head)))
     }

@@ -94,17 +94,7 @@ impl Architecture for Granite {
         Ok(Self(decoder.embed_scale(c.embedding_multiplier).logit_scale(c.logit_scale())))
     }
 
-    fn caches(&self) -> Vec<Cache> {
-        self.0.caches()
-    }
-
-    fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
-        self.0.run(tokens, step)
-    }
-
-    fn head(&self, hidden: &Tensor) -> Tensor {
-        self.0.head(hidden)
-    }
+    as_decoder!(0);
 }
 
 export_plugin!(Granite);

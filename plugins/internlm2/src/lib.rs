@@ -67,17 +67,7 @@ impl Architecture for InternLm2 {
         Ok(Self(Decoder::of(tok_embeddings, layers, model.rms_norm("norm", dim, c.rms_norm_eps), output)))
     }
 
-    fn caches(&self) -> Vec<Cache> {
-        self.0.caches()
-    }
-
-    fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
-        self.0.run(tokens, step)
-    }
-
-    fn head(&self, hidden: &Tensor) -> Tensor {
-        self.0.head(hidden)
-    }
+    as_decoder!(0);
 }
 
 export_plugin!(InternLm2);

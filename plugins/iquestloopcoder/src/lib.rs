@@ -1,5 +1,5 @@
 //! IQuest Loop Coder: LLaMA's layers run twice; the second time each head mixes what all keys of the first run and the last keys of the
-//! second have to say. <https://arxiv.org/abs/2603.16733>
+//! second have to say. <https://github.com/IQuestLab/IQuest-Coder-V1>
 //!
 //! ```text
 //! h = x + Attention₁(RMSNorm(x))           per layer; then once more through the same layers with Attention₂

@@ -56,129 +56,24 @@ config! {
     }
 }
 
-struct Delta {
-    qkv: [Linear; 3],
-    conv: Conv1d,
-    f_a_proj: Linear,
-    f_b_proj: Linear,
-    b_proj: Linear,
-    g_a_proj: Linear,
-    g_b_proj: Linear,
-    a_log: Parameter,
-    dt_bias: Parameter,
-    unit: RmsNorm,
-    o_norm: RmsNorm,
-    o_proj: Linear,
-    heads: usize,
-    d: usize,
+fn delta(c: &Config, w: &Weights) -> KimiDelta {
+    let LinearAttention { num_heads: heads, head_dim, short_conv_kernel_size: kernel, .. } = c.linear_attn_config;
+    KimiDelta::new(w, KimiDeltaShape { dim: c.hidden_size, heads, head_dim, kernel, eps: c.rms_norm_eps }, None)
 }
 
-impl Delta {
-    fn new(c: &Config, w: &Weights) -> Self {
-        let LinearAttention { num_heads: heads, head_dim: d, short_conv_kernel_size: kernel, .. } =
-            c.linear_attn_config;
-        let (dim, width) = (c.hidden_size, heads * d);
-        let convs = ["q", "k", "v"].map(|part| match w.has(&format!("{part}_conv1d.weight")) {
-            true => w.source(&format!("{part}_conv1d.weight")),
-            false => w.source(&format!("{part}_conv.conv.weight")),
-        });
-        Self {
-            qkv: w.linears(dim, false, [("q_proj", width), ("k_proj", width), ("v_proj", width)]),
-            conv: Conv1d::of(Source::join(&convs, 0), None, 3 * width, kernel),
-            f_a_proj: w.linear("f_a_proj", dim, d, false),
-            f_b_proj: w.linear("f_b_proj", d, width, false),
-            b_proj: w.linear("b_proj", dim, heads, false),
-            g_a_proj: w.linear("g_a_proj", dim, d, false),
-            g_b_proj: w.linear("g_b_proj", d, width, false),
-            a_log: Parameter::of(w.source("A_log").reshape(&[heads, 1]), &[heads, 1]),
-            dt_bias: Parameter::of(w.source("dt_bias").reshape(&[heads, d]), &[heads, d]),
-            // x / √(Σ x² + 1e-6), but for a factor of √d.
-            unit: RmsNorm::plain(d, 1e-6 / d as f32),
-            o_norm: w.rms_norm("o_norm", d, c.rms_norm_eps),
-            o_proj: w.linear("o_proj", width, dim, false),
-            heads,
-            d,
-        }
-    }
-}
-
-impl Mixer for Delta {
-    fn forward(&self, x: &Tensor, layer: &mut Layer) -> Tensor {
-        let (d, width) = (self.d, self.heads * self.d);
-        let [q, k, v] = self.qkv.each_ref().map(|proj| proj.forward(x));
-        let qkv = layer.conv1d(&self.conv, &Tensor::concat(&[&q, &k, &v])).silu();
-        let [q, k, v] = [0, width, 2 * width].map(|start| qkv.narrow(start, width).split_heads(d));
-        let (q, k) = (self.unit.forward(&q) / d as f32, self.unit.forward(&k) * (d as f32).powf(-0.5));
-
-        let forget = self.f_b_proj.forward(&self.f_a_proj.forward(x)).split_heads(d);
-        let g = -(self.a_log.tensor().exp() * (forget + self.dt_bias.tensor()).softplus());
-        let o = layer.gated_delta(&q, &k, &v, &g, &self.b_proj.forward(x).sigmoid());
-        let gate = self.g_b_proj.forward(&self.g_a_proj.forward(x)).sigmoid();
-        self.o_proj.forward(&(self.o_norm.forward(&o).merge_heads() * gate))
-    }
-
-    fn cache(&self) -> Cache {
-        self.conv.cache().and(Cache::state(&[self.heads, self.d, self.d]))
-    }
-}
-
-/// Multi-head latent attention. <https://arxiv.org/abs/2405.04434>
-struct Latent {
-    q_proj: Linear,
-    kv_a_proj_with_mqa: Linear,
-    kv_a_layernorm: RmsNorm,
-    embed_q: MultiLinear,
-    unembed_out: MultiLinear,
-    o_proj: Linear,
-    nope: usize,
-    shared: usize,
-    rank: usize,
-}
-
-impl Latent {
-    fn new(c: &Config, w: &Weights) -> Self {
-        let (dim, heads, rank) = (c.hidden_size, c.num_attention_heads, c.kv_lora_rank);
-        let (nope, shared, v) = (c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim);
-        let (embed_q, unembed_out) = match w.has("kv_b_proj.weight") {
-            true => {
-                let kv_b = w.source("kv_b_proj.weight").reshape(&[heads, nope + v, rank]);
-                (kv_b.narrow(1, 0..nope).transpose(), kv_b.narrow(1, nope..nope + v))
-            }
-            false => (w.source("embed_q.weight"), w.source("unembed_out.weight")),
-        };
-        Self {
-            q_proj: w.linear("q_proj", dim, heads * (nope + shared), false),
-            kv_a_proj_with_mqa: w.linear("kv_a_proj_with_mqa", dim, rank + shared, false),
-            // Not of rms_norm_eps.
-            kv_a_layernorm: w.rms_norm("kv_a_layernorm", rank, 1e-6),
-            embed_q: MultiLinear::of(embed_q, None, heads, nope, rank),
-            unembed_out: MultiLinear::of(unembed_out, None, heads, rank, v),
-            o_proj: w.linear("o_proj", heads * v, dim, false),
-            nope,
-            shared,
-            rank,
-        }
-    }
-}
-
-impl Mixer for Latent {
-    fn forward(&self, x: &Tensor, layer: &mut Layer) -> Tensor {
-        let q = self.q_proj.forward(x).split_heads(self.nope + self.shared);
-        let q_latent = self.embed_q.forward(&q.narrow(0, self.nope));
-        let q = Tensor::concat(&[&q_latent, &q.narrow(self.nope, self.shared)]);
-
-        let kv = self.kv_a_proj_with_mqa.forward(x);
-        let latent = self.kv_a_layernorm.forward(&kv.narrow(0, self.rank));
-        let k = Tensor::concat(&[&latent, &kv.narrow(self.rank, self.shared)]).unflatten(1);
-
-        let scale = ((self.nope + self.shared) as f32).powf(-0.5);
-        let o = layer.attend_latent(q, k, self.rank, &Attend { scale, ..Default::default() });
-        self.o_proj.forward(&self.unembed_out.forward(&o).merge_heads())
-    }
-
-    fn cache(&self) -> Cache {
-        Cache::key_value(None)
-    }
+/// Multi-head latent attention whose shared lanes do not turn.
+fn latent(c: &Config, w: &Weights) -> Mla {
+    let shape = MlaShape {
+        hidden_size: c.hidden_size,
+        num_attention_heads: c.num_attention_heads,
+        q_lora_rank: None,
+        kv_lora_rank: c.kv_lora_rank,
+        qk_nope_head_dim: c.qk_nope_head_dim,
+        qk_rope_head_dim: c.qk_rope_head_dim,
+        v_head_dim: c.v_head_dim,
+        attention_bias: false,
+    };
+    Mla::new(w, shape, None)
 }
 
 fn ffn(c: &Config, w: &Weights, layer: usize) -> Result<Ffn> {
@@ -213,7 +108,7 @@ fn ffn(c: &Config, w: &Weights, layer: usize) -> Result<Ffn> {
     Ok(Ffn::Sparse(Moe::new(router, experts).shared(shared)))
 }
 
-struct KimiLinear(Decoder<Block<Box<dyn Mixer + Send>, Ffn>>);
+struct KimiLinear(Decoder<Block<AnyMixer, Ffn>>);
 
 impl Architecture for KimiLinear {
     const MODEL_TYPES: &'static [&'static str] = &["kimi_linear"];
@@ -233,9 +128,9 @@ impl Architecture for KimiLinear {
         };
         let block = |w: &Weights, i: usize| {
             let attn = w.at("self_attn");
-            let mixer: Box<dyn Mixer + Send> = match c.linear_attn_config.kda_layers.contains(&(i + 1)) {
-                true => Box::new(Delta::new(&c, &attn)),
-                false => Box::new(Latent::new(&c, &attn)),
+            let mixer: AnyMixer = match c.linear_attn_config.kda_layers.contains(&(i + 1)) {
+                true => Box::new(delta(&c, &attn)),
+                false => Box::new(latent(&c, &attn)),
             };
             let norms = ["input_layernorm", "post_attention_layernorm"];
             let norms = norms.map(|name| w.rms_norm(name, c.hidden_size, c.rms_norm_eps));

@@ -134,7 +134,7 @@ fn ffn(c: &Config, w: &Weights, layer: usize) -> Ffn {
     Ffn::Sparse(Moe::new(router, w.experts(ExpertsShape::new(c.num_experts, dim, c.moe_intermediate_size))))
 }
 
-struct Lfm2(Decoder<Block<Box<dyn Mixer + Send>, Ffn>>);
+struct Lfm2(Decoder<Block<AnyMixer, Ffn>>);
 
 impl Architecture for Lfm2 {
     const MODEL_TYPES: &'static [&'static str] = &["lfm2", "lfm2_moe", "lfm2_vl", "lfm2-vl"];
@@ -143,7 +143,7 @@ impl Architecture for Lfm2 {
     fn new(c: Config, w: &Weights) -> Result<Self> {
         let model = w.at("model");
         let layers = model.at("layers").each(c.num_hidden_layers, |w, i| {
-            let mixer: Box<dyn Mixer + Send> = match c.attends(i)? {
+            let mixer: AnyMixer = match c.attends(i)? {
                 true => Box::new(attention(&c, &w.at("self_attn"))),
                 false => Box::new(ShortConv::new(&c, &w.at("conv"))),
             };

@@ -56,17 +56,7 @@ impl Architecture for Lille {
         Ok(Self(Decoder::of(tok_embeddings, layers, model.rms_norm("norm", c.n_embd, c.layer_norm_eps), lm_head)))
     }
 
-    fn caches(&self) -> Vec<Cache> {
-        self.0.caches()
-    }
-
-    fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
-        self.0.run(tokens, step)
-    }
-
-    fn head(&self, hidden: &Tensor) -> Tensor {
-        self.0.head(hidden)
-    }
+    as_decoder!(0);
 }
 
 export_plugin!(Lille);

@@ -79,6 +79,8 @@ fn moe(c: &Config, w: &Weights) -> Moe {
         .correction(bias)
         .normalized(c.norm_topk_prob, 1e-20)
         .scale(c.routed_scaling_factor);
+    // transformers saves unused projections for experts that have none.
+    (c.n_routed_experts..all).for_each(|expert| w.ignore(&format!("experts.{expert}.")));
     let shape = ExpertsShape {
         identity: c.zero_expert_num,
         ..ExpertsShape::new(c.n_routed_experts, c.hidden_size, c.expert_ffn_hidden_size)

@@ -58,53 +58,17 @@ const OF_NANOCHAT: Names = Names {
     mlp: ["c_fc", "c_proj"],
 };
 
-struct Attention {
-    q_proj: Linear,
-    k_proj: Linear,
-    v_proj: Linear,
-    o_proj: Linear,
-    norm: RmsNorm,
-    rope: Rope,
-    head_dim: usize,
+fn attention(c: &Config, w: &Weights, [q, k, v, o]: [&str; 4]) -> SelfAttention {
+    let (q_dim, kv_dim) = (c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim);
+    let qkv = w.linears(c.hidden_size, false, [(q, q_dim), (k, kv_dim), (v, kv_dim)]);
+    let norm = || RmsNorm::plain(c.head_dim, c.rms_norm_eps);
+    SelfAttention::of(qkv, w.linear(o, q_dim, c.hidden_size, false), c.head_dim)
+        .rope(w.rope(c.head_dim, c.rope_theta, &c.rope_scaling))
+        .reversed()
+        .turned_norms(norm(), norm())
 }
 
-impl Attention {
-    fn new(c: &Config, w: &Weights, [q, k, v, o]: [&str; 4]) -> Self {
-        let (q_dim, kv_dim) = (c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim);
-        let [q_proj, k_proj, v_proj] = w.linears(c.hidden_size, false, [(q, q_dim), (k, kv_dim), (v, kv_dim)]);
-        Self {
-            q_proj,
-            k_proj,
-            v_proj,
-            o_proj: w.linear(o, q_dim, c.hidden_size, false),
-            norm: RmsNorm::plain(c.head_dim, c.rms_norm_eps),
-            rope: w.rope(c.head_dim, c.rope_theta, &c.rope_scaling),
-            head_dim: c.head_dim,
-        }
-    }
-
-    /// Lanes (a, -b) turned by an angle are (a, b) turned by minus the angle, but for a sign that q·k does not see.
-    fn turned(&self, x: Tensor, layer: &mut Layer) -> Tensor {
-        let half = self.head_dim / 2;
-        let mirrored = Tensor::concat(&[&x.narrow(0, half), &-x.narrow(half, half)]);
-        self.norm.forward(&layer.rotate(&self.rope, mirrored))
-    }
-}
-
-impl Mixer for Attention {
-    fn forward(&self, x: &Tensor, layer: &mut Layer) -> Tensor {
-        let [q, k, v] = [&self.q_proj, &self.k_proj, &self.v_proj].map(|p| p.forward(x).split_heads(self.head_dim));
-        let (q, k) = (self.turned(q, layer), self.turned(k, layer));
-        let scale = (self.head_dim as f32).powf(-0.5);
-        self.o_proj.forward(&layer.attend(q, k, v, &Attend { scale, ..Default::default() }).merge_heads())
-    }
-
-    fn cache(&self) -> Cache {
-        Cache::key_value(None)
-    }
-}
-
-struct NanoChat(Decoder<Block<Attention, Mlp>>);
+struct NanoChat(Decoder<Block<SelfAttention, Mlp>>);
 
 impl Architecture for NanoChat {
     const MODEL_TYPES: &'static [&'static str] = &["nanochat"];
@@ -117,7 +81,7 @@ impl Architecture for NanoChat {
         let embed_tokens = model.embedding(n.embed, vocab, dim);
         let layers = model.at(n.layers).each(c.num_hidden_layers, |w, _| {
             let mlp = Mlp::new(&w.at("mlp"), n.mlp, dim, c.intermediate_size, false, c.hidden_act);
-            Ok(Block::pre_norm([norm(), norm()], Attention::new(&c, &w.at(n.attn), n.qkvo), mlp))
+            Ok(Block::pre_norm([norm(), norm()], attention(&c, &w.at(n.attn), n.qkvo), mlp))
         })?;
         let lm_head = LmHead::new(w, &embed_tokens, vocab, dim, c.tie_word_embeddings);
         Ok(Self(Decoder::of(embed_tokens, layers, norm(), lm_head).softcap(c.final_logit_softcapping)))

@@ -1,11 +1,12 @@
 //! Nemotron 3 and 4, Minitron: squared ReLU without a gate, LayerNorms that store w - 1. <https://arxiv.org/abs/2402.16819>
+//! And Jais 2, with LayerNorms as usual, biases, and heads that turn as a whole. <https://huggingface.co/inceptionai/Jais-2-8B-Chat>
 //!
 //! ```text
 //! h = x + Attention(Norm(x))               per layer
 //! y = h + relu(Norm(h) Wup)² · Wdown
 //! logits = Norm(y) · Wlm
 //!
-//! Norm(x) = (x - mean(x)) / std(x) * (1 + w) + b
+//! Norm(x) = (x - mean(x)) / std(x) * (1 + w) + b                      Jais 2: * w + b
 //! Attention(x) = softmax(rope(x Wq) · rope(x Wk)ᵀ / √d) · (x Wv) · Wo      the first half of each head turns
 //! ```
 
@@ -13,6 +14,7 @@ use plugin_api::prelude::*;
 
 config! {
     struct Config {
+        model_type: String,
         vocab_size: usize = 256_000,
         hidden_size: usize = 6144,
         intermediate_size: usize = 24_576,
@@ -21,10 +23,11 @@ config! {
         num_key_value_heads: usize = num_attention_heads,
         head_dim: usize = hidden_size / num_attention_heads,
         hidden_act: Activation = Activation::Relu2,
-        norm_eps: f32 = 1e-5,
-        attention_bias: bool = false,
-        mlp_bias: bool = false,
-        partial_rotary_factor: f32 = 0.5,
+        layer_norm_eps: f32 = 1e-5,
+        norm_eps: f32 = layer_norm_eps,
+        attention_bias: bool = model_type == "jais2",
+        mlp_bias: bool = model_type == "jais2",
+        partial_rotary_factor: f32 = if model_type == "jais2" { 1.0 } else { 0.5 },
         rope_theta: f32 = 10_000.0,
         rope_scaling: Option<RopeScaling> = None,
         tie_word_embeddings: bool = false,
@@ -34,14 +37,15 @@ config! {
 impl Config {
     fn norm(&self, w: &Weights, name: &str) -> LayerNorm {
         let (weight, bias) = (w.source(&format!("{name}.weight")), w.source(&format!("{name}.bias")));
-        LayerNorm::of(weight.plus(1.0), Some(bias), self.hidden_size, self.norm_eps)
+        let weight = if self.model_type == "jais2" { weight } else { weight.plus(1.0) };
+        LayerNorm::of(weight, Some(bias), self.hidden_size, self.norm_eps)
     }
 }
 
 struct Nemotron(Decoder<Block<SelfAttention, Mlp>>);
 
 impl Architecture for Nemotron {
-    const MODEL_TYPES: &'static [&'static str] = &["nemotron"];
+    const MODEL_TYPES: &'static [&'static str] = &["nemotron", "jais2"];
     type Config = Config;
 
     fn new(c: Config, w: &Weights) -> Result<Self> {

@@ -41,94 +41,62 @@ impl Config {
     }
 }
 
-struct Attention {
-    query_key_value: Linear,
-    dense: Linear,
-    rope: Rope,
-    scale: f32,
-    blocks: Option<SparseBlocks>,
-    head_dim: usize,
-    kv_heads: usize,
-    group: usize,
-}
-
-impl Attention {
-    fn new(c: &Config, w: &Weights, layer: usize) -> Self {
-        let (dim, head_dim, kv_heads) = (c.hidden_size, c.hidden_size / c.num_attention_heads, c.num_key_value_heads);
-        let every = c.dense_attention_every_n_layers;
-        let is_dense = every > 0 && (layer + 1).is_multiple_of(every);
-        let blocks = SparseBlocks {
-            size: c.blocksparse_block_size,
-            local: c.blocksparse_num_local_blocks,
-            stride: c.blocksparse_vert_stride,
-        };
-        let stretch = RopeScaling::of("linear", &[("factor", 1.0 / c.rope_position_scale)]);
-        Self {
-            query_key_value: w.linear("query_key_value", dim, dim + 2 * kv_heads * head_dim, true),
-            dense: w.linear("dense", dim, dim, true),
-            rope: w.rope(head_dim, c.rope_embedding_base, &(c.rope_position_scale != 1.0).then_some(stretch)),
-            scale: match c.mup_use_scaling {
-                true => c.mup_attn_multiplier / head_dim as f32,
-                false => (head_dim as f32).powf(-0.5),
-            },
-            blocks: (!is_dense).then_some(blocks),
-            head_dim,
-            kv_heads,
-            group: c.num_attention_heads / kv_heads,
-        }
-    }
-}
-
-impl Mixer for Attention {
-    fn forward(&self, x: &Tensor, layer: &mut Layer) -> Tensor {
-        let (d, q_lanes) = (self.head_dim, self.group * self.head_dim);
-        let groups = self.query_key_value.forward(x).unflatten(self.kv_heads);
-        let q = layer.rotate(&self.rope, groups.narrow(0, q_lanes).flatten().split_heads(d));
-        let k = layer.rotate(&self.rope, groups.narrow(q_lanes, d));
-        let how = Attend { scale: self.scale, blocks: self.blocks, ..Default::default() };
-        self.dense.forward(&layer.attend(q, k, groups.narrow(q_lanes + d, d), &how).merge_heads())
-    }
-
-    fn cache(&self) -> Cache {
-        Cache::key_value(None)
-    }
+fn attention(c: &Config, w: &Weights, layer: usize) -> SelfAttention {
+    let (dim, heads, kv_heads) = (c.hidden_size, c.num_attention_heads, c.num_key_value_heads);
+    let shape = Heads { dim, heads, kv_heads, head_dim: dim / heads };
+    let every = c.dense_attention_every_n_layers;
+    let is_dense = every > 0 && (layer + 1).is_multiple_of(every);
+    let (size, local) = (c.blocksparse_block_size, c.blocksparse_num_local_blocks);
+    let blocks = SparseBlocks { size, local, stride: c.blocksparse_vert_stride };
+    let stretch = RopeScaling::of("linear", &[("factor", 1.0 / c.rope_position_scale)]);
+    let stretch = (c.rope_position_scale != 1.0).then_some(stretch);
+    SelfAttention::grouped(w, "query_key_value", shape, true, w.linear("dense", dim, dim, true))
+        .rope(w.rope(shape.head_dim, c.rope_embedding_base, &stretch))
+        .scale(match c.mup_use_scaling {
+            true => c.mup_attn_multiplier / shape.head_dim as f32,
+            false => (shape.head_dim as f32).powf(-0.5),
+        })
+        .blocks((!is_dense).then_some(blocks))
 }
 
 struct Gegelu {
+    gate_proj: Linear,
     up_proj: Linear,
     down_proj: Linear,
-    hidden: usize,
     limit: f32,
+}
+
+impl Gegelu {
+    fn new(c: &Config, w: &Weights) -> Self {
+        let (dim, hidden) = (c.hidden_size, c.ff_intermediate_size);
+        let [gate_proj, up_proj] = [0, 1].map(|turn| {
+            let [weight, bias] = ["up_proj.weight", "up_proj.bias"].map(|name| w.source(name).every(0, turn, 2));
+            Linear::of(weight, Some(bias), dim, hidden)
+        });
+        Self { gate_proj, up_proj, down_proj: w.linear("down_proj", hidden, dim, true), limit: c.gegelu_limit }
+    }
 }
 
 impl FeedForward for Gegelu {
     fn forward(&self, x: &Tensor) -> Tensor {
-        let pairs = self.up_proj.forward(x).unflatten(self.hidden);
-        let a = pairs.narrow(0, 1).flatten().clamp(f32::MIN, self.limit);
-        let b = pairs.narrow(1, 1).flatten().clamp(-self.limit, self.limit);
+        let a = self.gate_proj.forward(x).clamp(f32::MIN, self.limit);
+        let b = self.up_proj.forward(x).clamp(-self.limit, self.limit);
         self.down_proj.forward(&(&a * (&a * 1.702).sigmoid() * (b + 1.0)))
     }
 }
 
-struct Phi3Small(Decoder<Block<Attention, Gegelu>>);
+struct Phi3Small(Decoder<Block<SelfAttention, Gegelu>>);
 
 impl Architecture for Phi3Small {
     const MODEL_TYPES: &'static [&'static str] = &["phi3small"];
     type Config = Config;
 
     fn new(c: Config, w: &Weights) -> Result<Self> {
-        let (model, dim, hidden) = (w.at("model"), c.hidden_size, c.ff_intermediate_size);
+        let (model, dim) = (w.at("model"), c.hidden_size);
         let embed_tokens = model.embedding("embed_tokens", c.vocab_size, dim);
         let layers = model.at("layers").each(c.num_hidden_layers, |w, layer| {
-            let (up_proj, down_proj) = ("mlp.up_proj", "mlp.down_proj");
-            let mlp = Gegelu {
-                up_proj: w.linear(up_proj, dim, 2 * hidden, true),
-                down_proj: w.linear(down_proj, hidden, dim, true),
-                hidden,
-                limit: c.gegelu_limit,
-            };
             let norms = ["input_layernorm", "post_attention_layernorm"].map(|name| c.norm(w, name));
-            Ok(Block::pre_norm(norms, Attention::new(&c, &w.at("self_attn"), layer), mlp))
+            Ok(Block::pre_norm(norms, attention(&c, &w.at("self_attn"), layer), Gegelu::new(&c, &w.at("mlp"))))
         })?;
         let lm_head = LmHead::new(w, &embed_tokens, c.vocab_size, dim, Some(true));
         let decoder = Decoder::of(embed_tokens, layers, c.norm(&model, "final_layernorm"), lm_head)

@@ -54,17 +54,7 @@ impl Architecture for Qwen {
         Ok(Self(Decoder::of(wte, blocks, model.rms_norm("ln_f", dim, c.layer_norm_epsilon), lm_head)))
     }
 
-    fn caches(&self) -> Vec<Cache> {
-        self.0.caches()
-    }
-
-    fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
-        self.0.run(tokens, step)
-    }
-
-    fn head(&self, hidden: &Tensor) -> Tensor {
-        self.0.head(hidden)
-    }
+    as_decoder!(0);
 }
 
 export_plugin!(Qwen);

@@ -96,17 +96,7 @@ impl Architecture for Qwen3Moe {
         Ok(Self(Decoder::new(w, shape, |w, layer| Ok(block(&c, w, layer)))?))
     }
 
-    fn caches(&self) -> Vec<Cache> {
-        self.0.caches()
-    }
-
-    fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
-        self.0.run(tokens, step)
-    }
-
-    fn head(&self, hidden: &Tensor) -> Tensor {
-        self.0.head(hidden)
-    }
+    as_decoder!(0);
 }
 
 export_plugin!(Qwen3Moe);

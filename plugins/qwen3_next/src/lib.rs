@@ -68,17 +68,19 @@ impl Config {
         self.num_experts > 0 && due && !self.mlp_only_layers.contains(&layer)
     }
 
-    fn key_dim(&self) -> usize {
-        self.linear_num_key_heads * self.linear_key_head_dim
-    }
-
-    fn value_dim(&self) -> usize {
-        self.linear_num_value_heads * self.linear_value_head_dim
+    fn delta_shape(&self) -> DeltaShape {
+        DeltaShape {
+            k_heads: self.linear_num_key_heads,
+            d: self.linear_key_head_dim,
+            heads: self.linear_num_value_heads,
+            e: self.linear_value_head_dim,
+            kernel: self.linear_conv_kernel_dim,
+        }
     }
 
     /// Hugging Face's norms multiply by 1 + w, converted ones store that sum; the conversion shows in the shape of the convolutions.
     fn is_converted(&self, w: &Weights) -> bool {
-        let conv = [2 * self.key_dim() + self.value_dim(), self.linear_conv_kernel_dim, 1];
+        let conv = [self.delta_shape().channels(), self.linear_conv_kernel_dim, 1];
         let name = |layer| format!("model.layers.{layer}.linear_attn.conv1d.weight");
         (0..self.num_hidden_layers.min(100)).any(|layer| w.has_shape(&name(layer), &conv))
     }
@@ -86,35 +88,31 @@ impl Config {
 
 /// The projections of a gated delta layer: Qwen3-Next's are two matrices, sorted by key head, Qwen3.5's four.
 enum Projections {
-    Sorted { in_proj_qkvz: Linear, in_proj_ba: Linear, shape: [usize; 4] },
-    Apart { in_proj_qkv: Linear, in_proj_z: Linear, in_proj_b: Linear, in_proj_a: Linear },
+    Sorted { in_proj_qkvz: Linear, in_proj_ba: Linear, shape: DeltaShape },
+    Apart([Linear; 4]),
 }
 
 impl Projections {
-    fn new(c: &Config, w: &Weights) -> Self {
-        let (dim, heads, qkv) = (c.hidden_size, c.linear_num_value_heads, 2 * c.key_dim() + c.value_dim());
+    fn new(dim: usize, s: DeltaShape, w: &Weights) -> Self {
         if w.has("in_proj_qkvz.weight") {
             return Self::Sorted {
-                in_proj_qkvz: w.linear("in_proj_qkvz", dim, qkv + c.value_dim(), false),
-                in_proj_ba: w.linear("in_proj_ba", dim, 2 * heads, false),
-                shape: [c.linear_num_key_heads, c.linear_key_head_dim, heads, c.linear_value_head_dim],
+                in_proj_qkvz: w.linear("in_proj_qkvz", dim, s.channels() + s.value_dim(), false),
+                in_proj_ba: w.linear("in_proj_ba", dim, 2 * s.heads, false),
+                shape: s,
             };
         }
-        let named = [("in_proj_qkv", qkv), ("in_proj_z", c.value_dim()), ("in_proj_b", heads), ("in_proj_a", heads)];
-        let [in_proj_qkv, in_proj_z, in_proj_b, in_proj_a] = w.linears(dim, false, named);
-        Self::Apart { in_proj_qkv, in_proj_z, in_proj_b, in_proj_a }
+        let (qkv, z) = (("in_proj_qkv", s.channels()), ("in_proj_z", s.value_dim()));
+        Self::Apart(w.linears(dim, false, [qkv, z, ("in_proj_b", s.heads), ("in_proj_a", s.heads)]))
     }
 
-    /// x `[tokens, dim]` -> qkv `[tokens, 2 * key_dim + value_dim]`, z `[tokens, value_dim]`, b and a `[tokens, heads]`.
+    /// x `[tokens, dim]` -> qkv `[tokens, channels]`, z `[tokens, value_dim]`, b and a `[tokens, heads]`.
     fn forward(&self, x: &Tensor) -> [Tensor; 4] {
         match self {
-            Self::Apart { in_proj_qkv, in_proj_z, in_proj_b, in_proj_a } => {
-                [in_proj_qkv, in_proj_z, in_proj_b, in_proj_a].map(|proj| proj.forward(x))
-            }
-            Self::Sorted { in_proj_qkvz, in_proj_ba, shape: [k_heads, d, heads, e] } => {
+            Self::Apart(projections) => projections.each_ref().map(|proj| proj.forward(x)),
+            Self::Sorted { in_proj_qkvz, in_proj_ba, shape: DeltaShape { k_heads, d, heads, e, .. } } => {
                 let (shared, e) = (heads / k_heads, heads / k_heads * e);
-                let (qkvz, ba) =
-                    (in_proj_qkvz.forward(x).unflatten(*k_heads), in_proj_ba.forward(x).unflatten(*k_heads));
+                let qkvz = in_proj_qkvz.forward(x).unflatten(*k_heads);
+                let ba = in_proj_ba.forward(x).unflatten(*k_heads);
                 let part = |start, len| qkvz.narrow(start, len).flatten();
                 let qkv = Tensor::concat(&[&part(0, *d), &part(*d, *d), &part(2 * d, e)]);
                 [qkv, part(2 * d + e, e), ba.narrow(0, shared).flatten(), ba.narrow(shared, shared).flatten()]
@@ -125,51 +123,37 @@ impl Projections {
 
 struct GatedDelta {
     projections: Projections,
-    conv1d: Conv1d,
+    rule: DeltaRule,
     a_log: Parameter,
     dt_bias: Parameter,
-    unit: RmsNorm,
     norm: RmsNorm,
     out_proj: Linear,
-    shape: [usize; 4],
 }
 
 impl GatedDelta {
     fn new(c: &Config, w: &Weights) -> Self {
-        let (k_heads, d) = (c.linear_num_key_heads, c.linear_key_head_dim);
-        let (heads, e) = (c.linear_num_value_heads, c.linear_value_head_dim);
+        let (s, dim) = (c.delta_shape(), c.hidden_size);
         Self {
-            projections: Projections::new(c, w),
-            conv1d: w.conv1d("conv1d", 2 * c.key_dim() + c.value_dim(), c.linear_conv_kernel_dim, false),
-            a_log: w.tensor("A_log", &[heads]),
-            dt_bias: w.tensor("dt_bias", &[heads]),
-            // x / √(Σ x² + 1e-6), but for a factor of √d.
-            unit: RmsNorm::plain(d, 1e-6 / d as f32),
-            norm: w.rms_norm("norm", e, c.rms_norm_eps),
-            out_proj: w.linear("out_proj", c.value_dim(), c.hidden_size, false),
-            shape: [k_heads, d, heads, e],
+            projections: Projections::new(dim, s, w),
+            rule: DeltaRule::new(w, "conv1d", s),
+            a_log: w.tensor("A_log", &[s.heads]),
+            dt_bias: w.tensor("dt_bias", &[s.heads]),
+            norm: w.rms_norm("norm", s.e, c.rms_norm_eps),
+            out_proj: w.linear("out_proj", s.value_dim(), dim, false),
         }
     }
 }
 
 impl Mixer for GatedDelta {
     fn forward(&self, x: &Tensor, layer: &mut Layer) -> Tensor {
-        let [k_heads, d, heads, e] = self.shape;
         let [qkv, z, b, a] = self.projections.forward(x);
-        let qkv = layer.conv1d(&self.conv1d, &qkv).silu();
-        let q = qkv.narrow(0, k_heads * d).split_heads(d);
-        let k = qkv.narrow(k_heads * d, k_heads * d).split_heads(d);
-        let v = qkv.narrow(2 * k_heads * d, heads * e).split_heads(e);
-        let (q, k) = (self.unit.forward(&q) / d as f32, self.unit.forward(&k) * (d as f32).powf(-0.5));
-
         let g = -(self.a_log.tensor().exp() * (a + self.dt_bias.tensor()).softplus());
-        let o = layer.gated_delta(&q, &k, &v, &g, &b.sigmoid());
-        self.out_proj.forward(&z.split_heads(e).swiglu(&self.norm.forward(&o)).merge_heads())
+        let o = self.norm.forward(&self.rule.forward(&qkv, &g, &b.sigmoid(), layer));
+        self.out_proj.forward(&z.swiglu(&o.merge_heads()))
     }
 
     fn cache(&self) -> Cache {
-        let [_, d, heads, e] = self.shape;
-        self.conv1d.cache().and(Cache::state(&[heads, d, e]))
+        self.rule.cache()
     }
 }
 
@@ -235,7 +219,7 @@ fn ffn(c: &Config, w: &Weights, layer: usize) -> Ffn {
     Ffn::Sparse(Moe::new(router, experts).shared(shared).shared_gate(shared_gate))
 }
 
-struct Qwen3Next(Decoder<Block<Box<dyn Mixer + Send>, Ffn>>);
+struct Qwen3Next(Decoder<Block<AnyMixer, Ffn>>);
 
 impl Architecture for Qwen3Next {
     const MODEL_TYPES: &'static [&'static str] =
@@ -253,7 +237,7 @@ impl Architecture for Qwen3Next {
         };
         let model = w.at("model");
         let layers = model.at("layers").each(c.num_hidden_layers, |w, i| {
-            let mixer: Box<dyn Mixer + Send> = match c.is_full(i)? {
+            let mixer: AnyMixer = match c.is_full(i)? {
                 true => Box::new(GatedAttention::new(&c, &w.at("self_attn"), norm)),
                 false => Box::new(GatedDelta::new(&c, &w.at("linear_attn"))),
             };

@@ -136,7 +136,7 @@ fn attention(c: &Config, w: &Weights) -> SelfAttention {
         .window(Some(c.attention_window_size))
 }
 
-struct RecurrentGemma(Decoder<Block<Box<dyn Mixer + Send>, GatedMlp>>);
+struct RecurrentGemma(Decoder<Block<AnyMixer, GatedMlp>>);
 
 impl Architecture for RecurrentGemma {
     const MODEL_TYPES: &'static [&'static str] = &["recurrent_gemma"];
@@ -145,7 +145,7 @@ impl Architecture for RecurrentGemma {
     fn new(c: Config, w: &Weights) -> Result<Self> {
         let (model, dim) = (w.at("model"), c.hidden_size);
         let layers = model.at("layers").each(c.num_hidden_layers, |w, i| {
-            let mixer: Box<dyn Mixer + Send> = match c.attends(i)? {
+            let mixer: AnyMixer = match c.attends(i)? {
                 true => Box::new(attention(&c, &w.at("temporal_block"))),
                 false => Box::new(Recurrent::new(&c, &w.at("temporal_block"))),
             };

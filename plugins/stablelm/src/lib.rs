@@ -61,7 +61,7 @@ impl Config {
 struct StableLm(Decoder);
 
 impl Architecture for StableLm {
-    const MODEL_TYPES: &'static [&'static str] = &["stablelm", "stablelm_epoch"];
+    const MODEL_TYPES: &'static [&'static str] = &["stablelm"];
     type Config = Config;
 
     fn new(c: Config, w: &Weights) -> Result<Self> {

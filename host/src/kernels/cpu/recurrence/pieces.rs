@@ -1,6 +1,7 @@
 //! How Mamba's recurrences are cut: each head, or few channels, knows nothing of the others, whatever the number of tokens.
 
 use super::by_head::TASK;
+use crate::kernels::cpu::lanes::{Lanes, exp};
 use rayon::prelude::*;
 
 /// Splits a recurrence into pieces that know nothing of each other: piece i has its own `chunk` numbers of the state and its own `width`
@@ -45,22 +46,59 @@ pub fn side_by_side(
     }
 }
 
-/// `h = decay h + input b`, gives `h · c`.
-pub fn fold(h: &mut [f32], decay: f32, input: f32, b: &[f32], c: &[f32]) -> f32 {
-    // Several sums at once, for the compiler to put them into one register.
-    const LANES: usize = 8;
-    let mut sums = [0.0; LANES];
-    let whole = h.len() / LANES * LANES;
-    for ((h, b), c) in h[..whole].chunks_exact_mut(LANES).zip(b.chunks_exact(LANES)).zip(c.chunks_exact(LANES)) {
-        for i in 0..LANES {
-            h[i] = h[i] * decay + input * b[i];
-            sums[i] += h[i] * c[i];
+/// What the numbers of a state are multiplied by before a token.
+#[derive(Clone, Copy)]
+pub enum Fade<'a> {
+    /// All by the same.
+    One(f32),
+    /// Each by its `exp(dt a)`.
+    Each(f32, &'a [f32]),
+}
+
+impl Fade<'_> {
+    /// # Safety
+    /// As for [`Lanes`]; there are `L::W` numbers from `at` on.
+    #[inline(always)]
+    unsafe fn lanes<L: Lanes>(&self, at: usize) -> L::F {
+        // SAFETY: the caller vouches for both.
+        unsafe {
+            match self {
+                Fade::One(decay) => L::splat(*decay),
+                Fade::Each(dt, a) => exp::<L>(L::mul(L::splat(*dt), L::load(a.as_ptr().add(at)))),
+            }
         }
     }
-    let mut sum = sums.iter().sum();
-    for ((h, b), c) in h[whole..].iter_mut().zip(&b[whole..]).zip(&c[whole..]) {
-        *h = *h * decay + input * b;
-        sum += *h * c;
+}
+
+/// `h = decay h + input b`, gives `h · c`; all of one length.
+///
+/// # Safety
+/// As for [`Lanes`].
+#[inline(always)]
+pub unsafe fn fold<L: Lanes>(h: &mut [f32], fade: Fade, input: f32, b: &[f32], c: &[f32]) -> f32 {
+    let n = h.len();
+    let each = if let Fade::Each(_, a) = fade { a.len() } else { n };
+    assert!(b.len() == n && c.len() == n && each == n, "recurrence: {n} numbers of state against {}", b.len());
+    let mut at = 0;
+    // SAFETY: every load and store is of W numbers from `at` on, and `at + W <= n`.
+    let mut sum = unsafe {
+        let mut sums = L::splat(0.0);
+        while at + L::W <= n {
+            let added = L::mul(L::splat(input), L::load(b.as_ptr().add(at)));
+            let new = L::fma(L::load(h.as_ptr().add(at)), fade.lanes::<L>(at), added);
+            L::store(h.as_mut_ptr().add(at), new);
+            sums = L::fma(new, L::load(c.as_ptr().add(at)), sums);
+            at += L::W;
+        }
+        L::sum(sums)
+    };
+    for i in at..n {
+        let decay = match fade {
+            Fade::One(decay) => decay,
+            Fade::Each(dt, a) => (dt * a[i]).exp(),
+        };
+        h[i] = h[i] * decay + input * b[i];
+        sum += h[i] * c[i];
     }
     sum
 }

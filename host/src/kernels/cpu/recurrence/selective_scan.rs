@@ -1,28 +1,49 @@
 //! The selective scan of Mamba 1: every channel has a step width of its own, every number of its state a decay of its own.
 //! <https://arxiv.org/abs/2312.00752>
 
-use super::pieces::side_by_side;
+use super::pieces::{Fade, fold, side_by_side};
+use crate::kernels::cpu::lanes::{Isa, Job, Lanes, dispatch};
 
 /// `h = exp(dt a) h + dt x bᵀ`, `y = h c`: x, dt and out `[tokens, d]`, b and c `[tokens, n]`, a and state `[d, n]`.
-pub fn selective_scan([d, n]: [usize; 2], state: &mut [f32], [x, dt, b, c]: [&[f32]; 4], a: &[f32], out: &mut [f32]) {
+pub fn selective_scan([d, n]: [usize; 2], state: &mut [f32], rows: [&[f32]; 4], a: &[f32], out: &mut [f32]) {
     // As many channels a piece as divide d, up to a cache line's worth of outputs.
     let width = (1..=16).rev().find(|w| d.is_multiple_of(*w)).unwrap_or(1);
+    let isa = Isa::best();
     side_by_side(state, width * n, width, out, |piece, state, out| {
-        let first = piece * width;
-        for (token, out) in out.chunks_mut(width).enumerate() {
-            let (b, c) = (&b[token * n..(token + 1) * n], &c[token * n..(token + 1) * n]);
-            for ((i, y), h) in out.iter_mut().enumerate().zip(state.chunks_mut(n)) {
-                let channel = first + i;
-                let (x, dt) = (x[token * d + channel], dt[token * d + channel]);
-                let a = &a[channel * n..(channel + 1) * n];
-                *y = 0.0;
-                for (((h, a), b), c) in h.iter_mut().zip(a).zip(b).zip(c) {
-                    *h = (dt * a).exp() * *h + dt * x * b;
-                    *y += *h * c;
-                }
+        let job = Channels { shape: [d, n], first: piece * width, width, state, rows, a, out };
+        // SAFETY: `isa` is available; the job holds no pointers.
+        unsafe { dispatch(isa, job) }
+    });
+}
+
+/// The walk of `width` channels from `first` on through the tokens.
+struct Channels<'a> {
+    shape: [usize; 2],
+    first: usize,
+    width: usize,
+    state: &'a mut [f32],
+    rows: [&'a [f32]; 4],
+    a: &'a [f32],
+    out: &'a mut [f32],
+}
+
+impl Job for Channels<'_> {
+    type Out = ();
+
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        let ([d, n], [x, dt, b, c]) = (self.shape, self.rows);
+        for (token, out) in self.out.chunks_mut(self.width).enumerate() {
+            let [b, c] = [b, c].map(|all| &all[token * n..(token + 1) * n]);
+            for ((i, y), h) in out.iter_mut().enumerate().zip(self.state.chunks_mut(n)) {
+                let channel = self.first + i;
+                let [x, dt] = [x, dt].map(|all| all[token * d + channel]);
+                let fade = Fade::Each(dt, &self.a[channel * n..(channel + 1) * n]);
+                // SAFETY: the caller vouches for the instruction set.
+                *y = unsafe { fold::<L>(h, fade, dt * x, b, c) };
             }
         }
-    });
+    }
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! The state space dual of Mamba 2, as a recurrence: one decay a head and token. <https://arxiv.org/abs/2405.21060>
 
-use super::pieces::{fold, side_by_side};
+use super::pieces::{Fade, fold, side_by_side};
+use crate::kernels::cpu::lanes::{Isa, Job, Lanes, dispatch};
 
 /// The shape of the recurrence.
 #[derive(Clone, Copy, Debug)]
@@ -17,20 +18,42 @@ pub struct Ssd {
 
 /// `h = exp(dt a) h + dt x bᵀ`, `y = h c`: x and out `[tokens, heads, d]`, dt `[tokens, heads]`, b and c `[tokens, groups, n]`, a `[heads]`,
 /// state `[heads, d, n]`.
-pub fn ssd(shape: Ssd, state: &mut [f32], [x, dt, b, c]: [&[f32]; 4], a: &[f32], out: &mut [f32]) {
-    let Ssd { heads, d, groups, n } = shape;
-    side_by_side(state, d * n, d, out, |head, state, out| {
+pub fn ssd(shape: Ssd, state: &mut [f32], rows: [&[f32]; 4], a: &[f32], out: &mut [f32]) {
+    let isa = Isa::best();
+    side_by_side(state, shape.d * shape.n, shape.d, out, |head, state, out| {
+        // SAFETY: `isa` is available; the job holds no pointers.
+        unsafe { dispatch(isa, Head { shape, head, state, rows, a, out }) }
+    });
+}
+
+/// One head's walk through the tokens.
+struct Head<'a> {
+    shape: Ssd,
+    head: usize,
+    state: &'a mut [f32],
+    rows: [&'a [f32]; 4],
+    a: &'a [f32],
+    out: &'a mut [f32],
+}
+
+impl Job for Head<'_> {
+    type Out = ();
+
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        let (Ssd { heads, d, groups, n }, head, [x, dt, b, c]) = (self.shape, self.head, self.rows);
         let group = head / (heads / groups);
-        for (token, out) in out.chunks_mut(d).enumerate() {
+        for (token, out) in self.out.chunks_mut(d).enumerate() {
             let dt = dt[token * heads + head];
-            let decay = (dt * a[head]).exp();
+            let fade = Fade::One((dt * self.a[head]).exp());
             let x = &x[(token * heads + head) * d..][..d];
-            let (b, c) = (&b[(token * groups + group) * n..][..n], &c[(token * groups + group) * n..][..n]);
-            for ((y, h), x) in out.iter_mut().zip(state.chunks_mut(n)).zip(x) {
-                *y = fold(h, decay, dt * x, b, c);
+            let [b, c] = [b, c].map(|all| &all[(token * groups + group) * n..][..n]);
+            for ((y, h), x) in out.iter_mut().zip(self.state.chunks_mut(n)).zip(x) {
+                // SAFETY: the caller vouches for the instruction set.
+                *y = unsafe { fold::<L>(h, fade, dt * x, b, c) };
             }
         }
-    });
+    }
 }
 
 #[cfg(test)]
