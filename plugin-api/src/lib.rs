@@ -97,6 +97,6 @@ pub mod prelude {
     pub use crate::{
         Architecture, Attend, Cache, Conv1d, Embedding, ExpertKind, Experts, ExpertsShape, Layer, LayerNorm, Linear,
         MultiLinear, Norm, Parameter, Result, RmsNorm, Rope, RopeScaling, Source, SparseBlocks, Step, Tensor, Weights,
-        blocks::*, config, export_plugin,
+        as_decoder, blocks::*, config, export_plugin,
     };
 }

@@ -5,7 +5,7 @@ use super::building::{Building, MOST_SLOTS};
 use crate::{
     layers::experts::{Activation, Kind},
     weights::{
-        plan::{Projection, Wanted},
+        plan::{Projection, Projections, Wanted},
         recipe::Recipe,
     },
 };
@@ -30,9 +30,6 @@ const FUSED: [[&str; 4]; 3] = [
     ["experts.gate_up_proj.weight", "experts.down_proj.weight", "experts.gate_up_proj.bias", "experts.down_proj.bias"],
     ["input_linear.weight", "output_linear.weight", "input_linear.bias", "output_linear.bias"],
 ];
-
-/// gate, where there is one, up and down.
-type Found = (Option<Projection>, Projection, Projection);
 
 fn stored(name: String) -> Arc<Recipe> {
     Arc::new(Recipe::Stored(name))
@@ -64,12 +61,12 @@ impl Building<'_> {
         };
         let gate = kind.activation.is_gated().then(|| projection(gate, gate_bias));
         let (up, down) = (projection(up, up_bias), projection(down, down_bias));
-        self.experts_slot(&spec, kind, (gate, up, down))
+        self.experts_slot(&spec, kind, Projections { gate, up, down })
     }
 
-    fn experts_slot(&mut self, spec: &ExpertsSpec, kind: Kind, (gate, up, down): Found) -> Slot {
+    fn experts_slot(&mut self, spec: &ExpertsSpec, kind: Kind, projections: Projections) -> Slot {
         let (experts, dim, hidden) = (spec.experts as usize, spec.dim as usize, spec.hidden as usize);
-        self.slot(Wanted::Experts { gate, up, down, experts, dim, hidden, kind })
+        self.slot(Wanted::Experts { projections: projections.into(), experts, dim, hidden, kind })
     }
 
     fn experts_spec(&mut self, at: &str, spec: SpecRef<'_>) -> Option<(ExpertsSpec, Kind)> {
@@ -109,7 +106,7 @@ impl Building<'_> {
         Some((spec, Kind { activation, identity, scaled_input }))
     }
 
-    fn find_experts(&self, prefix: &str, spec: &ExpertsSpec, gated: bool) -> Found {
+    fn find_experts(&self, prefix: &str, spec: &ExpertsSpec, gated: bool) -> Projections {
         let has = |name: &str| self.has(&format!("{prefix}{name}"));
         let biased = spec.flags & abi::EXPERTS_WITH_BIAS != 0;
         if gated {
@@ -159,12 +156,12 @@ impl Building<'_> {
         let mut next = || {
             found.next().unwrap_or_else(|| Projection { weight: Recipe::Stack(vec![]), bias: None, modules: vec![] })
         };
-        (gate, next(), next())
+        Projections { gate, up: next(), down: next() }
     }
 
     /// gate_up `[experts, 2 hidden, dim]` and down `[experts, dim, hidden]`, or both turned (`[experts, dim, 2 hidden]`,
     /// `[experts, hidden, dim]`), which the two shapes always tell apart: at most one of them can be square.
-    fn fused(&self, prefix: &str, names: &[&str; 4], spec: &ExpertsSpec, biased: bool) -> Found {
+    fn fused(&self, prefix: &str, names: &[&str; 4], spec: &ExpertsSpec, biased: bool) -> Projections {
         let [gate_up, down, gate_up_bias, down_bias] = names.map(|name| stored(format!("{prefix}{name}")));
         let (experts, dim, hidden) = (spec.experts as usize, spec.dim as usize, spec.hidden as usize);
         let is = |recipe: &Recipe, shape: [usize; 3]| self.pantry.shape(recipe).is_ok_and(|found| found == shape);
@@ -186,7 +183,7 @@ impl Building<'_> {
             bias: biased.then(|| (*down_bias).clone()),
             modules: modules(NAMES[2]),
         };
-        (Some(inner(0)), inner(1), down)
+        Projections { gate: Some(inner(0)), up: inner(1), down }
     }
 }
 

@@ -2,7 +2,7 @@
 //! CPU that means little more than slicing maps.
 
 use super::{
-    plan::{Projection, Wanted},
+    plan::{Projection, Projections, Wanted},
     recipe::{Pantry, Recipe},
 };
 use crate::{
@@ -63,7 +63,8 @@ impl Loader<'_> {
                     native: self.place.native,
                 })
             }
-            Wanted::Experts { gate, up, down, experts, kind, .. } => {
+            Wanted::Experts { projections, experts, kind, .. } => {
+                let Projections { gate, up, down } = &**projections;
                 let (up, down) = (self.projection(up, *experts)?, self.projection(down, *experts)?);
                 let gate: Vec<Option<Linear>> = match gate {
                     Some(gate) => self.projection(gate, *experts)?.into_iter().map(Some).collect(),

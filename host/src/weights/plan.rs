@@ -43,12 +43,8 @@ pub enum Wanted {
     },
     /// gate, up `[experts, hidden, dim]` and down `[experts, dim, hidden]`
     Experts {
-        /// In the kinds that have one.
-        gate: Option<Projection>,
-        /// Like `gate`.
-        up: Projection,
-        /// The way back.
-        down: Projection,
+        /// Their weights.
+        projections: Box<Projections>,
         /// How many.
         experts: usize,
         /// Outer width.
@@ -93,6 +89,17 @@ pub enum Wanted {
     Rope(crate::layers::rope::Rope),
 }
 
+/// The projections of all experts of a layer.
+#[derive(Debug, Clone)]
+pub struct Projections {
+    /// In the kinds that have one.
+    pub gate: Option<Projection>,
+    /// Like `gate`.
+    pub up: Projection,
+    /// The way back.
+    pub down: Projection,
+}
+
 /// One projection of all experts of a layer.
 #[derive(Debug, Clone)]
 pub struct Projection {
@@ -114,7 +121,8 @@ impl Wanted {
                 .collect(),
             Wanted::Embedding { weight, vocab, dim } => vec![(weight, vec![*vocab, *dim])],
             Wanted::Norm { weight, bias, dim, .. } => weight.iter().chain(bias).map(|r| (r, vec![*dim])).collect(),
-            Wanted::Experts { gate, up, down, experts, dim, hidden, .. } => {
+            Wanted::Experts { projections, experts, dim, hidden, .. } => {
+                let Projections { gate, up, down } = &**projections;
                 let into = gate.iter().chain([up]).map(|p| (p, [*hidden, *dim]));
                 let all = into.chain([(down, [*dim, *hidden])]).flat_map(|(p, [outputs, inputs])| {
                     let weight = (&p.weight, vec![*experts, outputs, inputs]);

@@ -34,6 +34,17 @@ impl Read for Activation {
     }
 }
 
+/// config.json's `hidden_act` where an architecture's experts know SiLU alone: any other name is refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SiluOnly;
+
+impl Read for SiluOnly {
+    const WHAT: &'static str = "silu, the only activation that this architecture knows";
+    fn read(json: &Json) -> Option<Self> {
+        matches!(json.as_str()?, "silu" | "swish").then_some(Self)
+    }
+}
+
 impl Activation {
     /// The same shape.
     #[track_caller]
@@ -123,5 +134,8 @@ mod tests {
             error,
             "config.json: hidden_act is \"mish\", it should be silu, gelu, gelu_pytorch_tanh, relu or relu2"
         );
+        let gelu = Json::from_iter([("hidden_act", "gelu")]);
+        let error = key::<SiluOnly>(&gelu, "", "hidden_act").unwrap_err().0;
+        assert!(error.ends_with("it should be silu, the only activation that this architecture knows"), "{error}");
     }
 }

@@ -21,7 +21,7 @@ mod qk_norm;
 mod sharing;
 mod turning;
 
-pub use activation::{Activation, LayerTypes};
+pub use activation::{Activation, LayerTypes, SiluOnly};
 pub use attention::{Heads, SelfAttention};
 pub use block::{Block, FeedForward, Mixer};
 pub use branch::{AnyMixer, Branch, Unmixed};

@@ -25,6 +25,7 @@ config! {
         num_attention_heads: usize where >= 1,
         num_key_value_heads: usize = num_attention_heads,
         head_dim: usize = hidden_size / num_attention_heads,
+        hidden_act: SiluOnly = SiluOnly,
         rms_norm_eps: f32 = if model_type == "dots1" { 1e-6 } else { 1e-5 },
         rope_theta: f32 = if model_type == "solar_open" { 1e6 } else { 10_000.0 },
         rope_scaling: Option<RopeScaling> = None,

@@ -21,6 +21,7 @@ config! {
         num_attention_heads: usize where >= 1 = 32,
         num_key_value_heads: usize = num_attention_heads,
         head_dim: usize = hidden_size / num_attention_heads,
+        hidden_act: SiluOnly = SiluOnly,
         rms_norm_eps: f32 = 1e-6,
         rope_theta: f32 = 10_000.0,
         rope_scaling: Option<RopeScaling> = None,

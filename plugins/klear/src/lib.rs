@@ -23,6 +23,7 @@ config! {
         num_hidden_layers: usize,
         num_attention_heads: usize where >= 1,
         num_key_value_heads: usize = num_attention_heads,
+        hidden_act: SiluOnly = SiluOnly,
         rms_norm_eps: f32 = 1e-5,
         rope_theta: f32 = 10_000.0,
         attention_bias: bool = false,

@@ -40,6 +40,7 @@ config! {
         num_attention_heads_per_layer: Option<Vec<usize>> = None,
         num_key_value_heads: usize = 8,
         head_dim: usize = 128,
+        hidden_act: SiluOnly = SiluOnly,
         rms_norm_eps: f32 = 1e-6,
         rope_parameters: Option<LayerRopes> = None,
         attention_bias: bool = false,

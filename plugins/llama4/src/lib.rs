@@ -25,6 +25,7 @@ config! {
         num_attention_heads: usize where >= 1 = 40,
         num_key_value_heads: usize = 8,
         head_dim: usize = 128,
+        hidden_act: SiluOnly = SiluOnly,
         rms_norm_eps: f32 = 1e-5,
         rope_theta: f32 = 500_000.0,
         rope_scaling: Option<RopeScaling> = None,

@@ -22,6 +22,7 @@ config! {
         num_attention_heads: usize where >= 1 = 32,
         num_key_value_heads: usize = 4,
         head_dim: usize = 128,
+        hidden_act: SiluOnly = SiluOnly,
         rms_norm_eps: f32 = 1e-6,
         attention_bias: bool = false,
         rope_parameters: Option<LayerRopes> = None,

@@ -30,6 +30,7 @@ config! {
         v_head_dim: usize = 128,
         swa_v_head_dim: usize = v_head_dim,
         layernorm_epsilon: f32 = 1e-5,
+        hidden_act: SiluOnly = SiluOnly,
         rms_norm_eps: f32 = layernorm_epsilon,
         rope_theta: f32 = 5e6,
         swa_rope_theta: f32 = 10_000.0,

@@ -20,6 +20,7 @@ config! {
         num_attention_heads: usize where >= 1 = 32,
         num_key_value_heads: usize = 8,
         head_dim: usize = hidden_size / num_attention_heads,
+        hidden_act: SiluOnly = SiluOnly,
         rms_norm_eps: f32 = 1e-5,
         rope_theta: f32 = 1e6,
         rope_scaling: Option<RopeScaling> = None,

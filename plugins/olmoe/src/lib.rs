@@ -22,6 +22,7 @@ config! {
         num_attention_heads: usize where >= 1 = 16,
         num_key_value_heads: usize = num_attention_heads,
         head_dim: usize = hidden_size / num_attention_heads,
+        hidden_act: SiluOnly = SiluOnly,
         rms_norm_eps: f32 = 1e-5,
         rope_theta: f32 = 10_000.0,
         rope_scaling: Option<RopeScaling> = None,

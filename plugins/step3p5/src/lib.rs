@@ -59,6 +59,7 @@ config! {
         head_dim: usize,
         attention_other_setting: Option<OtherHeads> = None,
         use_head_wise_attn_gate: bool = true,
+        hidden_act: SiluOnly = SiluOnly,
         rms_norm_eps: f32 = 1e-5,
         rope_theta: Each = Each(vec![10_000.0]),
         rope_scaling: Option<RopeScaling> = None,
