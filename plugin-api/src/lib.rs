@@ -97,6 +97,6 @@ pub mod prelude {
     pub use crate::{
         Architecture, Attend, Cache, Conv1d, Embedding, ExpertKind, Experts, ExpertsShape, Layer, LayerNorm, Linear,
         MultiLinear, Norm, Parameter, Result, RmsNorm, Rope, RopeScaling, Source, SparseBlocks, Step, Tensor, Weights,
-        as_decoder, blocks::*, config, export_plugin,
+        blocks::*, config, export_plugin,
     };
 }

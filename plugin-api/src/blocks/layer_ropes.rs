@@ -24,9 +24,12 @@ impl Read for Set {
     const WHAT: &'static str = "an object with rope_theta";
     fn read(json: &Json) -> Option<Self> {
         let number = |key: &str| json.get(key).map(f32::read);
+        let share = number("partial_rotary_factor").unwrap_or(Some(1.0))?;
+        // The proportional kind spreads its frequencies over all lanes, and lets those beyond its share rest.
+        let is_proportional = json.get("rope_type").is_some_and(|kind| kind == "proportional");
         Some(Self {
             rope_theta: number("rope_theta").unwrap_or(Some(10_000.0))?,
-            partial_rotary_factor: number("partial_rotary_factor").unwrap_or(Some(1.0))?,
+            partial_rotary_factor: if is_proportional { 1.0 } else { share },
             scaling: RopeScaling::read(json)?,
         })
     }
@@ -65,6 +68,9 @@ mod tests {
         let ropes = read(both).unwrap();
         assert_eq!((ropes.full_attention.rope_theta, ropes.full_attention.partial_rotary_factor), (5e5, 0.5));
         assert_eq!((ropes.sliding_attention.rope_theta, ropes.sliding_attention.partial_rotary_factor), (100.0, 1.0));
+        let proportional =
+            read(r#"{"full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.5}}"#).unwrap();
+        assert_eq!(proportional.full_attention.partial_rotary_factor, 1.0);
         assert_eq!(read(r#"{"full_attention": {"rope_theta": 7.0}}"#).unwrap().sliding_attention.rope_theta, 7.0);
         assert!(
             read(r#"{"rope_theta": 7.0}"#).is_none() && read(r#"{"full_attention": {"rope_theta": "x"}}"#).is_none()

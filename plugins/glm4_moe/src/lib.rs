@@ -1,4 +1,4 @@
-//! GLM 4.5 and other decoders with grouped heads and DeepSeek's routing: Solar Open, dots.llm1, K-EXAONE. <https://arxiv.org/abs/2508.06471>
+//! GLM 4.5 and other decoders with grouped heads and DeepSeek's routing: Solar Open, dots.llm1, K-EXAONE, Hunyuan 3. <https://arxiv.org/abs/2508.06471>
 //!
 //! ```text
 //! h = x + Attention(RMSNorm(x))            per layer
@@ -27,11 +27,15 @@ config! {
         head_dim: usize = hidden_size / num_attention_heads,
         hidden_act: SiluOnly = SiluOnly,
         rms_norm_eps: f32 = if model_type == "dots1" { 1e-6 } else { 1e-5 },
-        rope_theta: f32 = if model_type == "solar_open" { 1e6 } else { 10_000.0 },
+        rope_theta: f32 = match &*model_type {
+            "solar_open" => 1e6,
+            "hy_v3" => 11_158_840.0,
+            _ => 10_000.0,
+        },
         rope_scaling: Option<RopeScaling> = None,
         partial_rotary_factor: f32 = if model_type == "glm4_moe" { 0.5 } else { 1.0 },
         attention_bias: bool = false,
-        use_qk_norm: bool = matches!(model_type.as_str(), "dots1" | "exaone_moe"),
+        use_qk_norm: bool = matches!(model_type.as_str(), "dots1" | "exaone_moe" | "hy_v3"),
         sliding_window: Option<usize> = None,
         layer_types: Option<LayerTypes> = None,
         moe_intermediate_size: usize,
@@ -43,8 +47,13 @@ config! {
         n_group: usize = 1,
         topk_group: usize = 1,
         norm_topk_prob: bool = model_type != "dots1",
-        routed_scaling_factor: f32 = if model_type == "exaone_moe" { 2.5 } else { 1.0 },
-        first_k_dense_replace: usize = matches!(model_type.as_str(), "glm4_moe" | "exaone_moe").into(),
+        router_scaling_factor: Option<f32> = None,
+        routed_scaling_factor: f32 = router_scaling_factor.unwrap_or(match &*model_type {
+            "exaone_moe" => 2.5,
+            "hy_v3" => 2.826,
+            _ => 1.0,
+        }),
+        first_k_dense_replace: usize = matches!(model_type.as_str(), "glm4_moe" | "exaone_moe" | "hy_v3").into(),
         mlp_layer_types: Option<Vec<String>> = None,
         num_nextn_predict_layers: usize = 1,
         tie_word_embeddings: Option<bool> = None,
@@ -75,7 +84,7 @@ fn attention(c: &Config, w: &Weights, layer: usize) -> Result<SelfAttention> {
     let (dim, heads, kv_heads, head_dim) = (c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim);
     let (window, turns) = c.sight(layer)?;
     let turned = (head_dim as f32 * c.partial_rotary_factor) as usize;
-    let o_bias = c.attention_bias && c.model_type == "dots1";
+    let o_bias = c.attention_bias && matches!(&*c.model_type, "dots1" | "hy_v3");
     let attention = SelfAttention::new(w, Heads { dim, heads, kv_heads, head_dim }, c.attention_bias, o_bias)
         .rope(turns.then(|| w.rope(turned, c.rope_theta, &c.rope_scaling)))
         .window(window);
@@ -89,16 +98,18 @@ fn mlp(c: &Config, w: &Weights, layer: usize) -> Ffn {
     if !c.is_sparse(layer) {
         return Ffn::Dense(dense(w, c.intermediate_size));
     }
-    // K-EXAONE's first files have the correction one level higher.
-    let bias = ["gate.e_score_correction_bias", "e_score_correction_bias"];
-    let bias = if w.has(bias[1]) { bias[1] } else { bias[0] };
-    let router = Router::sigmoid(w.linear("gate", dim, experts, false), c.num_experts_per_tok)
+    // K-EXAONE's first files have the correction one level higher; Hunyuan has names of its own.
+    let bias = ["expert_bias", "e_score_correction_bias"].into_iter().find(|name| w.has(name));
+    let bias = bias.unwrap_or("gate.e_score_correction_bias");
+    let gate = if w.has("router.gate.weight") { "router.gate" } else { "gate" };
+    let router = Router::sigmoid(w.linear(gate, dim, experts, false), c.num_experts_per_tok)
         .correction(w.tensor(bias, &[experts]))
         .groups(c.n_group, c.topk_group, GroupScore::BestTwo)
         .normalized(c.norm_topk_prob, 1e-20)
         .scale(c.routed_scaling_factor);
     let hidden = c.moe_intermediate_size;
-    let shared = (c.n_shared_experts > 0).then(|| dense(&w.at("shared_experts"), hidden * c.n_shared_experts));
+    let shared = if w.has("shared_mlp.up_proj.weight") { "shared_mlp" } else { "shared_experts" };
+    let shared = (c.n_shared_experts > 0).then(|| dense(&w.at(shared), hidden * c.n_shared_experts));
     Ffn::Sparse(Moe::new(router, w.experts(ExpertsShape::new(experts, dim, hidden))).shared(shared))
 }
 
@@ -117,7 +128,7 @@ fn ignore_further_layers(c: &Config, w: &Weights) {
 struct Glm4Moe;
 
 impl Architecture for Glm4Moe {
-    const MODEL_TYPES: &'static [&'static str] = &["glm4_moe", "solar_open", "dots1", "exaone_moe"];
+    const MODEL_TYPES: &'static [&'static str] = &["glm4_moe", "solar_open", "dots1", "exaone_moe", "hy_v3"];
     type Config = Config;
     type Model = Decoder<Block<SelfAttention, Ffn>>;
 

@@ -11,6 +11,8 @@
 //!   u, v = x Wk, x Wv of the group's first layer          rope with its base times αᵈ⁄⁽ᵈ⁻²⁾
 //!
 //! MoE(x) = Σ pᵢ SwiGLUᵢ(x) + SwiGLUₛ(x)     over the k largest pᵢ of softmax(x Wgate); with one expert: SwiGLU(x)
+//!
+//! hunyuan_v1_moe, transformers' name for the later ones: every layer has keys of its own and a shared expert, p is scaled to a sum of 1
 //! ```
 
 use plugin_api::{
@@ -36,6 +38,7 @@ impl Each {
 
 config! {
     struct Config {
+        model_type: String = "hunyuan".into(),
         vocab_size: usize,
         hidden_size: usize,
         intermediate_size: usize,
@@ -53,10 +56,10 @@ config! {
         cla_share_factor: usize where >= 1 = 2,
         num_experts: usize = 1,
         moe_topk: Each = Each(vec![1]),
-        use_mixed_mlp_moe: bool = false,
+        use_mixed_mlp_moe: bool = model_type == "hunyuan_v1_moe",
         num_shared_expert: Each = Each(vec![1]),
         moe_intermediate_size: Each = Each(vec![intermediate_size]),
-        tie_word_embeddings: Option<bool> = Some(true),
+        tie_word_embeddings: Option<bool> = Some(model_type == "hunyuan"),
     }
 }
 
@@ -133,7 +136,8 @@ fn mlp(c: &Config, w: &Weights, layer: usize) -> Ffn {
         }
         return Ffn::Dense(GatedMlp::new(w, dim, hidden, false, Activation::Silu));
     }
-    let router = Router::softmax(w.at("gate").linear("wg", dim, c.num_experts, false), c.moe_topk.of(layer));
+    let router = Router::softmax(w.at("gate").linear("wg", dim, c.num_experts, false), c.moe_topk.of(layer))
+        .normalized(c.model_type == "hunyuan_v1_moe", 0.0);
     let experts = w.experts(ExpertsShape::new(c.num_experts, dim, c.moe_intermediate_size.of(layer)));
     let shared = |hidden| GatedMlp::new(&w.at("shared_mlp"), dim, hidden, false, Activation::Silu);
     let shared = c.use_mixed_mlp_moe.then(|| shared(hidden * c.num_shared_expert.of(layer)));
@@ -167,7 +171,7 @@ impl HunyuanBlock {
 struct Hunyuan(Decoder<HunyuanBlock>);
 
 impl Architecture for Hunyuan {
-    const MODEL_TYPES: &'static [&'static str] = &["hunyuan"];
+    const MODEL_TYPES: &'static [&'static str] = &["hunyuan", "hunyuan_v1_moe"];
     type Config = Config;
     type Model = Self;
 

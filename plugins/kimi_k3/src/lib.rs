@@ -224,6 +224,7 @@ impl K3Block {
 impl Architecture for KimiK3 {
     const MODEL_TYPES: &'static [&'static str] = &["kimi_k3"];
     type Config = Config;
+    type Model = Self;
 
     fn new(c: Config, w: &Weights) -> Result<Self> {
         if c.hidden_act != "situ" {
@@ -231,14 +232,7 @@ impl Architecture for KimiK3 {
         }
         w.ignore("mtp");
         w.ignore("model.mtp");
-        let shape = DecoderShape {
-            vocab_size: c.vocab_size,
-            hidden_size: c.hidden_size,
-            num_hidden_layers: c.num_hidden_layers,
-            rms_norm_eps: c.rms_norm_eps,
-            tie_word_embeddings: c.tie_word_embeddings,
-        };
-        let decoder = Decoder::new(w, shape, |w, i| {
+        let decoder = Decoder::new(w, decoder_shape!(c), |w, i| {
             let norms = ["input_layernorm", "post_attention_layernorm"];
             let residual = |name| Residual::new(&c, w, name);
             Ok(K3Block {
@@ -254,7 +248,9 @@ impl Architecture for KimiK3 {
         let output = c.attn_res_block_size.map(|_| Residual::new(&c, &w.at("model"), "output_attn_res"));
         Ok(Self { decoder, output })
     }
+}
 
+impl Model for KimiK3 {
     fn caches(&self) -> Vec<Cache> {
         self.decoder.layers.iter().map(|block| block.mixer.cache()).collect()
     }

@@ -10,15 +10,31 @@
 //! Attention(x) = softmax(q · kᵀ / √d) · (x Wv) · Wo
 //!   q = rope(RMSNorm(x Wq)), k = rope(RMSNorm(x Wk))        each head normalized alone
 //! FFN(x) = SwiGLU(x), or Σ pᵢ SwiGLUᵢ(x) over the k largest pᵢ + biasᵢ of p = sigmoid(x Wr), scaled to a sum of 1
+//!
+//! LFM3: norms after mixer and FFN too, one gate a head on what attention gives, some layers with a window, two ropes
 //! ```
 
 // `conv_L_cache` is spelled as in config.json.
 #![allow(non_snake_case)]
 
-use plugin_api::prelude::*;
+use plugin_api::{
+    config::{Json, Read},
+    prelude::*,
+};
+
+/// `rope_parameters`: one set for each kind of layer in LFM3, before that one for all, which is no business of this plugin.
+struct Ropes(Option<LayerRopes>);
+
+impl Read for Ropes {
+    const WHAT: &'static str = "an object";
+    fn read(json: &Json) -> Option<Self> {
+        json.is_object().then(|| Self(LayerRopes::read(json)))
+    }
+}
 
 config! {
     struct Config {
+        model_type: String = "lfm2".into(),
         vocab_size: usize,
         hidden_size: usize,
         intermediate_size: usize = 12288,
@@ -26,11 +42,18 @@ config! {
         num_hidden_layers: usize,
         num_attention_heads: usize where >= 1,
         num_key_value_heads: usize = num_attention_heads,
+        head_dim: usize = hidden_size / num_attention_heads,
         norm_eps: f32 = 1e-5,
         rope_theta: f32 = 1_000_000.0,
         rope_scaling: Option<RopeScaling> = None,
         conv_bias: bool = false,
-        conv_L_cache: usize where >= 1 = 3,
+        conv_L_cache: usize where >= 1 = if model_type == "lfm3" { 7 } else { 3 },
+        // Only LFM3 has these.
+        rope_parameters: Ropes = Ropes(None),
+        sliding_window: usize = 256,
+        attention_bias: bool = false,
+        use_attention_gate: bool = model_type == "lfm3",
+        use_sandwich_norm: bool = model_type == "lfm3",
         // Which layers attend: a list of them, or a type for each.
         layer_types: Option<Vec<String>> = None,
         full_attn_idxs: Option<Vec<usize>> = None,
@@ -43,7 +66,7 @@ config! {
         norm_topk_prob: bool = true,
         routed_scaling_factor: f32 = 1.0,
         // And only LFM2 states its feed-forward width before the usual two thirds.
-        block_auto_adjust_ff_dim: bool = num_experts == 0,
+        block_auto_adjust_ff_dim: bool = num_experts == 0 && model_type != "lfm3",
         block_ffn_dim_multiplier: f32 = 1.0,
         block_multiple_of: usize where >= 1 = 256,
         tie_word_embeddings: Option<bool> = None,
@@ -51,19 +74,44 @@ config! {
     }
 }
 
+/// What mixes tokens in a layer.
+#[derive(Clone, Copy, PartialEq)]
+enum Kind {
+    Conv,
+    Full,
+    Sliding,
+}
+
 impl Config {
-    fn attends(&self, layer: usize) -> Result<bool> {
+    fn kind(&self, layer: usize) -> Result<Kind> {
         if let Some(layers) = &self.full_attn_idxs {
-            return Ok(layers.contains(&layer));
+            return Ok(if layers.contains(&layer) { Kind::Full } else { Kind::Conv });
         }
-        let Some(types) = &self.layer_types else { return Ok(true) };
+        let Some(types) = &self.layer_types else {
+            return Ok(match layer % 4 {
+                _ if self.model_type != "lfm3" => Kind::Full,
+                2 => Kind::Full,
+                0 if layer > 0 => Kind::Sliding,
+                _ => Kind::Conv,
+            });
+        };
         match types.get(layer).map(String::as_str) {
-            Some("full_attention") => Ok(true),
-            Some("conv") => Ok(false),
-            other => Err(format!(
-                "config.json: layer_types has {other:?} for layer {layer}, it should be full_attention or conv"
-            )
-            .into()),
+            Some("full_attention") => Ok(Kind::Full),
+            Some("sliding_attention") => Ok(Kind::Sliding),
+            Some("conv") => Ok(Kind::Conv),
+            other => Err(format!("config.json: layer_types has {other:?} for layer {layer}, it should be full_attention, sliding_attention or conv").into()),
+        }
+    }
+
+    fn rope(&self, w: &Weights, slides: bool) -> Rope {
+        match &self.rope_parameters.0 {
+            Some(ropes) => ropes.rope(w, self.head_dim, slides),
+            None if self.model_type != "lfm3" => w.rope(self.head_dim, self.rope_theta, &self.rope_scaling),
+            None if slides => w.rope(self.head_dim, 10_000.0, &None),
+            None => {
+                let half = RopeScaling::of("proportional", &[("partial_rotary_factor", 0.5)]);
+                w.rope(self.head_dim, 1_000_000.0, &Some(half))
+            }
         }
     }
 
@@ -107,14 +155,40 @@ impl Mixer for ShortConv {
     }
 }
 
-fn attention(c: &Config, w: &Weights) -> SelfAttention {
-    let head_dim = c.hidden_size / c.num_attention_heads;
+fn attention(c: &Config, w: &Weights, slides: bool) -> SelfAttention {
+    let (head_dim, bias) = (c.head_dim, c.attention_bias);
     let (q, kv) = (c.num_attention_heads * head_dim, c.num_key_value_heads * head_dim);
-    let qkv = w.linears(c.hidden_size, false, [("q_proj", q), ("k_proj", kv), ("v_proj", kv)]);
+    let qkv = w.linears(c.hidden_size, bias, [("q_proj", q), ("k_proj", kv), ("v_proj", kv)]);
+    let [q_norm, k_norm, output] = match &*c.model_type {
+        "lfm3" => ["q_norm", "k_norm", "o_proj"],
+        _ => ["q_layernorm", "k_layernorm", "out_proj"],
+    };
     let norm = |name| w.rms_norm(name, head_dim, c.norm_eps);
-    SelfAttention::of(qkv, w.linear("out_proj", q, c.hidden_size, false), head_dim)
-        .head_norms(norm("q_layernorm"), norm("k_layernorm"))
-        .rope(w.rope(head_dim, c.rope_theta, &c.rope_scaling))
+    let attention = SelfAttention::of(qkv, w.linear(output, q, c.hidden_size, bias), head_dim)
+        .head_norms(norm(q_norm), norm(k_norm))
+        .rope(c.rope(w, slides))
+        .window(slides.then_some(c.sliding_window));
+    if !c.use_attention_gate {
+        return attention;
+    }
+    let gate = if w.has("gate_proj.weight") { "gate_proj" } else { "g_proj" };
+    attention.head_gate(w.linear(gate, c.hidden_size, c.num_attention_heads, false))
+}
+
+fn block(c: &Config, w: &Weights, layer: usize) -> Result<Block<AnyMixer, Ffn>> {
+    let mixer: AnyMixer = match c.kind(layer)? {
+        Kind::Conv => Box::new(ShortConv::new(c, &w.at("conv"))),
+        kind => Box::new(attention(c, &w.at("self_attn"), kind == Kind::Sliding)),
+    };
+    let norm = |name| w.rms_norm(name, c.hidden_size, c.norm_eps);
+    let ffn = ffn(c, &w.at("feed_forward"), layer);
+    Ok(match c.use_sandwich_norm {
+        true => {
+            let names = ["operator_norm", "post_operator_norm", "ffn_norm", "post_ffn_norm"];
+            Block::both_norms(names.map(norm), mixer, ffn)
+        }
+        false => Block::pre_norm(["operator_norm", "ffn_norm"].map(norm), mixer, ffn),
+    })
 }
 
 fn ffn(c: &Config, w: &Weights, layer: usize) -> Ffn {
@@ -137,20 +211,13 @@ fn ffn(c: &Config, w: &Weights, layer: usize) -> Ffn {
 struct Lfm2;
 
 impl Architecture for Lfm2 {
-    const MODEL_TYPES: &'static [&'static str] = &["lfm2", "lfm2_moe", "lfm2_vl", "lfm2-vl"];
+    const MODEL_TYPES: &'static [&'static str] = &["lfm2", "lfm2_moe", "lfm2_vl", "lfm2-vl", "lfm3"];
     type Config = Config;
     type Model = Decoder<Block<AnyMixer, Ffn>>;
 
     fn new(c: Config, w: &Weights) -> Result<Self::Model> {
         let model = w.at("model");
-        let layers = model.at("layers").each(c.num_hidden_layers, |w, i| {
-            let mixer: AnyMixer = match c.attends(i)? {
-                true => Box::new(attention(&c, &w.at("self_attn"))),
-                false => Box::new(ShortConv::new(&c, &w.at("conv"))),
-            };
-            let norms = ["operator_norm", "ffn_norm"].map(|name| w.rms_norm(name, c.hidden_size, c.norm_eps));
-            Ok(Block::pre_norm(norms, mixer, ffn(&c, &w.at("feed_forward"), i)))
-        })?;
+        let layers = model.at("layers").each(c.num_hidden_layers, |w, layer| block(&c, w, layer))?;
         let embed_tokens = model.embedding("embed_tokens", c.vocab_size, c.hidden_size);
         let lm_head = LmHead::new(w, &embed_tokens, c.vocab_size, c.hidden_size, c.tie_embedding);
         let norm = model.rms_norm("embedding_norm", c.hidden_size, c.norm_eps);

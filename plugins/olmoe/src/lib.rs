@@ -1,8 +1,9 @@
-//! OLMoE: many small routed experts in every layer, queries and keys normalized as a whole. <https://arxiv.org/abs/2409.02060>
+//! OLMoE: many small routed experts in every layer, queries and keys normalized as a whole; FlexOlmo: the same with the norms after
+//! attention and experts. <https://arxiv.org/abs/2409.02060>, <https://arxiv.org/abs/2507.07024>
 //!
 //! ```text
-//! h = x + Attention(RMSNorm(x))            per layer
-//! y = h + MoE(RMSNorm(h))
+//! OLMoE     h = x + Attention(RMSNorm(x)),  y = h + MoE(RMSNorm(h))      per layer
+//! FlexOlmo  h = x + RMSNorm(Attention(x)),  y = h + RMSNorm(MoE(h))
 //! logits = RMSNorm(y) · Wᵀ
 //!
 //! Attention(x) = softmax(q · kᵀ / √d) · (x Wv) · Wo
@@ -15,6 +16,7 @@ use plugin_api::prelude::*;
 
 config! {
     struct Config {
+        model_type: String = "olmoe".into(),
         vocab_size: usize = 50_304,
         hidden_size: usize = 2048,
         intermediate_size: usize = 2048,
@@ -22,9 +24,14 @@ config! {
         num_attention_heads: usize where >= 1 = 16,
         num_key_value_heads: usize = num_attention_heads,
         head_dim: usize = hidden_size / num_attention_heads,
+<<<<<<< HEAD
         hidden_act: SiluOnly = SiluOnly,
         rms_norm_eps: f32 = 1e-5,
         rope_theta: f32 = 10_000.0,
+=======
+        rms_norm_eps: f32 = if model_type == "flex_olmo" { 1e-6 } else { 1e-5 },
+        rope_theta: f32 = if model_type == "flex_olmo" { 500_000.0 } else { 10_000.0 },
+>>>>>>> moe2
         rope_scaling: Option<RopeScaling> = None,
         attention_bias: bool = false,
         clip_qkv: Option<f32> = None,
@@ -46,18 +53,23 @@ fn attention(c: &Config, w: &Weights) -> SelfAttention {
 
 fn block(c: &Config, w: &Weights) -> Block<SelfAttention, Moe> {
     let norm = |name| w.rms_norm(name, c.hidden_size, c.rms_norm_eps);
-    let norms = [norm("input_layernorm"), norm("post_attention_layernorm")];
     let mlp = w.at("mlp");
     let gate = mlp.linear("gate", c.hidden_size, c.num_experts, false);
     let router = Router::softmax(gate, c.num_experts_per_tok).normalized(c.norm_topk_prob, 0.0);
     let experts = mlp.experts(ExpertsShape::new(c.num_experts, c.hidden_size, c.intermediate_size));
-    Block::pre_norm(norms, attention(c, &w.at("self_attn")), Moe::new(router, experts))
+    let (attention, moe) = (attention(c, &w.at("self_attn")), Moe::new(router, experts));
+    match &*c.model_type {
+        "flex_olmo" => {
+            Block::post_norm(["post_attention_layernorm", "post_feedforward_layernorm"].map(norm), attention, moe)
+        }
+        _ => Block::pre_norm(["input_layernorm", "post_attention_layernorm"].map(norm), attention, moe),
+    }
 }
 
 struct Olmoe;
 
 impl Architecture for Olmoe {
-    const MODEL_TYPES: &'static [&'static str] = &["olmoe"];
+    const MODEL_TYPES: &'static [&'static str] = &["olmoe", "flex_olmo"];
     type Config = Config;
     type Model = Decoder<Block<SelfAttention, Moe>>;
 
