@@ -25,8 +25,8 @@ config! {
         num_hidden_layers: usize = 32,
         num_attention_heads: usize where >= 1 = 32,
         num_key_value_heads: usize = num_attention_heads,
-        head_dim: usize = hidden_size / num_attention_heads,
         hidden_act: SiluOnly = SiluOnly,
+        head_dim: usize = hidden_size / num_attention_heads,
         rms_norm_eps: f32 = 1e-6,
         rope_theta: f32 = 10_000.0,
         rope_scaling: Option<RopeScaling> = None,
@@ -92,9 +92,6 @@ fn ffn(c: &Config, w: &Weights) -> Ffn {
     Ffn::Sparse(Moe::new(router, moe.experts(ExpertsShape::new(experts, dim, c.intermediate_size))).shared(shared))
 }
 
-<<<<<<< HEAD
-struct GraniteMoe;
-=======
 fn block(c: &Config, w: &Weights, layer: usize) -> Result<Block<SelfAttention, Ffn>> {
     let norms = ["input_layernorm", "post_attention_layernorm"];
     let norms = norms.map(|name| w.rms_norm(name, c.hidden_size, c.rms_norm_eps));
@@ -102,39 +99,17 @@ fn block(c: &Config, w: &Weights, layer: usize) -> Result<Block<SelfAttention, F
     Ok(block.branch_scale(c.residual_multiplier))
 }
 
-struct GraniteMoe(Decoder<Block<SelfAttention, Ffn>>);
->>>>>>> moe2
+struct GraniteMoe;
 
 impl Architecture for GraniteMoe {
     const MODEL_TYPES: &'static [&'static str] = &["granitemoe", "granitemoeshared", "granitemoe_swa", "granite_swa"];
     type Config = Config;
-    type Model = Decoder<Block<SelfAttention, Moe>>;
+    type Model = Decoder<Block<SelfAttention, Ffn>>;
 
-<<<<<<< HEAD
     fn new(c: Config, w: &Weights) -> Result<Self::Model> {
-        Ok(Decoder::new(w, decoder_shape!(c), |w, _| Ok(block(&c, w)))?
+        Ok(Decoder::new(w, decoder_shape!(c), |w, layer| block(&c, w, layer))?
             .embed_scale(c.embedding_multiplier)
             .logit_scale(1.0 / c.logits_scaling))
-=======
-    fn new(c: Config, w: &Weights) -> Result<Self> {
-        Ok(Self(
-            Decoder::new(w, shape, |w, layer| block(&c, w, layer))?
-                .embed_scale(c.embedding_multiplier)
-                .logit_scale(1.0 / c.logits_scaling),
-        ))
-    }
-
-    fn caches(&self) -> Vec<Cache> {
-        self.0.caches()
-    }
-
-    fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor {
-        self.0.run(tokens, step)
-    }
-
-    fn head(&self, hidden: &Tensor) -> Tensor {
-        self.0.head(hidden)
->>>>>>> moe2
     }
 }
 

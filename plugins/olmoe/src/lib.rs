@@ -23,15 +23,10 @@ config! {
         num_hidden_layers: usize = 16,
         num_attention_heads: usize where >= 1 = 16,
         num_key_value_heads: usize = num_attention_heads,
-        head_dim: usize = hidden_size / num_attention_heads,
-<<<<<<< HEAD
         hidden_act: SiluOnly = SiluOnly,
-        rms_norm_eps: f32 = 1e-5,
-        rope_theta: f32 = 10_000.0,
-=======
+        head_dim: usize = hidden_size / num_attention_heads,
         rms_norm_eps: f32 = if model_type == "flex_olmo" { 1e-6 } else { 1e-5 },
         rope_theta: f32 = if model_type == "flex_olmo" { 500_000.0 } else { 10_000.0 },
->>>>>>> moe2
         rope_scaling: Option<RopeScaling> = None,
         attention_bias: bool = false,
         clip_qkv: Option<f32> = None,
