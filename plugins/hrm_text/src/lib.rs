@@ -84,6 +84,7 @@ impl HrmText {
 impl Architecture for HrmText {
     const MODEL_TYPES: &'static [&'static str] = &["hrm_text"];
     type Config = Config;
+    type Model = Self;
 
     fn new(c: Config, w: &Weights) -> Result<Self> {
         let turns = c.H_cycles.saturating_mul(c.L_cycles.saturating_add(1));
@@ -105,7 +106,9 @@ impl Architecture for HrmText {
             cycles: [c.H_cycles, c.L_cycles],
         })
     }
+}
 
+impl Model for HrmText {
     fn caches(&self) -> Vec<Cache> {
         let [h_cycles, l_cycles] = self.cycles;
         vec![Cache::key_value(None); h_cycles * (l_cycles * self.fast.layers.len() + self.slow.len())]
