@@ -96,7 +96,7 @@ pub use abi_stable;
 pub mod prelude {
     pub use crate::{
         Architecture, Attend, Cache, Conv1d, Embedding, ExpertKind, Experts, ExpertsShape, Layer, LayerNorm, Linear,
-        MultiLinear, Norm, Parameter, Result, RmsNorm, Rope, RopeScaling, Source, SparseBlocks, Step, Tensor, Weights,
-        blocks::*, config, export_plugin,
+        Model, MultiLinear, Norm, Parameter, Result, RmsNorm, Rope, RopeScaling, Source, SparseBlocks, Step, Tensor,
+        Weights, blocks::*, config, decoder_shape, export_plugin,
     };
 }
