@@ -185,11 +185,11 @@ fn bitnet_gives_the_logits_of_transformers() {
             }
             let mut bytes = vec![0u8; w.len() / 4];
             for (i, w) in w.iter().enumerate() {
-                let code = (w / t.scale as f32 * 2.0).round_ties_even().clamp(-1.0, 1.0) + 1.0;
+                let code = (w / half_width(t) as f32 * 2.0).round_ties_even().clamp(-1.0, 1.0) + 1.0;
                 bytes[i % w_quarter(t)] |= (code as u8) << (2 * (i / w_quarter(t)));
             }
             let shape = vec![t.shape[0] / 4, t.shape[1]];
-            let scale = dense(&format!("{}_scale", t.name), &[1], &[t.scale as f32 / 2.0]);
+            let scale = dense(&format!("{}_scale", t.name), &[1], &[half_width(t) as f32 / 2.0]);
             vec![Tensor { name: t.name.clone(), dtype: Dtype::U8, shape, bytes }, scale]
         });
         let want = file.tensor(&format!("bitnet.llama.{mode}")).unwrap();
@@ -203,4 +203,12 @@ fn bitnet_gives_the_logits_of_transformers() {
 
 fn w_quarter(t: &TensorSpec) -> usize {
     t.shape.iter().product::<usize>() / 4
+}
+
+/// Half of the width of the distribution that a tensor's numbers come from.
+fn half_width(t: &tests::tiny::TensorSpec) -> f64 {
+    match t.range {
+        tests::tiny::Range::Floats(_, half) => half,
+        tests::tiny::Range::Bytes(..) => panic!("{} holds bytes", t.name),
+    }
 }
