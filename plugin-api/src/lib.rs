@@ -34,6 +34,7 @@
 //! impl Architecture for Tiny {
 //!     const MODEL_TYPES: &'static [&'static str] = &["tiny"];
 //!     type Config = Config;
+//!     type Model = Self;
 //!
 //!     fn new(c: Config, w: &Weights) -> Result<Self> {
 //!         let (dim, heads) = (c.hidden_size, c.num_attention_heads * c.head_dim);
@@ -48,7 +49,9 @@
 //!             }))?,
 //!         })
 //!     }
+//! }
 //!
+//! impl Model for Tiny {
 //!     fn caches(&self) -> Vec<Cache> {
 //!         vec![Cache::key_value(None); self.blocks.len()]
 //!     }
