@@ -28,41 +28,29 @@ config! {
 }
 
 struct Attention {
-    qkv: [Linear; 3],
-    attn_resid: Linear,
+    attn: SelfAttention,
     head_gain: Parameter,
-    rope: Rope,
-    norm: RmsNorm,
-    head_dim: usize,
 }
 
 impl Attention {
     fn new(c: &Config, w: &Weights) -> Self {
         let (heads, width) = (c.num_attention_heads, c.num_attention_heads * c.head_dim);
+        let qkv = w.linears(c.hidden_size, false, ["attn_query", "attn_key", "attn_value"].map(|name| (name, width)));
+        let attn_resid = w.linear("attn_resid", width, c.hidden_size, false);
         let gain = w.source("head_gain.head_g").reshape(&[heads, 1]);
+        let norm = || RmsNorm::plain(c.head_dim, c.rms_norm_eps);
         Self {
-            qkv: w.linears(c.hidden_size, false, ["attn_query", "attn_key", "attn_value"].map(|name| (name, width))),
-            attn_resid: w.linear("attn_resid", width, c.hidden_size, false),
+            attn: SelfAttention::of(qkv, attn_resid, c.head_dim)
+                .rope(w.rope(c.head_dim, c.rope_theta, &None))
+                .reversed()
+                .turned_norms(norm(), norm()),
             head_gain: Parameter::of(gain, &[heads, 1]),
-            rope: w.rope(c.head_dim, c.rope_theta, &None),
-            norm: RmsNorm::plain(c.head_dim, c.rms_norm_eps),
-            head_dim: c.head_dim,
         }
     }
 
-    /// To turn backwards is to turn forwards with the halves exchanged. They stay so, which neither norm nor q · k can tell.
-    fn turned(&self, x: &Tensor, layer: &mut Layer) -> Tensor {
-        let half = self.head_dim / 2;
-        let exchanged = Tensor::concat(&[&x.narrow(half, half), &x.narrow(0, half)]);
-        self.norm.forward(&layer.rotate(&self.rope, exchanged))
-    }
-
     fn forward(&self, x: &Tensor, layer: &mut Layer) -> Tensor {
-        let [q, k, v] = self.qkv.each_ref().map(|proj| proj.forward(x).split_heads(self.head_dim));
-        let q = self.turned(&q, layer) * self.head_gain.tensor();
-        let k = self.turned(&k, layer);
-        let how = Attend { scale: (self.head_dim as f32).powf(-0.5), ..Default::default() };
-        self.attn_resid.forward(&layer.attend(q, k, v, &how).merge_heads())
+        let [q, k, v] = self.attn.project(x, layer);
+        self.attn.output(&self.attn.attend([q * self.head_gain.tensor(), k, v], layer))
     }
 }
 
