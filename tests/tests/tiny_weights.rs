@@ -10,7 +10,8 @@ fn rust_and_python_generate_the_same_bits() {
     for entry in entries {
         let checkpoint = Checkpoint::read(&entry).unwrap();
         let samples = Expected::read(&entry).unwrap().samples;
-        assert!(samples.len() >= 12, "{}", entry.display());
+        // Three tensors at least; MLX-like names in few groups have no more.
+        assert!(samples.len() >= 9, "{}", entry.display());
         for (name, index, bits) in samples {
             let tensor = checkpoint.tensors.iter().find(|tensor| tensor.name == name).unwrap();
             let value = tensor.values(checkpoint.seed).nth(index).unwrap();

@@ -79,7 +79,7 @@ fn block(c: &Config, w: &Weights, layer: usize) -> Block<SelfAttention, Ffn> {
 struct Qwen3Moe;
 
 impl Architecture for Qwen3Moe {
-    const MODEL_TYPES: &'static [&'static str] = &["qwen3_moe", "qwen3_vl_moe", "qwen3_vl_moe_text"];
+    const MODEL_TYPES: &'static [&'static str] = &["qwen3_moe", "qwen3_vl_moe"];
     type Config = Config;
     type Model = Decoder<Block<SelfAttention, Ffn>>;
 
