@@ -48,6 +48,7 @@ macro_rules! op_tables {
 
         /// An op by its name, whichever table it stands in.
         #[allow(missing_docs)]
+        #[allow(clippy::should_implement_trait)] // these give the op's function; what `neg` computes is the host's
         impl OpsRef {
             $(
                 $(#[inline] pub fn $name(self) -> extern "C" fn(Ctx, $($ty,)* At) $(-> $ret)? { self.$table().$name() })*
