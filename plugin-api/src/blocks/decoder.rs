@@ -176,7 +176,7 @@ impl<B: Mixer + Send + 'static> Model for Decoder<B> {
 
 impl Step {
     /// Sends x through one block after the other, each with the memory that stands in its place in
-    /// [`Model::caches`](crate::Model::caches): `step.through(&self.layers, x, Block::forward)`.
+    /// [`Model::caches`]: `step.through(&self.layers, x, Block::forward)`.
     #[track_caller]
     pub fn through<B>(
         &mut self,
