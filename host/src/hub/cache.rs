@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use super::names::{is_commit, is_plain_relative};
@@ -62,15 +63,17 @@ impl Repo {
         let pointer = self.snapshot(commit).join(name);
         make_parent(&pointer)?;
         let up = "../".repeat(2 + name.matches('/').count());
-        // A pointer that is there leads nowhere, or we would not have fetched.
-        match fs::remove_file(&pointer) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(self.explain_write(&pointer, e)),
-            _ => {}
+        // A pointer that leads somewhere was made by another process since.
+        if pointer.exists() {
+            return Ok(());
         }
-        match point(Path::new(&format!("{up}blobs/{etag}")), &self.blob(etag), &pointer) {
-            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => Err(self.explain_write(&pointer, e)),
-            _ => Ok(()),
-        }
+        // It is put there in one move, lest a process that reads through another one's pointer find it gone.
+        static MADE: AtomicUsize = AtomicUsize::new(0);
+        let fresh = format!(".{}-{}", std::process::id(), MADE.fetch_add(1, Ordering::Relaxed));
+        let fresh = pointer.with_file_name(fresh);
+        point(Path::new(&format!("{up}blobs/{etag}")), &self.blob(etag), &fresh)
+            .and_then(|()| fs::rename(&fresh, &pointer))
+            .map_err(|e| self.explain_write(&pointer, e))
     }
 
     /// Waits until no other process fetches this blob. Where the file system knows no locks, there is none.
