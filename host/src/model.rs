@@ -28,7 +28,7 @@ use crate::{
     },
 };
 use candle_core::{DType, Tensor};
-use plugin_api::abi::CacheSpec;
+use plugin_api::abi::{CacheSpec, extension::Extension};
 use rayon::prelude::*;
 use std::{cell::RefCell, collections::HashMap, path::PathBuf};
 
@@ -184,6 +184,11 @@ impl Plan {
 }
 
 impl Model {
+    /// What the plugin's model offers under this name, if it does: see [`plugin_api::abi::extension`].
+    pub fn extension<T: Extension>(&self) -> Option<T> {
+        self.object.extension()
+    }
+
     /// An empty memory for one sequence.
     pub fn state(&self, options: &CacheOptions) -> Result<State> {
         State::new(&self.object.caches, &self.place, options)

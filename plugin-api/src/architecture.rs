@@ -1,6 +1,6 @@
 //! What a plugin implements: an architecture, which names its config and its weights once, and the model that this gives, which runs.
 
-use crate::{Cache, Step, Tensor, Weights, config::FromConfig};
+use crate::{Cache, Step, Tensor, Weights, abi::extension::Offer, config::FromConfig};
 
 /// Why a model could not be built, in one sentence.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,6 +27,11 @@ pub trait Architecture: 'static {
 
     /// Names the weights. Runs against the checkpoint's header alone; missing tensors are the host's to report. Thread: any.
     fn new(config: Self::Config, weights: &Weights) -> Result<Self::Model>;
+
+    /// What it offers to hosts that ask by name, before there is a model: see [`abi::extension`](crate::abi::extension). Thread: any.
+    fn extension(_id: &str) -> Option<Offer<'static>> {
+        None
+    }
 }
 
 /// A model that runs.
@@ -44,4 +49,9 @@ pub trait Model: Send + 'static {
 
     /// Hidden `[rows, dim]` -> logits `[rows, vocab]`, for those rows whose logits somebody wants.
     fn head(&self, hidden: &Tensor) -> Tensor;
+
+    /// What this model offers to hosts that ask by name: see [`abi::extension`](crate::abi::extension). Thread: any, one call at a time.
+    fn extension(&self, _id: &str) -> Option<Offer<'_>> {
+        None
+    }
 }

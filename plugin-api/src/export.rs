@@ -4,6 +4,7 @@ use crate::{
     Architecture, Model, Step, Tensor, Weights,
     abi::{
         self, CacheSpec, Ctx, Handle,
+        extension::Offer,
         ops::OpsRef,
         root::{ERROR_ABI, ERROR_CONFIG, ERROR_PANIC, FactoryRef, Host, ModelFactory, ModelObject, PluginError},
     },
@@ -100,7 +101,7 @@ impl<A: Architecture> Exported<A> {
 
     /// The root module.
     pub fn factory(note: &'static str) -> FactoryRef {
-        ModelFactory { major: abi::MAJOR, note: note.into(), create: Self::create, extension: no_factory_extension }
+        ModelFactory { major: abi::MAJOR, note: note.into(), create: Self::create, extension: Self::extension }
             .leak_into_prefix()
     }
 
@@ -108,7 +109,7 @@ impl<A: Architecture> Exported<A> {
         catch(Self::name(), || {
             check_ops(Self::name(), host)?;
             let config = A::Config::from_text(config.as_str()).map_err(|e| error(ERROR_CONFIG, e.0))?;
-            let call = Call { ops: host.ops, ctx };
+            let call = Call::new(host, ctx);
             let model = call.enter(|| A::new(config, &Weights::default())).map_err(|e| error(ERROR_CONFIG, e.0))?;
             let (caches, places) = Places::of(model.caches());
             Ok(ModelObject {
@@ -117,7 +118,7 @@ impl<A: Architecture> Exported<A> {
                 forward: Self::forward,
                 head: Self::head,
                 drop: Self::drop,
-                extension: no_model_extension,
+                extension: Self::model_extension,
             })
         })
     }
@@ -138,7 +139,7 @@ impl<A: Architecture> Exported<A> {
         // SAFETY: as in `caches`.
         let built = unsafe { Self::built(data) };
         catch(Self::name(), || {
-            Ok(Call { ops: host.ops, ctx }.enter(|| {
+            Ok(Call::new(host, ctx).enter(|| {
                 let mut step = Step { places: built.places.clone() };
                 built.model.forward(&Tensor::own(tokens), &mut step).into_handle()
             }))
@@ -149,7 +150,7 @@ impl<A: Architecture> Exported<A> {
         // SAFETY: as in `caches`.
         let built = unsafe { Self::built(data) };
         catch(Self::name(), || {
-            Ok(Call { ops: host.ops, ctx }.enter(|| built.model.head(&Tensor::own(hidden)).into_handle()))
+            Ok(Call::new(host, ctx).enter(|| built.model.head(&Tensor::own(hidden)).into_handle()))
         })
     }
 
@@ -160,6 +161,18 @@ impl<A: Architecture> Exported<A> {
             Ok(())
         });
     }
+
+    extern "C" fn extension(id: RStr<'_>) -> *const () {
+        let offer = catch(Self::name(), || Ok(A::extension(id.as_str())));
+        offer.unwrap_or(None).map_or(std::ptr::null(), Offer::into_pointer)
+    }
+
+    extern "C" fn model_extension(data: *const (), id: RStr<'_>) -> *const () {
+        // SAFETY: as in `caches`; an offer borrows from the model, which stays where it is until `drop`.
+        let built = unsafe { Self::built(data) };
+        let offer = catch(Self::name(), || Ok(built.model.extension(id.as_str())));
+        offer.unwrap_or(None).map_or(std::ptr::null(), Offer::into_pointer)
+    }
 }
 
 /// The header that a host looks for, over the constructor of the root module.
@@ -167,14 +180,6 @@ impl<A: Architecture> Exported<A> {
 pub const fn header(root_module: extern "C" fn() -> RootModuleResult) -> LibHeader {
     // SAFETY: `export_plugin!` is the only caller, and its constructor returns a `FactoryRef`.
     unsafe { LibHeader::from_constructor::<FactoryRef>(root_module, CheckTypeLayout::Yes) }
-}
-
-extern "C" fn no_factory_extension(_: RStr<'_>) -> *const () {
-    std::ptr::null()
-}
-
-extern "C" fn no_model_extension(_: *const (), _: RStr<'_>) -> *const () {
-    std::ptr::null()
 }
 
 /// Makes a library into a plugin: `export_plugin!(Llama);`, once per crate.

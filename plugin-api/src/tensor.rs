@@ -3,8 +3,8 @@
 //! Errors stick: a failed op gives a failed tensor, every later op passes it on, and the host reports the first failure with the
 //! author's file and line. So math is written without `?`. Shapes cannot be asked for: a pure function of shapes needs none.
 
-use crate::abi::{At, Ctx, Handle, ops::OpsRef};
-use abi_stable::std_types::RSlice;
+use crate::abi::{At, Ctx, Handle, ops::OpsRef, root::Host};
+use abi_stable::std_types::{RSlice, RStr};
 use std::{
     cell::Cell,
     marker::PhantomData,
@@ -16,6 +16,7 @@ use std::{
 pub(crate) struct Call {
     pub ops: OpsRef,
     pub ctx: Ctx,
+    extension: extern "C" fn(RStr<'_>) -> *const (),
 }
 
 thread_local! {
@@ -23,6 +24,15 @@ thread_local! {
 }
 
 impl Call {
+    pub fn new(host: &Host, ctx: Ctx) -> Self {
+        Call { ops: host.ops, ctx, extension: host.extension }
+    }
+
+    /// The host's answer to that name: a table, or null.
+    pub fn extension(self, id: &str) -> *const () {
+        (self.extension)(id.into())
+    }
+
     /// Runs `f` with this call as the thread's current one.
     pub fn enter<R>(self, f: impl FnOnce() -> R) -> R {
         struct Restore(Option<Call>);

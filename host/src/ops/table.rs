@@ -8,7 +8,7 @@ use super::{
     running::Running,
     value::{Fault, Outcome, Value, fault},
 };
-use crate::layers::experts::Activation;
+use crate::{layers::experts::Activation, plugin::extension};
 use abi_stable::{
     StableAbi,
     prefix_type::PrefixTypeTrait,
@@ -319,11 +319,7 @@ pub fn host() -> Host {
             <appended::OpsRef as StableAbi>::LAYOUT,
         ),
     };
-    Host { ops, layout, extension: no_extension }
-}
-
-extern "C" fn no_extension(_: RStr<'_>) -> *const () {
-    std::ptr::null()
+    Host { ops, layout, extension: extension::of_host }
 }
 
 #[cfg(test)]

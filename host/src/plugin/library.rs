@@ -35,7 +35,7 @@ pub struct Library {
     pub path: PathBuf,
     /// What it says of itself.
     pub note: Note,
-    factory: FactoryRef,
+    pub(super) factory: FactoryRef,
 }
 
 /// Opened libraries stay open; a second request for a file gets the first one's factory.
@@ -104,7 +104,7 @@ impl Library {
 /// A model that a plugin built.
 pub struct Object {
     /// Locked for each call: the ABI promises a plugin one call at a time.
-    object: Mutex<ModelObject>,
+    pub(super) object: Mutex<ModelObject>,
     /// What each layer must remember.
     pub caches: Vec<CacheSpec>,
 }

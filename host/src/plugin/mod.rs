@@ -1,6 +1,7 @@
 //! Architectures from outside: which files there are (`registry`), what they say of themselves without being run (`note`), and opening one
-//! (`library`, the only dlopen of dylm).
+//! (`library`, the only dlopen of dylm); what either side offers beyond the frozen ABI (`extension`).
 
+pub mod extension;
 pub mod library;
 pub mod note;
 pub mod registry;

@@ -1,0 +1,29 @@
+//! Named extensions, both ways: what this host offers to plugins that ask, and asking a plugin or one of its models. The rules, and the
+//! ids that there are, stand in `plugin_api::abi::extension`; null is an answer, not an error.
+
+use super::library::{Library, Object};
+use abi_stable::std_types::RStr;
+use plugin_api::abi::extension::{self, Extension};
+use std::sync::PoisonError;
+
+/// `Host::extension`.
+pub(crate) extern "C" fn of_host(_id: RStr<'_>) -> *const () {
+    std::ptr::null()
+}
+
+impl Library {
+    /// What the plugin offers under this name, before any model is built; `None` if it has no such extension.
+    pub fn extension<T: Extension>(&self) -> Option<T> {
+        // SAFETY: the factory's answer to that very id; libraries stay open.
+        unsafe { extension::read((self.factory.extension())(T::ID.into())) }
+    }
+}
+
+impl Object {
+    /// What this model offers under this name; `None` if it has no such extension.
+    pub fn extension<T: Extension>(&self) -> Option<T> {
+        let object = self.object.lock().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: the model's answer to that very id; the model is not dropped while it is borrowed here.
+        unsafe { extension::read((object.extension)(object.data, T::ID.into())) }
+    }
+}
