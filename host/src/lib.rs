@@ -2,7 +2,7 @@
 //!
 //! ```
 //! # let (model_folder, plugins) = tests::binary::tiny_model_and_plugins("llama");
-//! # let (model_folder, options) = (model_folder.path(), dylm::LoadOptions { plugins: vec![plugins], ..Default::default() });
+//! # let (model_folder, options) = (model_folder.path(), dylm::LoadOptions { plugins: vec![plugins], trust: dylm::Trust::All, ..Default::default() });
 //! // A folder, a .gguf file, a Hub id such as "HuggingFaceTB/SmolLM2-135M-Instruct", or None for the default model.
 //! let model = dylm::load(model_folder.to_str(), &options)?;
 //! let text = dylm::generate(&model, "The capital of France is", &dylm::GenerateOptions::default())?;
@@ -60,6 +60,7 @@ pub mod weights;
 pub use error::{Error, Result};
 pub use generate::{GenerateOptions, Generation, Response};
 pub use load::{LanguageModel, LoadOptions, load};
+pub use plugin::trust::Trust;
 pub use sampler::Sampling;
 pub use template::{ChatOptions, Message};
 

@@ -6,7 +6,7 @@ use crate::{
     device::{DeviceChoice, DtypeChoice, Placement},
     error::Result,
     model::{Model, Plan},
-    plugin::registry::Registry,
+    plugin::{registry::Registry, trust::Trust},
     source::{self, Fetch, Files, Source},
     tokenizer::Tokenizer,
     weights::{checkpoint::Checkpoint, gguf::Gguf},
@@ -22,6 +22,8 @@ pub struct LoadOptions {
     pub dtype: DtypeChoice,
     /// Folders with plugins, searched first.
     pub plugins: Vec<PathBuf>,
+    /// What becomes of plugins that are not dylm's own.
+    pub trust: Trust,
     /// A LoRA, DoRA or full adapter to lay over the model.
     pub adapter_path: Option<PathBuf>,
     /// `key=value` pairs merged over config.json, at any depth.
@@ -88,7 +90,7 @@ impl Opened {
     pub fn plan(self, options: &LoadOptions, adapters: &Adapters) -> Result<Plan> {
         let Opened { config, mut checkpoint, .. } = self;
         adapters.overlay(&mut checkpoint)?;
-        Plan::new(config, checkpoint, &Registry::new(&options.plugins))
+        Plan::new(config, checkpoint, &Registry::new(&options.plugins).trusting(options.trust.clone()))
     }
 }
 

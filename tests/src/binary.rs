@@ -1,7 +1,7 @@
 //! The real binary, as a user runs it.
 
 use std::{
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Command, Output},
 };
 
@@ -29,8 +29,16 @@ fn name() -> String {
 /// `dylm`, without arguments, and without a home: what a user has set and installed is no part of a test.
 pub fn dylm() -> Command {
     let mut command = Command::new(target().join(name()));
-    command.env_remove("DYLM_PLUGINS").env_remove("XDG_DATA_HOME").env("HOME", "/nonexistent").env("NO_COLOR", "1");
+    for name in ["DYLM_PLUGINS", "DYLM_TRUST", "XDG_DATA_HOME", "XDG_CONFIG_HOME"] {
+        command.env_remove(name);
+    }
+    command.env("HOME", "/nonexistent").env("NO_COLOR", "1");
     command
+}
+
+/// The command with `--plugins`, of a user who agrees to what lies there; the consent is kept there too, and so ends with the test.
+pub fn trusting<'a>(command: &'a mut Command, plugins: &Path) -> &'a mut Command {
+    command.arg("--plugins").arg(plugins).arg("--trust-plugin").env("DYLM_TRUST", plugins.join("trust.toml"))
 }
 
 /// The one sentence with which a failed run ended.

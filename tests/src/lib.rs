@@ -8,6 +8,7 @@ pub mod packing;
 pub mod smollm2;
 pub mod tiny;
 mod tiny_tokenizer;
+pub mod trap;
 pub mod variant;
 
 /// README.md, so that its Rust is compiled with the doctests.

@@ -2,7 +2,7 @@
 //! what the plugin of this workspace computes or is refused in one sentence.
 
 use dylm::{
-    GenerateOptions, LanguageModel, LoadOptions,
+    GenerateOptions, LanguageModel, LoadOptions, Trust,
     plugin::{library::play_newer_host, registry::Registry},
 };
 use std::{
@@ -10,13 +10,13 @@ use std::{
     sync::Mutex,
 };
 use tests::{
-    binary::{self, dylm, one_sentence},
+    binary::{self, dylm, one_sentence, trusting},
     outside::{self, checkpoint, install},
     tiny::Expected,
 };
 
 fn load(model: &Path, plugins: &Path) -> dylm::Result<LanguageModel> {
-    let options = LoadOptions { plugins: vec![plugins.to_owned()], ..Default::default() };
+    let options = LoadOptions { plugins: vec![plugins.to_owned()], trust: Trust::All, ..Default::default() };
     dylm::load(model.to_str(), &options)
 }
 
@@ -60,7 +60,7 @@ fn a_plugin_of_the_nightly_compiler_generates_what_ours_does() {
     assert!(found.note.rustc.contains("nightly"), "built by {}", found.note.rustc);
     let run = |model: &Path, plugins: &Path| {
         let args = ["generate", "--prompt", "hello", "--max-tokens", "24", "--verbose", "false", "--model"];
-        let output = dylm().args(args).arg(model).arg("--plugins").arg(plugins).output().unwrap();
+        let output = trusting(dylm().args(args).arg(model), plugins).output().unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         String::from_utf8_lossy(&output.stdout).into_owned()
     };
@@ -209,8 +209,8 @@ fn a_plugin_with_another_factory_is_refused_in_one_sentence() {
 fn refusal(library: &Path) -> String {
     let (plugins, model) = (install(library), checkpoint(&[("model_type", "outsider".into())]));
     let mut command = dylm();
-    command.arg("generate").arg("--model").arg(model.path()).arg("--plugins").arg(plugins.path());
-    let output = command.output().unwrap();
+    command.arg("generate").arg("--model").arg(model.path());
+    let output = trusting(&mut command, plugins.path()).output().unwrap();
     let sentence = one_sentence(&output, &library.display().to_string());
     if String::from_utf8_lossy(&output.stderr).contains("--debug tells more") {
         let long = command.arg("--debug").output().unwrap();

@@ -1,13 +1,13 @@
 //! Every mistake that a plugin can make costs one sentence: no signal, no text of a panic hook, no damage to what runs beside it.
 
 use dylm::{
-    GenerateOptions, LanguageModel, LoadOptions,
+    GenerateOptions, LanguageModel, LoadOptions, Trust,
     model::{Input, Want},
 };
 use serde_json::json;
 use std::path::{Path, PathBuf};
 use tests::{
-    binary::{dylm, one_sentence},
+    binary::{dylm, one_sentence, trusting},
     outside::{self, checkpoint, install},
 };
 
@@ -84,7 +84,10 @@ fn model(misbehave: &str) -> tempfile::TempDir {
 }
 
 fn load(model: &Path, plugins: &Path) -> dylm::Result<LanguageModel> {
-    dylm::load(model.to_str(), &LoadOptions { plugins: vec![plugins.to_owned()], ..Default::default() })
+    dylm::load(
+        model.to_str(),
+        &LoadOptions { plugins: vec![plugins.to_owned()], trust: Trust::All, ..Default::default() },
+    )
 }
 
 fn generate(model: &Path, plugins: &Path) -> dylm::Result<String> {
@@ -99,7 +102,7 @@ fn every_mistake_ends_the_run_with_one_sentence_and_code_1() {
         let model = model(misbehave);
         let mut command = dylm();
         command.args(["generate", "--max-tokens", "4", "--verbose", "false", "--model"]).arg(model.path());
-        let output = command.arg("--plugins").arg(plugins.path()).output().unwrap();
+        let output = trusting(&mut command, plugins.path()).output().unwrap();
         let sentence = match IN_NEW.iter().any(|(new, _)| new == misbehave) {
             // The report on a checkpoint is a list.
             true => String::from_utf8_lossy(&output.stderr).into_owned(),
@@ -133,7 +136,7 @@ fn a_mistake_without_consequence_changes_nothing() {
     let (plugins, good) = (install(&bad()), model(""));
     let run = |model: &Path| {
         let args = ["generate", "--max-tokens", "12", "--verbose", "false", "--prompt", "hello", "--model"];
-        let output = dylm().args(args).arg(model).arg("--plugins").arg(plugins.path()).output().unwrap();
+        let output = trusting(dylm().args(args).arg(model), plugins.path()).output().unwrap();
         let err = String::from_utf8_lossy(&output.stderr).into_owned();
         (output.status.code(), String::from_utf8_lossy(&output.stdout).into_owned(), err)
     };

@@ -3,7 +3,7 @@
 
 #![cfg(target_os = "linux")]
 
-use dylm::plugin::registry::Registry;
+use dylm::{Trust, plugin::registry::Registry};
 use serde_json::json;
 use std::{
     fs,
@@ -12,14 +12,15 @@ use std::{
     process::{Command, Output},
 };
 use tests::{
-    binary::{dylm, one_sentence},
+    binary::{dylm, one_sentence, trusting},
     outside::{self, checkpoint, file_name},
+    trap::trap,
 };
 
 fn generate(model: &Path, plugins: &Path, from: &Path) -> Output {
     let mut command = dylm();
     command.args(["generate", "--max-tokens", "4", "--verbose", "false", "--model"]).arg(model);
-    command.arg("--plugins").arg(plugins).current_dir(from).output().unwrap()
+    trusting(&mut command, plugins).current_dir(from).output().unwrap()
 }
 
 fn run_with_plugins(model_type: &str, plugins: &Path) -> Output {
@@ -42,31 +43,6 @@ fn patched(mut of: Vec<u8>, from: &str, to: &str) -> Vec<u8> {
 fn with_bytes(mut of: Vec<u8>, at: usize, bytes: &[u8]) -> Vec<u8> {
     of[at..at + bytes.len()].copy_from_slice(bytes);
     of
-}
-
-/// A library whose constructor writes `marker`; with a note for `model_type`, but no plugin in it.
-fn trap(folder: &Path, name: &str, model_type: Option<&str>, marker: &Path) -> PathBuf {
-    let note = model_type.map(|model_type| {
-        let facts = json!({ "abi": "1.0", "model_types": [model_type], "name": "trap", "version": "1", "panic": "unwind" });
-        let text = facts.to_string();
-        let words = format!("{},{},{},{},{}", 5, text.len(), 1, 0x6d6c7964, 0);
-        let bytes = text.bytes().map(|b| b.to_string()).collect::<Vec<_>>().join(",");
-        format!(
-            "struct {{ unsigned head[5]; char text[{}]; }} note __attribute__((section(\".note.dylm\"), used, aligned(4))) = {{ {{{words}}}, {{{bytes}}} }};",
-            text.len()
-        )
-    });
-    let code = format!(
-        "#include <stdio.h>\nconst {}\n__attribute__((constructor)) static void spring(void) {{ fclose(fopen(\"{}\", \"w\")); }}\n",
-        note.unwrap_or_else(|| "int nothing = 0;".into()),
-        marker.display()
-    );
-    let (source, library) = (folder.join("trap.c"), folder.join(file_name(name)));
-    fs::write(&source, code).unwrap();
-    let cc = Command::new("cc").args(["-shared", "-fPIC", "-o"]).arg(&library).arg(&source).output().unwrap();
-    assert!(cc.status.success(), "{}", String::from_utf8_lossy(&cc.stderr));
-    fs::remove_file(source).unwrap();
-    library
 }
 
 #[test]
@@ -223,7 +199,7 @@ fn a_relative_folder_means_the_one_that_was_there_at_the_start() {
         trap(&root.join("mine"), "trap", Some("trap"), &root.join("sprung"));
     }
     std::env::set_current_dir(start.path()).unwrap();
-    let registry = Registry::new(&[PathBuf::from("mine")]);
+    let registry = Registry::new(&[PathBuf::from("mine")]).trusting(Trust::All);
     std::env::set_current_dir(later.path()).unwrap();
     let found = registry.resolve("trap").unwrap();
     assert_eq!(found.path, start.path().canonicalize().unwrap().join("mine").join(file_name("trap")));

@@ -54,7 +54,7 @@ impl Bench {
     /// Runs the command.
     pub fn run(&self) -> Done {
         if self.boundary {
-            return boundary::measure(self.spec.as_deref().unwrap_or("llama"), &self.model.plugins, self.json);
+            return boundary::measure(self.spec.as_deref().unwrap_or("llama"), &self.model.options()?, self.json);
         }
         if self.prompt_tokens == 0 || self.generation_tokens == 0 || self.num_trials == 0 {
             return Err(Error::Usage("-p, -g and -n must be at least 1".into()));

@@ -1,5 +1,6 @@
 //! Flags that several commands share: which model, where it runs, how tokens are chosen, how the cache is kept.
 
+use super::consent;
 use crate::{
     cache::CacheOptions,
     config::parse_override,
@@ -56,6 +57,9 @@ pub struct ModelFlags {
     /// Folder with plugins, searched before all others (may be repeated)
     #[arg(long, value_name = "DIR")]
     pub plugins: Vec<PathBuf>,
+    /// Open a plugin that is not dylm's own without asking, and remember its SHA-256; with a value, the one of that name, file or hash
+    #[arg(long, value_name = "WHICH", num_args = 0..=1, require_equals = true, default_missing_value = "")]
+    pub trust_plugin: Vec<String>,
 }
 
 impl ModelFlags {
@@ -77,6 +81,7 @@ impl ModelFlags {
                 Dtype::Float16 => DtypeChoice::Float16,
             },
             plugins: self.plugins.clone(),
+            trust: consent::policy(&self.trust_plugin),
             adapter_path: self.adapter_path.clone(),
             config: self.config.iter().map(|text| parse_override(text)).collect::<Result<_>>()?,
             fetch: Some(fetch),

@@ -4,6 +4,7 @@
 pub mod bench;
 pub mod cache_prompt;
 pub mod chat;
+pub mod consent;
 pub mod conversation;
 pub mod flags;
 pub mod generate;

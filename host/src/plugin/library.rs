@@ -1,7 +1,7 @@
 //! A plugin file -> its factory -> models. The only place that opens a library, and it opens each once and for good: code that other
 //! threads may still run, or whose errors are still printed, must not be unmapped.
 
-use super::{note::Note, registry::Found};
+use super::{file::PluginFile, note::Note, permissions::refuse_others, registry::Found};
 use crate::cache::memory;
 use crate::error::{Error, Result};
 use crate::ops::table::{self, Call};
@@ -38,23 +38,35 @@ pub struct Library {
     pub(super) factory: FactoryRef,
 }
 
-/// Opened libraries stay open; a second request for a file gets the first one's factory.
-static OPENED: Mutex<BTreeMap<PathBuf, FactoryRef>> = Mutex::new(BTreeMap::new());
+/// Opened libraries stay open; a second request for a file gets the first one's factory. With the hash that was agreed to, if one had to be.
+static OPENED: Mutex<BTreeMap<PathBuf, (FactoryRef, Option<String>)>> = Mutex::new(BTreeMap::new());
 
 impl Library {
-    /// Opens the plugin that the registry found.
+    /// Opens the plugin that the registry found: nothing of it runs before its file is whole, in nobody else's hands, and agreed to.
     pub fn open(found: &Found) -> Result<Self> {
-        let Found { path, note } = found;
+        let Found { path, note, trust } = found;
         if let Some(why) = note.refusal(path) {
             return Err(Error::plugin(why));
         }
-        refuse_writable(path)?;
+        let file = PluginFile::open(path)?;
+        refuse_others(path, "no plugin is opened from it")?;
+        file.refuse_holes()?;
+        let differs = |what: &str| Error::plugin(format!("{}: {what}", path.display()));
+        if Note::of(&file)? != *note {
+            return Err(differs("has changed since the search path was read; start again"));
+        }
+        let agreed = trust.consent(&file, note)?;
         let mut opened = OPENED.lock().unwrap_or_else(PoisonError::into_inner);
         let factory = match opened.get(path) {
-            Some(factory) => *factory,
+            Some((_, Some(before))) if agreed.as_ref().is_some_and(|hash| hash != before) => {
+                return Err(differs("has changed since this program opened it; start the program again"));
+            }
+            Some((factory, _)) => *factory,
             None => {
-                let factory = open(path)?;
-                opened.insert(path.clone(), factory);
+                let dlopen = |by: &Path| open(path, by);
+                // By its bare path, which debuggers and profilers know, unless these very bytes were agreed to.
+                let factory = if agreed.is_some() { file.through(dlopen) } else { dlopen(path) }?;
+                opened.insert(path.clone(), (factory, agreed));
                 factory
             }
         };
@@ -145,48 +157,20 @@ fn result<T>(r: RResult<T, PluginError>) -> Result<T> {
     })
 }
 
-/// A library that anybody may overwrite is anybody's code.
-#[cfg(unix)]
-pub(crate) fn refuse_writable(path: &Path) -> Result<()> {
-    use std::os::unix::fs::PermissionsExt;
-    const OTHERS_WRITE: u32 = 0o002;
-    const STICKY: u32 = 0o1000;
-    let mode = |path: &Path| std::fs::metadata(path).map(|m| m.permissions().mode()).map_err(Error::io(path));
-    let refuse = |path: &Path, what: &str| {
-        Err(Error::plugin(format!(
-            "{}: everybody may write to this {what}, so no plugin is opened from it; chmod o-w it",
-            path.display()
-        )))
-    };
-    // A link is as safe as what it leads to and as the folder that it lies in.
-    let real = path.canonicalize().map_err(Error::io(path))?;
-    for folder in [path.parent(), real.parent()].into_iter().flatten() {
-        let mode = mode(folder)?;
-        if mode & OTHERS_WRITE != 0 && mode & STICKY == 0 {
-            return refuse(folder, "folder");
-        }
-    }
-    if mode(&real)? & OTHERS_WRITE != 0 { refuse(path, "file") } else { Ok(()) }
-}
-
-#[cfg(not(unix))]
-pub(crate) fn refuse_writable(_: &Path) -> Result<()> {
-    Ok(())
-}
-
 /// dlopen, then abi_stable's own header, its self-tests, and the layout of the factory: each before the next trusts it.
-fn open(path: &Path) -> Result<FactoryRef> {
+/// `path` is for messages, `by` leads to the file.
+fn open(path: &Path, by: &Path) -> Result<FactoryRef> {
     let refuse = |what: String| Error::plugin(format!("{}: {what}", path.display()));
     // SAFETY: runs the library's initializers, which is what a user asks for by putting a plugin on the search path.
     #[cfg(unix)]
     let library = unsafe {
         use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
-        Library::open(Some(path), RTLD_NOW | RTLD_LOCAL)
+        Library::open(Some(by), RTLD_NOW | RTLD_LOCAL)
     };
     // SAFETY: as above.
     #[cfg(not(unix))]
-    let library = unsafe { libloading::Library::new(path) };
-    let library = library.map_err(|e| refuse(format!("cannot be opened: {e}")))?;
+    let library = unsafe { libloading::Library::new(by) };
+    let library = library.map_err(|e| refuse(format!("cannot be opened ({e}); build it again on this machine")))?;
     let unlike = |e: LibraryError| Error::Plugin {
         text: format!(
             "{}: was built against another plugin-api than this dylm's; rebuild it with plugin-api {}.{}",
@@ -200,7 +184,8 @@ fn open(path: &Path) -> Result<FactoryRef> {
     let symbol = unsafe { library.get::<AbiHeaderRef>(abi::SYMBOL).map(|symbol| *symbol) };
     // Even a library that is none of ours stays: its initializers have run, and may have started threads.
     std::mem::forget(library);
-    let header = symbol.map_err(|e| refuse(format!("has a note, but is no plugin: {e}")))?;
+    let header =
+        symbol.map_err(|e| refuse(format!("has a note, but is no plugin ({e}); build it with export_plugin!")))?;
     let header = header.upgrade().map_err(unlike)?;
     header.ensure_layout::<FactoryRef>().map_err(unlike)?;
     // SAFETY: the layout was checked in the line above.

@@ -1,14 +1,14 @@
-//! Reads a plugin's note from its file, running nothing of it. The same walk over the section table refuses files that `dlopen` would
-//! crash on: truncated ones, libraries of another machine, texts.
+//! Reads a plugin's note from its file, running nothing of it, and judges by the note alone whether this dylm can work with the plugin.
 
+use super::file::PluginFile;
 use crate::error::{Error, Result};
-use object::{Object, ObjectSection, ObjectSegment};
+use object::{Object, ObjectSection};
 use plugin_api::abi::{
     self,
     note::{HEADER_ELF, SECTION_ELF, SECTION_MACHO, SECTION_PE, VENDOR},
 };
 use serde::{Deserialize, Serialize};
-use std::path::Path;
+use std::{fmt::Display, path::Path};
 
 /// What a plugin says of itself.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -41,46 +41,44 @@ pub struct Note {
     pub panic: String,
 }
 
-/// Plugins are a megabyte or two; larger files are not read for a note.
-const LARGEST: u64 = 256 << 20;
+/// Notes are a few hundred bytes; a longer text is none.
+const LONGEST: usize = 1 << 16;
 
 impl Note {
     /// The note of the file, or why it is no plugin, in one sentence.
     pub fn read(path: &Path) -> Result<Self> {
-        let refuse = |why: String| Error::plugin(format!("{}: {why}", path.display()));
-        let meta = std::fs::metadata(path).map_err(Error::io(path))?;
-        if !meta.is_file() {
-            return Err(refuse("is not a regular file, so it cannot be a plugin".into()));
-        }
-        if meta.len() > LARGEST {
-            return Err(refuse(format!("has {} bytes, which is more than any plugin", meta.len())));
-        }
-        let bytes = std::fs::read(path).map_err(Error::io(path))?;
-        let file = object::File::parse(&*bytes)
-            .map_err(|e| refuse(format!("is not a library, or only a part of one ({e}); build or copy it again")))?;
-        // Parts that reach past the end are how a truncated file shows. Segments are what the loader maps, and touching one that is not
-        // there is a signal, not an error.
-        let sections = file.sections().filter_map(|s| s.file_range());
-        let ends =
-            sections.chain(file.segments().map(|s| s.file_range())).map(|(start, len)| start.saturating_add(len));
-        if let Some(end) = ends.max().filter(|&end| end > bytes.len() as u64) {
-            let len = bytes.len();
-            return Err(refuse(format!("is truncated: it has {len} bytes of at least {end}; copy it again")));
-        }
-        if file.architecture() != machine() {
-            return Err(refuse(format!("is built for {:?}, this machine is {:?}", file.architecture(), machine())));
-        }
-        let section = [SECTION_ELF, SECTION_MACHO, SECTION_PE].iter().find_map(|name| file.section_by_name(name));
-        let section = section.ok_or_else(|| {
-            refuse("is a library, but no dylm plugin: it has no note (was it built with export_plugin!?)".into())
-        })?;
-        let data = section.data().map_err(|e| refuse(format!("its note cannot be read: {e}")))?;
-        let text = match file.format() {
-            object::BinaryFormat::Elf => inside_elf(data, file.is_little_endian())
-                .ok_or_else(|| refuse("its note is damaged; build or copy it again".into()))?,
-            _ => data,
-        };
-        Note::parse(text).map_err(|e| refuse(format!("its note cannot be read: {e}; build or copy it again")))
+        Self::of(&PluginFile::open(path)?)
+    }
+
+    /// As `read`, of a file that is open.
+    pub fn of(plugin: &PluginFile) -> Result<Self> {
+        plugin.inspect(|file| {
+            let refuse = |why: String| Error::plugin(format!("{}: {why}", plugin.path().display()));
+            let section = [SECTION_ELF, SECTION_MACHO, SECTION_PE].iter().find_map(|name| file.section_by_name(name));
+            let section = section.ok_or_else(|| {
+                refuse("is a library, but no dylm plugin: it has no note (was it built with export_plugin!?)".into())
+            })?;
+            let data = section.data().map_err(|e| refuse(format!("its note cannot be read: {e}")))?;
+            let text = match file.format() {
+                object::BinaryFormat::Elf => inside_elf(data, file.is_little_endian())
+                    .ok_or_else(|| refuse("its note is damaged; build or copy it again".into()))?,
+                _ => data,
+            };
+            let unreadable = |e: &dyn Display| refuse(format!("its note cannot be read: {e}; build or copy it again"));
+            if text.len() > LONGEST {
+                return Err(unreadable(&format_args!("it has {} bytes", text.len())));
+            }
+            let note = Note::parse(text).map_err(|e| unreadable(&e))?;
+            // A note is shown on terminals, where these would say something else than what is trusted.
+            let unseen = note.texts().any(|text| text.contains(is_unseen));
+            if unseen { Err(unreadable(&"it has control characters")) } else { Ok(note) }
+        })
+    }
+
+    fn texts(&self) -> impl Iterator<Item = &str> {
+        let Note { abi, model_types, needs, name, version, license, url, rustc, target, panic } = self;
+        let single = [abi, name, version, license, url, rustc, target, panic];
+        model_types.iter().chain(needs).chain(single).map(String::as_str)
     }
 
     /// From the section's bytes, which a linker may have padded.
@@ -125,13 +123,7 @@ fn inside_elf(data: &[u8], little: bool) -> Option<&[u8]> {
     data.get(HEADER_ELF..HEADER_ELF.checked_add(text_size)?).filter(|_| ours)
 }
 
-fn machine() -> object::Architecture {
-    match std::env::consts::ARCH {
-        "x86_64" => object::Architecture::X86_64,
-        "aarch64" => object::Architecture::Aarch64,
-        "x86" => object::Architecture::I386,
-        "arm" => object::Architecture::Arm,
-        "riscv64" => object::Architecture::Riscv64,
-        _ => object::Architecture::Unknown,
-    }
+/// Characters that a terminal obeys instead of showing, or that turn the text around them.
+pub fn is_unseen(c: char) -> bool {
+    c.is_control() || matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }

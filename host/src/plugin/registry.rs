@@ -3,11 +3,15 @@
 //! Searched: `--plugins DIR`, `DYLM_PLUGINS`, the folder `plugins` beside the executable, the executable's own folder (where cargo puts
 //! workspace plugins), the user's data folder. Never the working directory, never the model's folder: a downloaded model opens no library.
 
-use super::note::Note;
+use super::{
+    note::Note,
+    trust::{self, Trust},
+};
 use crate::{
     config::{Config, is_model_type},
     error::{Error, Result},
 };
+use rayon::prelude::*;
 use std::{
     env::{self, consts},
     path::{Path, PathBuf},
@@ -20,6 +24,8 @@ pub struct Found {
     pub path: PathBuf,
     /// Its note.
     pub note: Note,
+    /// Whether it may be opened, should it not be dylm's own.
+    pub trust: Trust,
 }
 
 /// The folders to search, in order.
@@ -28,6 +34,7 @@ pub struct Registry {
     folders: Vec<PathBuf>,
     /// Folders that the user named and that are none.
     missing: Vec<PathBuf>,
+    trust: Trust,
 }
 
 impl Registry {
@@ -35,10 +42,7 @@ impl Registry {
     pub fn new(first: &[PathBuf]) -> Self {
         let mut folders: Vec<PathBuf> = first.to_vec();
         folders.extend(env::var_os("DYLM_PLUGINS").iter().flat_map(env::split_paths));
-        if let Some(own) = env::current_exe().ok().and_then(|exe| exe.canonicalize().ok()?.parent().map(Path::to_owned))
-        {
-            folders.extend([own.join("plugins"), own]);
-        }
+        folders.extend(trust::built_in_folders());
         folders.extend(data_folder());
         // Absolute paths only: dlopen searches for a bare name, and the working directory may change.
         let mut absolute: Vec<PathBuf> = Vec::new();
@@ -48,7 +52,16 @@ impl Registry {
             }
         }
         let missing = first.iter().filter(|folder| !folder.is_dir()).cloned().collect();
-        Registry { folders: absolute, missing }
+        Registry { folders: absolute, missing, trust: Trust::default() }
+    }
+
+    /// The same, where `trust` says what becomes of plugins that are not dylm's own.
+    pub fn trusting(self, trust: Trust) -> Self {
+        Registry { trust, ..self }
+    }
+
+    fn found(&self, path: PathBuf, note: Note) -> Found {
+        Found { path, note, trust: self.trust.clone() }
     }
 
     /// The folders that exist, in order of search.
@@ -61,7 +74,7 @@ impl Registry {
         self.folders
             .iter()
             .flat_map(|folder| {
-                Self::in_folder(folder).into_iter().filter_map(|(path, note)| Some(Found { path, note: note.ok()? }))
+                Self::in_folder(folder).into_iter().filter_map(|(path, note)| Some(self.found(path, note.ok()?)))
             })
             .collect()
     }
@@ -75,7 +88,7 @@ impl Registry {
         };
         let mut files: Vec<PathBuf> = entries.filter(is_library).collect();
         files.sort();
-        files.into_iter().map(|path| (path.clone(), Note::read(&path))).collect()
+        files.into_par_iter().map(|path| (path.clone(), Note::read(&path))).collect()
     }
 
     /// The plugin for a model. A wrapper may hold text models of several architectures; a plugin for one of these serves both names
@@ -103,7 +116,7 @@ impl Registry {
             for (path, note) in Self::in_folder(folder) {
                 match note {
                     Ok(note) if note.model_types.iter().any(|t| t == model_type) => match note.refusal(&path) {
-                        None => claimants.push(Found { path, note }),
+                        None => claimants.push(self.found(path, note)),
                         Some(why) => refused = refused.or(Some(why)),
                     },
                     Err(why) if stem(&path) == file_stem(model_type) => refused = refused.or(Some(why.to_string())),

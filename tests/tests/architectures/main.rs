@@ -6,7 +6,7 @@
 mod forms;
 
 use dylm::{
-    LanguageModel, LoadOptions,
+    LanguageModel, LoadOptions, Trust,
     cache::{CacheOptions, State},
     device::{DeviceChoice, DtypeChoice},
     model::{Input, Want},
@@ -61,7 +61,9 @@ fn each_entry(check: impl Fn(&Path) -> Held + Sync) {
 
 impl Tiny {
     fn options() -> LoadOptions {
-        LoadOptions { device: DeviceChoice::Cpu, dtype: DtypeChoice::Float32, ..Default::default() }
+        // Plugins of another build are named with DYLM_PLUGINS.
+        let (device, dtype) = (DeviceChoice::Cpu, DtypeChoice::Float32);
+        LoadOptions { device, dtype, trust: Trust::All, ..Default::default() }
     }
 
     fn load(entry: &Path, device: DeviceChoice) -> tiny::Result<Self> {

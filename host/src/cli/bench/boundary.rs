@@ -14,6 +14,7 @@ use super::{
 use crate::{
     device::{DeviceChoice, DtypeChoice, Placement},
     error::{Error, Result},
+    load::LoadOptions,
     ops::{
         arena::Arena,
         running::Running,
@@ -24,6 +25,7 @@ use crate::{
         library::Library,
         note::Note,
         registry::{Found, Registry},
+        trust::Trust,
     },
 };
 use candle_core::DType;
@@ -33,7 +35,7 @@ use std::{
     cell::RefCell,
     collections::BTreeMap,
     hint::black_box,
-    path::{Path, PathBuf},
+    path::Path,
     process::ExitCode,
     time::Instant,
 };
@@ -43,8 +45,10 @@ const CALLS: usize = 100_000;
 const ROUNDS: usize = 11;
 
 /// Loads copies of the plugin that serves `model_type`, calls ops, and prints medians.
-pub fn measure(model_type: &str, folders: &[PathBuf], as_json: bool) -> Done {
-    let found = Registry::new(folders).resolve(model_type)?;
+pub fn measure(model_type: &str, options: &LoadOptions, as_json: bool) -> Done {
+    let found = Registry::new(&options.plugins).trusting(options.trust.clone()).resolve(model_type)?;
+    // The copies are opened without a question, so the original must have been agreed to.
+    Library::open(&found)?;
     let (note_ms, open_ms) = loads(&found.path)?;
     let ops = calls()?;
     let bytes = std::fs::metadata(&found.path).map_err(Error::io(&found.path))?.len();
@@ -75,7 +79,7 @@ fn loads(plugin: &Path) -> Result<(f64, f64)> {
         let note = Note::read(&path)?;
         notes.push(start.elapsed().as_secs_f64() * 1e3);
         let start = Instant::now();
-        black_box(Library::open(&Found { path, note })?);
+        black_box(Library::open(&Found { path, note, trust: Trust::All })?);
         opens.push(start.elapsed().as_secs_f64() * 1e3);
     }
     Ok((median(notes), median(opens)))

@@ -1,0 +1,50 @@
+//! A library that tells when it is opened: what must not be run here are plugins whose constructor leaves a marker, so that a marker is proof.
+
+use crate::outside::file_name;
+use serde_json::{Value, json};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+/// A library whose constructor writes `marker`; with a note for `model_type`, but no plugin in it.
+///
+/// # Panics
+/// Without a C compiler.
+pub fn trap(folder: &Path, name: &str, model_type: Option<&str>, marker: &Path) -> PathBuf {
+    build(folder, name, model_type.map(|model_type| json!({ "model_types": [model_type] })), marker)
+}
+
+/// As `trap`, with these facts in its note besides those that every note has.
+///
+/// # Panics
+/// Without a C compiler.
+pub fn trap_with(folder: &Path, name: &str, facts: &Value, marker: &Path) -> PathBuf {
+    build(folder, name, Some(facts.clone()), marker)
+}
+
+fn build(folder: &Path, name: &str, facts: Option<Value>, marker: &Path) -> PathBuf {
+    let note = facts.map(|facts| {
+        let mut all = json!({ "abi": "1.0", "name": "trap", "version": "1", "panic": "unwind" });
+        facts.as_object().into_iter().flatten().for_each(|(key, fact)| all[key] = fact.clone());
+        let text = all.to_string();
+        let words = format!("{},{},{},{},{}", 5, text.len(), 1, 0x6d6c7964, 0);
+        let bytes = text.bytes().map(|b| b.to_string()).collect::<Vec<_>>().join(",");
+        format!(
+            "struct {{ unsigned head[5]; char text[{}]; }} note __attribute__((section(\".note.dylm\"), used, aligned(4))) = {{ {{{words}}}, {{{bytes}}} }};",
+            text.len()
+        )
+    });
+    let code = format!(
+        "#include <stdio.h>\nconst {}\n__attribute__((constructor)) static void spring(void) {{ fclose(fopen(\"{}\", \"w\")); }}\n",
+        note.unwrap_or_else(|| "int nothing = 0;".into()),
+        marker.display()
+    );
+    let (source, library) = (folder.join("trap.c"), folder.join(file_name(name)));
+    fs::write(&source, code).unwrap();
+    let cc = Command::new("cc").args(["-shared", "-fPIC", "-o"]).arg(&library).arg(&source).output().unwrap();
+    assert!(cc.status.success(), "{}", String::from_utf8_lossy(&cc.stderr));
+    fs::remove_file(source).unwrap();
+    library
+}
