@@ -143,10 +143,10 @@ fn a_file_that_is_written_to_while_a_person_thinks_is_not_opened() {
 fn a_note_cannot_paint_over_the_question() {
     let marker = tempfile::tempdir().unwrap();
     let marker = marker.path().join("sprung");
-    let model = checkpoint(&[]);
+    let model = checkpoint(&[("model_type", json!("stranger"))]);
     for name in ["good\u{1b}[2J", "a\nb", "\u{202e}dog", "bell\u{7}"] {
         let plugins = tempfile::tempdir().unwrap();
-        trap_with(plugins.path(), "llama", &json!({ "model_types": ["llama"], "name": name }), &marker);
+        trap_with(plugins.path(), "stranger", &json!({ "model_types": ["stranger"], "name": name }), &marker);
         let (code, seen) = Terminal::generate(model.path(), plugins.path()).end();
         assert!(code == Some(1) && seen.contains("its note cannot be read: it has control characters"), "{seen:?}");
         assert!(!seen.contains("[y/N]") && !seen.contains(name));

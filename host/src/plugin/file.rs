@@ -150,25 +150,19 @@ impl PluginFile {
                 n => hasher.update(piece.get(..n).unwrap_or_default()),
             }
         }
-        self.refuse_changed()?;
         Ok(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
     }
 
-    /// Refuses if somebody wrote to the file since it was opened here.
-    fn refuse_changed(&self) -> Result<()> {
-        match Stamp::of(&self.metadata()?) == self.stamp {
-            true => Ok(()),
-            false => Err(self.refuse("was written to while it was being looked at; try again when that is done")),
-        }
-    }
-
-    /// Lets `open` have a path that leads to this very file, not to whatever lies at its path by now.
+    /// Lets `open` have a path that leads to this very file, whose hash was agreed to, not to whatever lies at its path by now.
     ///
     /// Where the system has a path for open files (Linux), that is the one, and the file stays open for good: the loader knows a library by
     /// its path, and would take a later file of the same number for this one. Elsewhere the path is used and looked at again, before and
     /// after. What neither can see is the file's own owner writing into it in that very moment.
-    pub fn through<T>(self, open: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
-        self.refuse_changed()?;
+    pub fn through<T>(self, sha256: &str, open: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
+        // The stamp changes with the file's name too, so that it tells when to look, not what there is.
+        if Stamp::of(&self.metadata()?) != self.stamp && self.sha256()? != sha256 {
+            return Err(self.refuse("was written to while it was being looked at; try again when that is done"));
+        }
         if let Some(fixed) = self.fixed_path() {
             let result = open(&fixed);
             std::mem::forget(self.file);
@@ -187,7 +181,10 @@ impl PluginFile {
     fn fixed_path(&self) -> Option<PathBuf> {
         use std::os::fd::AsRawFd;
         let path = PathBuf::from(format!("/proc/self/fd/{}", self.file.as_raw_fd()));
-        std::fs::metadata(&path).is_ok_and(|metadata| Stamp::of(&metadata) == self.stamp).then_some(path)
+        let same = |there: Metadata| {
+            (Stamp::of(&there).device, Stamp::of(&there).inode) == (self.stamp.device, self.stamp.inode)
+        };
+        std::fs::metadata(&path).is_ok_and(same).then_some(path)
     }
 
     #[cfg(not(target_os = "linux"))]

@@ -65,7 +65,10 @@ impl Library {
             None => {
                 let dlopen = |by: &Path| open(path, by);
                 // By its bare path, which debuggers and profilers know, unless these very bytes were agreed to.
-                let factory = if agreed.is_some() { file.through(dlopen) } else { dlopen(path) }?;
+                let factory = match &agreed {
+                    Some(hash) => file.through(hash, dlopen),
+                    None => dlopen(path),
+                }?;
                 opened.insert(path.clone(), (factory, agreed));
                 factory
             }
