@@ -49,7 +49,7 @@ pub struct Plugins {
 }
 
 /// A library file on the search path.
-struct Listed {
+pub(super) struct Listed {
     path: PathBuf,
     /// `None` for a library that is no plugin.
     note: Option<Note>,
@@ -114,7 +114,7 @@ fn forget(what: &str, as_json: bool) -> Done {
 /// Where each plugin stands. The trust file is read, and files hashed, only if there are plugins that are not dylm's own.
 fn judge(listed: &mut [Listed]) -> Result<()> {
     let pins = LazyLock::new(|| Pins::read().map_err(|e| e.to_string()));
-    let read = || pins.as_ref().cloned().map_err(Error::plugin);
+    let read = || pins.as_ref().map_err(Error::plugin);
     listed.par_iter_mut().filter(|file| file.refused.is_none()).try_for_each(|file| {
         let hash = || PluginFile::open(&file.path)?.sha256();
         file.standing = Some(Standing::of(&file.path, hash, read)?);
@@ -122,7 +122,8 @@ fn judge(listed: &mut [Listed]) -> Result<()> {
     })
 }
 
-fn list(registry: &Registry) -> Vec<Listed> {
+/// Every library on the search path, judged by what can be read of it.
+pub(super) fn list(registry: &Registry) -> Vec<Listed> {
     let mut serving: BTreeMap<String, PathBuf> = BTreeMap::new();
     let mut listed = Vec::new();
     for folder in registry.folders() {

@@ -47,17 +47,30 @@ impl Arena {
         Handle((self.step << USE_BITS | entry.uses) << PLACE_BITS | (place as u64 + 1))
     }
 
-    fn entry(&mut self, handle: Handle) -> Option<&mut Entry> {
+    /// Where the handle's value lies, if it is of this step and has an owner.
+    #[inline]
+    fn place(&self, handle: Handle) -> Option<usize> {
         let place = (handle.0 & ((1 << PLACE_BITS) - 1)).checked_sub(1)?;
-        let taken = self.step << USE_BITS;
-        let entry = self.entries.get_mut(place as usize)?;
-        ((taken | entry.uses) << PLACE_BITS | (place + 1) == handle.0 && entry.owners > 0).then_some(entry)
+        let entry = self.entries.get(place as usize)?;
+        let whole = (self.step << USE_BITS | entry.uses) << PLACE_BITS | (place + 1);
+        (whole == handle.0 && entry.owners > 0).then_some(place as usize)
+    }
+
+    fn entry(&mut self, handle: Handle) -> Option<&mut Entry> {
+        let place = self.place(handle)?;
+        self.entries.get_mut(place)
     }
 
     /// The value behind a handle.
-    pub fn get(&mut self, handle: Handle) -> Outcome {
+    pub fn get(&self, handle: Handle) -> Outcome {
+        self.look(handle).cloned()
+    }
+
+    /// The value behind a handle, where it lies.
+    #[inline]
+    pub fn look(&self, handle: Handle) -> Outcome<&Value> {
         let stale = || fault!("a tensor that is not of this step (kept from another step, dropped twice, or made up)");
-        self.entry(handle).and_then(|e| e.value.clone()).ok_or_else(stale)
+        self.place(handle).and_then(|place| self.entries.get(place)?.value.as_ref()).ok_or_else(stale)
     }
 
     /// One more owner; a bad handle stays bad.

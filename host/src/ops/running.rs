@@ -3,7 +3,7 @@
 
 use super::{
     arena::Arena,
-    value::{Outcome, Value, fault},
+    value::{Dims, Outcome, Value, fault},
 };
 use crate::{
     cache::State,
@@ -71,8 +71,8 @@ impl Running<'_> {
         self.wanted.get(slot.0 as usize).map(|w| w.name().to_owned()).unwrap_or_default()
     }
 
-    fn with_last(x: &Value, expected: usize, last: usize) -> Outcome<Vec<usize>> {
-        let mut dims = x.dims()?.to_vec();
+    fn with_last(x: &Value, expected: usize, last: usize) -> Outcome<Dims> {
+        let mut dims = x.own_dims()?;
         match dims.last_mut() {
             Some(width) if *width == expected => *width = last,
             _ => return Err(fault!("input {dims:?}, it takes [.., {expected}]")),
@@ -85,7 +85,7 @@ impl Running<'_> {
         let Wanted::Embedding { dim, .. } = self.wanted(slot)? else {
             return Err(fault!("this layer is no embedding"));
         };
-        let mut dims = ids.dims()?.to_vec();
+        let mut dims = ids.own_dims()?;
         dims.push(*dim);
         let layer = self.layer(slot);
         ids.make(dims, |ids| match layer {
@@ -148,7 +148,7 @@ impl Running<'_> {
         let Wanted::Parameter { dims, .. } = self.wanted(slot)? else { return Err(fault!("this layer is no tensor")) };
         match self.layer(slot) {
             Ok(Layer::Parameter(t)) => Ok(Value::Real(t.clone())),
-            _ => Ok(Value::Planned(dims.clone())),
+            _ => Ok(Value::planned(dims)),
         }
     }
 
@@ -157,7 +157,7 @@ impl Running<'_> {
         let Some(Wanted::Rope(rope)) = self.wanted.get(slot.0 as usize) else {
             return Err(fault!("this layer has no rope"));
         };
-        let dims = x.dims()?.to_vec();
+        let dims = x.own_dims()?;
         if dims.len() != 3 || dims[0] != self.tokens || dims[2] < rope.dims {
             return Err(fault!("{dims:?} is not [{} tokens, heads, at least {}]", self.tokens, rope.dims));
         }

@@ -138,10 +138,10 @@ macro_rules! implement {
         $(extern "C" fn $sname(ctx: Ctx, $sslot: Slot, $($sarg: $sty,)* at: At) -> Handle { run(ctx, stringify!($sname), Some($sslot), at, |$s| $sbody) })*
         $(extern "C" fn $rname(ctx: Ctx, $($rarg: $rty,)* at: At) -> Handle { run(ctx, stringify!($rname), None, at, |$r| $rbody) })*
         $(extern "C" fn $uname(ctx: Ctx, x: Handle, at: At) -> Handle {
-            run(ctx, stringify!($uname), None, at, |r| { let $ux = r.arena.get(x)?; $ubody })
+            run(ctx, stringify!($uname), None, at, |r| { let $ux = r.arena.look(x)?; $ubody })
         })*
         $(extern "C" fn $zname(ctx: Ctx, a: Handle, b: Handle, at: At) -> Handle {
-            run(ctx, stringify!($zname), None, at, |r| { let ($za, $zb) = (r.arena.get(a)?, r.arena.get(b)?); $zbody })
+            run(ctx, stringify!($zname), None, at, |r| { let ($za, $zb) = (r.arena.look(a)?, r.arena.look(b)?); $zbody })
         })*
     };
 }
@@ -197,17 +197,17 @@ implement! {
         linear_attention(cache: u32, q: Handle, k: Handle, v: Handle, g: Handle): |r| r.linear_attention(cache, [q, k, v, g]);
         wkv7(cache: u32, r: Handle, w: Handle, k: Handle, v: Handle, a: Handle, b: Handle): |run| run.wkv7(cache, [r, w, k, v, a, b]);
         rg_lru(cache: u32, x: Handle, log_a: Handle): |r| r.rg_lru(cache, [x, log_a]);
-        top_mask(x: Handle, k: u64): |r| r.arena.get(x)?.top_mask(k as usize);
-        split_heads(x: Handle, head_dim: u64): |r| r.arena.get(x)?.split_heads(head_dim as usize);
-        narrow(x: Handle, start: u64, len: u64): |r| r.arena.get(x)?.narrow(start as usize, len as usize);
+        top_mask(x: Handle, k: u64): |r| r.arena.look(x)?.top_mask(k as usize);
+        split_heads(x: Handle, head_dim: u64): |r| r.arena.look(x)?.split_heads(head_dim as usize);
+        narrow(x: Handle, start: u64, len: u64): |r| r.arena.look(x)?.narrow(start as usize, len as usize);
         concat(parts: RSlice<'_, Handle>): |r| {
             Value::concat(&parts.iter().map(|&p| r.arena.get(p)).collect::<Outcome<Vec<_>>>()?)
         };
         swiglu(gate: Handle, up: Handle): |r| r.gate(gate, up, Activation::Swiglu);
         geglu(gate: Handle, up: Handle): |r| r.gate(gate, up, Activation::Geglu);
-        unflatten(x: Handle, n: u64): |r| r.arena.get(x)?.unflatten(n as usize);
-        affine(x: Handle, scale: f64, offset: f64): |r| r.arena.get(x)?.map(|x| x.affine(scale, offset));
-        clamp(x: Handle, low: f64, high: f64): |r| r.arena.get(x)?.map(|x| x.clamp(low, high));
+        unflatten(x: Handle, n: u64): |r| r.arena.look(x)?.unflatten(n as usize);
+        affine(x: Handle, scale: f64, offset: f64): |r| r.arena.look(x)?.map(|x| x.affine(scale, offset));
+        clamp(x: Handle, low: f64, high: f64): |r| r.arena.look(x)?.map(|x| x.clamp(low, high));
     }
     unary {
         merge_heads: |x| x.merge_heads();
@@ -235,15 +235,15 @@ implement! {
         max: |x| x.fold(|x| x.max_keepdim(candle_core::D::Minus1));
     }
     binary {
-        add: |a, b| a.zip(&b, |a, b| a.broadcast_add(b));
-        sub: |a, b| a.zip(&b, |a, b| a.broadcast_sub(b));
-        mul: |a, b| a.zip(&b, |a, b| a.broadcast_mul(b));
-        div: |a, b| a.zip(&b, |a, b| a.broadcast_div(b));
-        maximum: |a, b| a.zip(&b, |a, b| a.broadcast_maximum(b));
-        minimum: |a, b| a.zip(&b, |a, b| a.broadcast_minimum(b));
-        greater: |a, b| a.greater(&b);
-        matmul: |a, b| a.matmul(&b);
-        gather: |a, b| a.gather(&b);
+        add: |a, b| a.zip(b, |a, b| a.broadcast_add(b));
+        sub: |a, b| a.zip(b, |a, b| a.broadcast_sub(b));
+        mul: |a, b| a.zip(b, |a, b| a.broadcast_mul(b));
+        div: |a, b| a.zip(b, |a, b| a.broadcast_div(b));
+        maximum: |a, b| a.zip(b, |a, b| a.broadcast_maximum(b));
+        minimum: |a, b| a.zip(b, |a, b| a.broadcast_minimum(b));
+        greater: |a, b| a.greater(b);
+        matmul: |a, b| a.matmul(b);
+        gather: |a, b| a.gather(b);
     }
 }
 

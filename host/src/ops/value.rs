@@ -2,7 +2,11 @@
 //! Here are the ops that need neither weights nor sequence: shapes are checked first, by one rule for both kinds of run.
 
 use candle_core::{D, DType, Tensor};
+use smallvec::{SmallVec, smallvec};
 use std::rc::Rc;
+
+/// A shape. Few tensors have more axes than this, and those that have pay an allocation, as each op once did.
+pub type Dims = SmallVec<[usize; 4]>;
 
 /// Why an op gave nothing.
 #[derive(Clone, Debug)]
@@ -22,7 +26,7 @@ pub enum Value {
     /// Numbers on the model's device.
     Real(Tensor),
     /// A shape alone.
-    Planned(Vec<usize>),
+    Planned(Dims),
     /// What went wrong, and where.
     Failed(Rc<String>),
 }
@@ -42,7 +46,7 @@ impl From<candle_core::Error> for Fault {
 impl Value {
     /// A shape without numbers.
     pub fn planned(dims: &[usize]) -> Value {
-        Value::Planned(dims.to_vec())
+        Value::Planned(Dims::from_slice(dims))
     }
 
     /// The shape, or why there is none.
@@ -59,21 +63,29 @@ impl Value {
         self.dims()?.last().copied().ok_or_else(|| fault!("a tensor without axes"))
     }
 
+    /// The shape, to be changed, or why there is none.
+    pub fn own_dims(&self) -> Outcome<Dims> {
+        self.dims().map(Dims::from_slice)
+    }
+
     /// Either the shape that `dims` states or the numbers that `compute` makes.
-    pub fn make(&self, dims: Vec<usize>, compute: impl FnOnce(&Tensor) -> candle_core::Result<Tensor>) -> Outcome {
+    pub fn make(&self, dims: Dims, compute: impl FnOnce(&Tensor) -> candle_core::Result<Tensor>) -> Outcome {
         match self {
             Value::Real(t) => compute(t).map(Value::Real).map_err(Fault::from),
             _ => Ok(Value::Planned(dims)),
         }
     }
 
-    fn reshaped(&self, dims: Vec<usize>) -> Outcome {
-        self.make(dims.clone(), |t| t.reshape(dims))
+    fn reshaped(&self, dims: Dims) -> Outcome {
+        match self {
+            Value::Real(t) => t.reshape(&dims[..]).map(Value::Real).map_err(Fault::from),
+            _ => Ok(Value::Planned(dims)),
+        }
     }
 
     /// The same shape, other numbers. Ids and positions count as numbers.
     pub fn map(&self, compute: impl FnOnce(&Tensor) -> candle_core::Result<Tensor>) -> Outcome {
-        self.make(self.dims()?.to_vec(), |t| {
+        self.make(self.own_dims()?, |t| {
             if t.dtype() == DType::U32 { compute(&t.to_dtype(DType::F32)?) } else { compute(t) }
         })
     }
@@ -98,7 +110,7 @@ impl Value {
     /// Reduces the last axis to length 1.
     pub fn fold(&self, compute: impl FnOnce(&Tensor) -> candle_core::Result<Tensor>) -> Outcome {
         self.last()?;
-        let mut dims = self.dims()?.to_vec();
+        let mut dims = self.own_dims()?;
         *dims.last_mut().ok_or_else(|| fault!("a tensor without axes"))? = 1;
         self.make(dims, compute)
     }
@@ -107,7 +119,7 @@ impl Value {
     pub fn split_heads(&self, head_dim: usize) -> Outcome {
         match *self.dims()? {
             [tokens, width] if head_dim > 0 && width.is_multiple_of(head_dim) => {
-                self.reshaped(vec![tokens, width / head_dim, head_dim])
+                self.reshaped(smallvec![tokens, width / head_dim, head_dim])
             }
             ref dims => Err(fault!("{dims:?} is not [tokens, heads * {head_dim}]")),
         }
@@ -116,14 +128,14 @@ impl Value {
     /// `[tokens, heads, head_dim]` -> `[tokens, heads * head_dim]`
     pub fn merge_heads(&self) -> Outcome {
         match *self.dims()? {
-            [tokens, heads, head_dim] => self.reshaped(vec![tokens, heads * head_dim]),
+            [tokens, heads, head_dim] => self.reshaped(smallvec![tokens, heads * head_dim]),
             ref dims => Err(fault!("{dims:?} is not [tokens, heads, head_dim]")),
         }
     }
 
     /// Entries of the last axis.
     pub fn narrow(&self, start: usize, len: usize) -> Outcome {
-        let (mut dims, last) = (self.dims()?.to_vec(), self.last()?);
+        let (mut dims, last) = (self.own_dims()?, self.last()?);
         if start.checked_add(len).is_none_or(|end| end > last) {
             return Err(fault!("entries {start}..{start}+{len} of an axis of {last}"));
         }
@@ -134,7 +146,7 @@ impl Value {
     /// Joins along the last axis.
     pub fn concat(parts: &[Value]) -> Outcome {
         let Some(first) = parts.first() else { return Err(fault!("nothing to join")) };
-        let (mut dims, mut width) = (first.dims()?.to_vec(), 0);
+        let (mut dims, mut width) = (first.own_dims()?, 0);
         for part in parts {
             let (d, lead) = (part.dims()?, dims.len().saturating_sub(1));
             if d.len() != dims.len() || d[..lead] != dims[..lead] {
@@ -154,7 +166,7 @@ impl Value {
 
     /// `[.., n * m]` -> `[.., n, m]`
     pub fn unflatten(&self, n: usize) -> Outcome {
-        let (mut dims, last) = (self.dims()?.to_vec(), self.last()?);
+        let (mut dims, last) = (self.own_dims()?, self.last()?);
         if n == 0 || !last.is_multiple_of(n) {
             return Err(fault!("an axis of {last} does not split in {n}"));
         }
@@ -165,7 +177,7 @@ impl Value {
 
     /// `[.., n, m]` -> `[.., n * m]`
     pub fn flatten(&self) -> Outcome {
-        let mut dims = self.dims()?.to_vec();
+        let mut dims = self.own_dims()?;
         let (Some(m), Some(n)) = (dims.pop(), dims.pop()) else { return Err(fault!("fewer than two axes to join")) };
         dims.push(n * m);
         self.reshaped(dims)
@@ -173,7 +185,7 @@ impl Value {
 
     /// The last two axes exchanged.
     pub fn transpose(&self) -> Outcome {
-        let mut dims = self.dims()?.to_vec();
+        let mut dims = self.own_dims()?;
         let n = dims.len();
         if n < 2 {
             return Err(fault!("fewer than two axes to exchange"));
@@ -198,7 +210,7 @@ impl Value {
 
     /// The k largest of the last axis and their indices (u32). By a full sort on devices, which candle limits: see `sort` there.
     pub fn topk(&self, k: usize) -> Outcome<(Value, Value)> {
-        let (mut dims, last) = (self.dims()?.to_vec(), self.last()?);
+        let (mut dims, last) = (self.own_dims()?, self.last()?);
         if k == 0 || k > last {
             return Err(fault!("the {k} largest of {last}"));
         }
@@ -211,7 +223,7 @@ impl Value {
             order.sort_by(|&a, &b| row[b as usize].total_cmp(&row[a as usize]));
             chosen.extend_from_slice(&order[..k]);
         }
-        let indices = Tensor::from_vec(chosen, dims, t.device()).map_err(Fault::from)?;
+        let indices = Tensor::from_vec(chosen, &dims[..], t.device()).map_err(Fault::from)?;
         let values = t.gather(&indices, D::Minus1).map_err(Fault::from)?;
         Ok((Value::Real(values), Value::Real(indices)))
     }
@@ -222,7 +234,7 @@ impl Value {
         if a.len() != b.len() || a.is_empty() || a[..a.len() - 1] != b[..b.len() - 1] {
             return Err(fault!("indices {b:?} into {a:?}"));
         }
-        let dims = b.to_vec();
+        let dims = Dims::from_slice(b);
         match (self, indices) {
             (Value::Real(t), Value::Real(i)) => t.gather(i, D::Minus1).map(Value::Real).map_err(Fault::from),
             _ => Ok(Value::Planned(dims)),
@@ -270,7 +282,7 @@ impl Value {
 }
 
 /// The shape of two tensors computed with each other: axes from the right, 1 stretches.
-fn broadcast(a: &[usize], b: &[usize]) -> Outcome<Vec<usize>> {
+fn broadcast(a: &[usize], b: &[usize]) -> Outcome<Dims> {
     let n = a.len().max(b.len());
     let axis = |d: &[usize], i: usize| (i + d.len()).checked_sub(n).map_or(1, |i| d[i]);
     (0..n)
@@ -311,7 +323,7 @@ mod tests {
     #[test]
     fn the_mask_of_the_largest_takes_the_first_of_equals() {
         assert_eq!(read(numbers(&[1.0, 3.0, 2.0, 3.0, 3.0]).top_mask(2)), [0.0, 1.0, 0.0, 1.0, 0.0]);
-        assert!(matches!(Value::planned(&[2, 5]).top_mask(2).unwrap(), Value::Planned(dims) if dims == [2, 5]));
+        assert!(matches!(Value::planned(&[2, 5]).top_mask(2).unwrap(), Value::Planned(dims) if dims[..] == [2, 5]));
         assert!(numbers(&[1.0]).top_mask(2).is_err());
     }
 

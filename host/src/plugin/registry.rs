@@ -55,6 +55,11 @@ impl Registry {
         Registry { folders: absolute, missing, trust: Trust::default() }
     }
 
+    /// One folder alone, in place of the search path.
+    pub fn of_folder(folder: &Path) -> Self {
+        Registry { folders: vec![folder.to_owned()], missing: Vec::new(), trust: Trust::default() }
+    }
+
     /// The same, where `trust` says what becomes of plugins that are not dylm's own.
     pub fn trusting(self, trust: Trust) -> Self {
         Registry { trust, ..self }

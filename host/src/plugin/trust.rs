@@ -9,7 +9,12 @@ pub mod pins;
 use super::{file::PluginFile, note::Note};
 use crate::error::{Error, Result};
 use pins::{Pin, Pins};
-use std::{env, fmt, path::Path, path::PathBuf, sync::Arc};
+use std::{
+    borrow::Borrow,
+    env, fmt,
+    path::{Path, PathBuf},
+    sync::{Arc, OnceLock},
+};
 
 /// What becomes of a plugin that is not dylm's own.
 #[derive(Clone, Default)]
@@ -81,12 +86,21 @@ pub enum Standing {
 }
 
 impl Standing {
-    /// Of a file, hashed if need be. `pins` are read when first needed.
-    pub fn of(path: &Path, hash: impl FnOnce() -> Result<String>, pins: impl FnOnce() -> Result<Pins>) -> Result<Self> {
+    /// Of a file. Pins are read and the file is hashed only where that can make a difference.
+    pub fn of<P: Borrow<Pins>>(
+        path: &Path,
+        hash: impl FnOnce() -> Result<String>,
+        pins: impl FnOnce() -> Result<P>,
+    ) -> Result<Self> {
         if is_built_in(path) {
             return Ok(Standing::BuiltIn);
         }
-        let (pins, hash) = (pins()?, hash()?);
+        let pins = pins()?;
+        let pins = pins.borrow();
+        if pins.all().is_empty() {
+            return Ok(Standing::Unknown);
+        }
+        let hash = hash()?;
         Ok(match (pins.of_hash(&hash), pins.of_path(path)) {
             (Some(pin), _) => Standing::Trusted(pin),
             (None, Some(before)) => Standing::Changed(before),
@@ -121,10 +135,10 @@ impl Trust {
 
 /// The folders whose plugins are dylm's own, first the one that is searched first.
 pub fn built_in_folders() -> Vec<PathBuf> {
+    static OWN: OnceLock<Option<PathBuf>> = OnceLock::new();
     // Through links: a link to dylm may lie in a folder of anything.
-    let exe = env::current_exe().ok().and_then(|exe| exe.canonicalize().ok());
-    let own = exe.and_then(|exe| exe.parent().map(Path::to_owned));
-    own.map_or_else(Vec::new, |own| vec![own.join("plugins"), own])
+    let own = || env::current_exe().ok()?.canonicalize().ok()?.parent().map(Path::to_owned);
+    OWN.get_or_init(own).iter().flat_map(|own| [own.join("plugins"), own.clone()]).collect()
 }
 
 /// Whether a plugin, by the folder that it or a link to it lies in, is dylm's own.

@@ -1,13 +1,14 @@
 //! What the plugin boundary costs: opening a plugin, and one call through the op table.
 //!
-//! A library stays open once it was opened, so each load is measured on a copy of its own. Op calls go through the very function
+//! What each may cost stands beside it. A library stays open once it was opened, so each load is measured on a copy of its own, and the
+//! listing on a folder of copies, as what `dylm plugins` does between start and print. Op calls go through the very function
 //! pointers that a plugin is given, on tensors that have a shape and no numbers: what remains is the call itself, the handle's look-up,
 //! the shape check and a new handle.
 
 use super::{
     super::{
-        Done,
-        printing::{json, line},
+        Done, plugins,
+        printing::{Paint, json, line},
     },
     median,
 };
@@ -22,6 +23,7 @@ use crate::{
         value::Value,
     },
     plugin::{
+        file::PluginFile,
         library::Library,
         note::Note,
         registry::{Found, Registry},
@@ -35,7 +37,7 @@ use std::{
     cell::RefCell,
     collections::BTreeMap,
     hint::black_box,
-    path::Path,
+    path::{Path, PathBuf},
     process::ExitCode,
     time::Instant,
 };
@@ -43,46 +45,101 @@ use std::{
 const LOADS: usize = 50;
 const CALLS: usize = 100_000;
 const ROUNDS: usize = 11;
+/// Files of the listing that is measured.
+const FILES: usize = 120;
 
-/// Loads copies of the plugin that serves `model_type`, calls ops, and prints medians.
+/// Milliseconds from a plugin's path to its checked factory, its note included.
+const LOAD_MS: f64 = 1.0;
+/// Nanoseconds of an op call.
+const OP_NS: f64 = 60.0;
+/// Milliseconds to list the files.
+const LIST_MS: f64 = 50.0;
+
+/// Loads copies of the plugin that serves `model_type`, lists more of them, calls ops, and prints medians.
 pub fn measure(model_type: &str, options: &LoadOptions, as_json: bool) -> Done {
     let found = Registry::new(&options.plugins).trusting(options.trust.clone()).resolve(model_type)?;
     // The copies are opened without a question, so the original must have been agreed to.
     Library::open(&found)?;
-    let (note_ms, open_ms) = loads(&found.path)?;
-    let ops = calls()?;
+    let Loads { note_ms, open_ms, hash_ms } = loads(&found.path)?;
+    let (load_ms, list_ms, ops) = (note_ms + open_ms, listing(&found.path)?, calls()?);
     let bytes = std::fs::metadata(&found.path).map_err(Error::io(&found.path))?.len();
     if as_json {
         let ops: BTreeMap<_, _> = ops.into_iter().collect();
-        json(&json!({ "plugin": found.path, "bytes": bytes, "note_ms": note_ms, "open_ms": open_ms, "op_ns": ops }))?;
+        let budget = json!({ "load_ms": LOAD_MS, "op_ns": OP_NS, "list_ms": LIST_MS });
+        json(&json!({
+            "plugin": found.path, "bytes": bytes, "note_ms": note_ms, "open_ms": open_ms, "load_ms": load_ms, "hash_ms": hash_ms,
+            "list_ms": list_ms, "op_ns": ops, "budget": budget,
+        }))?;
         return Ok(ExitCode::SUCCESS);
     }
+    let row = |what: &str, is: f64, unit: &str, may: Option<f64>| {
+        let verdict = match may {
+            Some(may) if is > may => format!("  {} of {may:.0} {unit}", Paint::Red.out("over the budget")),
+            Some(may) => format!("  of {may:.0} {unit}"),
+            None => String::new(),
+        };
+        let digits = if unit == "ns" { 1 } else { 3 };
+        line(format_args!("  {what:<28} {is:>8.digits$} {unit}{verdict}"))
+    };
     line(format_args!("{}: {bytes} bytes", found.path.display()))?;
-    line(format_args!("  read the note        {note_ms:.3} ms"))?;
-    line(format_args!("  open and check       {open_ms:.3} ms"))?;
+    row("read the note", note_ms, "ms", None)?;
+    row("open and check", open_ms, "ms", None)?;
+    row("load: both together", load_ms, "ms", Some(LOAD_MS))?;
+    row("hash, if not dylm's own", hash_ms, "ms", None)?;
+    row(&format!("list {FILES} plugins"), list_ms, "ms", Some(LIST_MS))?;
     for (op, ns) in ops {
-        line(format_args!("  {op:<20} {ns:.1} ns a call"))?;
+        row(op, ns, "ns", Some(OP_NS))?;
     }
-    line(format_args!("Medians of {LOADS} loads, each of a fresh copy, and of {ROUNDS} rounds of {CALLS} calls."))?;
+    line(format_args!(
+        "Medians of {LOADS} loads, each of a fresh copy, and of {ROUNDS} listings and rounds of {CALLS} calls."
+    ))?;
     Ok(ExitCode::SUCCESS)
 }
 
-/// Milliseconds to read the note, and to open the library and check its layout.
-fn loads(plugin: &Path) -> Result<(f64, f64)> {
+/// Milliseconds of a load's parts: to read the note; to open the library and check its layout; to hash its bytes, where that is needed.
+struct Loads {
+    note_ms: f64,
+    open_ms: f64,
+    hash_ms: f64,
+}
+
+fn loads(plugin: &Path) -> Result<Loads> {
     let folder = tempfile::tempdir().map_err(Error::io("a temporary folder"))?;
-    let (mut notes, mut opens) = (Vec::new(), Vec::new());
-    for copy in 0..LOADS {
-        let path =
-            folder.path().join(format!("{}{copy}{}", std::env::consts::DLL_PREFIX, std::env::consts::DLL_SUFFIX));
-        std::fs::copy(plugin, &path).map_err(Error::io(&path))?;
-        let start = Instant::now();
-        let note = Note::read(&path)?;
-        notes.push(start.elapsed().as_secs_f64() * 1e3);
-        let start = Instant::now();
-        black_box(Library::open(&Found { path, note, trust: Trust::All })?);
-        opens.push(start.elapsed().as_secs_f64() * 1e3);
+    let (mut notes, mut opens, mut hashes) = (Vec::new(), Vec::new(), Vec::new());
+    for path in copies(plugin, folder.path(), LOADS)? {
+        let (note, ms) = timed(|| Note::read(&path));
+        notes.push(ms);
+        let (hash, ms) = timed(|| PluginFile::open(&path)?.sha256());
+        hashes.push(ms);
+        black_box(hash?);
+        let found = Found { path, note: note?, trust: Trust::All };
+        let (library, ms) = timed(|| Library::open(&found));
+        opens.push(ms);
+        black_box(library?);
     }
-    Ok((median(notes), median(opens)))
+    Ok(Loads { note_ms: median(notes), open_ms: median(opens), hash_ms: median(hashes) })
+}
+
+/// Milliseconds to judge a folder of plugins, without the user's list of those that are trusted.
+fn listing(plugin: &Path) -> Result<f64> {
+    let folder = tempfile::tempdir().map_err(Error::io("a temporary folder"))?;
+    copies(plugin, folder.path(), FILES)?;
+    let registry = Registry::of_folder(folder.path());
+    Ok(median((0..ROUNDS).map(|_| timed(|| black_box(plugins::list(&registry))).1).collect()))
+}
+
+fn copies(plugin: &Path, folder: &Path, count: usize) -> Result<Vec<PathBuf>> {
+    let copy = |number: usize| {
+        let path = folder.join(format!("{}{number}{}", std::env::consts::DLL_PREFIX, std::env::consts::DLL_SUFFIX));
+        std::fs::copy(plugin, &path).map_err(Error::io(&path)).map(|_| path)
+    };
+    (0..count).map(copy).collect()
+}
+
+fn timed<T>(work: impl FnOnce() -> T) -> (T, f64) {
+    let start = Instant::now();
+    let done = work();
+    (done, start.elapsed().as_secs_f64() * 1e3)
 }
 
 /// Nanoseconds of single ops.
