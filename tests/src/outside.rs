@@ -1,8 +1,9 @@
 //! Builds the plugins of `tests/plugins`, as a stranger would: in a workspace of their own, with any toolchain.
 
+use crate::binary::{dylm, trusting};
 use std::{
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, Output},
 };
 
 /// The workspace of the plugins from outside.
@@ -62,4 +63,22 @@ pub fn checkpoint(changes: &[(&str, serde_json::Value)]) -> tempfile::TempDir {
     };
     write().unwrap_or_else(|e| panic!("the tiny llama: {e}"));
     folder
+}
+
+/// `dylm generate` in the folder `from`, by a user who agrees to the plugins of this folder.
+///
+/// # Panics
+/// If dylm cannot be run.
+pub fn generate(model: &Path, plugins: &Path, from: &Path) -> Output {
+    let mut command = dylm();
+    command.args(["generate", "--max-tokens", "4", "--verbose", "false", "--model"]).arg(model);
+    trusting(&mut command, plugins).current_dir(from).output().unwrap_or_else(|e| panic!("dylm: {e}"))
+}
+
+/// The same, with a model of this type.
+///
+/// # Panics
+/// If dylm cannot be run.
+pub fn run_with_plugins(model_type: &str, plugins: &Path) -> Output {
+    generate(checkpoint(&[("model_type", model_type.into())]).path(), plugins, Path::new("/"))
 }

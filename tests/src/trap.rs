@@ -48,3 +48,14 @@ fn build(folder: &Path, name: &str, facts: Option<Value>, marker: &Path) -> Path
     fs::remove_file(source).unwrap();
     library
 }
+
+/// `of` with the first `from` replaced, which in a plugin is the one in its note: that section comes before the code's own copy.
+///
+/// # Panics
+/// If there is none, or `to` is of another length.
+pub fn patched(mut of: Vec<u8>, from: &str, to: &str) -> Vec<u8> {
+    assert_eq!(from.len(), to.len());
+    let at = of.windows(from.len()).position(|w| w == from.as_bytes()).expect("the text to be patched");
+    of[at..at + to.len()].copy_from_slice(to.as_bytes());
+    of
+}

@@ -1,43 +1,17 @@
-//! What lies on the search path is judged before it is opened, and nothing off the path is opened at all. What must not be opened here are
-//! libraries whose constructor leaves a marker, so that a marker is proof.
+//! What lies on the search path is judged before it is opened: each kind of file that is no plugin, or only a part of one, costs one
+//! sentence and never a signal.
 
 #![cfg(target_os = "linux")]
 
-use dylm::{Trust, plugin::registry::Registry};
-use serde_json::json;
-use std::{
-    fs,
-    os::unix::fs::PermissionsExt,
-    path::{Path, PathBuf},
-    process::{Command, Output},
-};
+use std::{fs, process::Command};
 use tests::{
-    binary::{dylm, one_sentence, trusting},
-    outside::{self, checkpoint, file_name},
-    trap::trap,
+    binary::{dylm, one_sentence},
+    outside::{self, file_name, run_with_plugins},
+    trap::{patched, trap},
 };
-
-fn generate(model: &Path, plugins: &Path, from: &Path) -> Output {
-    let mut command = dylm();
-    command.args(["generate", "--max-tokens", "4", "--verbose", "false", "--model"]).arg(model);
-    trusting(&mut command, plugins).current_dir(from).output().unwrap()
-}
-
-fn run_with_plugins(model_type: &str, plugins: &Path) -> Output {
-    let model = checkpoint(&[("model_type", json!(model_type))]);
-    generate(model.path(), plugins, Path::new("/"))
-}
 
 fn good() -> Vec<u8> {
     fs::read(outside::build(&outside::workspace(), "bad", "bad", None)).unwrap()
-}
-
-/// `of` with the first `from` replaced: the note's section comes before the code's own copy.
-fn patched(mut of: Vec<u8>, from: &str, to: &str) -> Vec<u8> {
-    assert_eq!(from.len(), to.len());
-    let at = of.windows(from.len()).position(|w| w == from.as_bytes()).expect("the text to be patched");
-    of[at..at + to.len()].copy_from_slice(to.as_bytes());
-    of
 }
 
 fn with_bytes(mut of: Vec<u8>, at: usize, bytes: &[u8]) -> Vec<u8> {
@@ -94,16 +68,6 @@ fn every_file_that_is_no_plugin_is_refused_in_one_sentence() {
     }
 
     let folder = tempfile::tempdir().unwrap();
-    fs::create_dir(folder.path().join(file_name("bad"))).unwrap();
-    let sentence = one_sentence(&run_with_plugins("bad", folder.path()), "a folder");
-    assert!(sentence.contains("is not a regular file"), "{sentence}");
-
-    let folder = tempfile::tempdir().unwrap();
-    assert!(Command::new("mkfifo").arg(folder.path().join(file_name("bad"))).status().unwrap().success());
-    let sentence = one_sentence(&run_with_plugins("bad", folder.path()), "a FIFO");
-    assert!(sentence.contains("is not a regular file"), "{sentence}");
-
-    let folder = tempfile::tempdir().unwrap();
     trap(folder.path(), "bad", None, &marker.path().join("sprung"));
     let sentence = one_sentence(&run_with_plugins("bad", folder.path()), "a library without a note");
     assert!(sentence.contains("it has no note"), "{sentence}");
@@ -136,139 +100,66 @@ fn a_truncated_library_is_refused_wherever_it_ends() {
     }
 }
 
-#[test]
-fn a_file_or_folder_that_everybody_may_write_to_is_not_opened() {
-    let (folder, marker) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    let marker = marker.path().join("sprung");
-    let library = trap(folder.path(), "trap", Some("trap"), &marker);
-    fs::set_permissions(&library, fs::Permissions::from_mode(0o777)).unwrap();
-    let sentence = one_sentence(&run_with_plugins("trap", folder.path()), "a file open to all");
-    assert!(sentence.contains("everybody may write to this file"), "{sentence}");
-
-    fs::set_permissions(&library, fs::Permissions::from_mode(0o755)).unwrap();
-    fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o777)).unwrap();
-    let sentence = one_sentence(&run_with_plugins("trap", folder.path()), "a folder open to all");
-    assert!(sentence.contains("everybody may write to this folder"), "{sentence}");
-    assert!(!marker.exists(), "it was opened");
+/// Offset, length and whether it is code, of each section that lies in the file; of a 64-bit little-endian ELF.
+fn sections(of: &[u8]) -> Vec<(usize, usize, bool)> {
+    let number = |at: usize, len: usize| of[at..at + len].iter().rev().fold(0, |n, &b| n << 8 | b as usize);
+    let (table, size, count) = (number(40, 8), number(58, 2), number(60, 2));
+    let headers = (0..count).map(|i| table + i * size).filter(|&at| number(at + 4, 4) != 8);
+    headers.map(|at| (number(at + 24, 8), number(at + 32, 8), number(at + 8, 8) & 4 != 0)).collect()
 }
 
 #[test]
-fn listing_plugins_and_looking_for_another_runs_nothing() {
-    let (folder, marker) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    let marker = marker.path().join("sprung");
-    trap(folder.path(), "trap", Some("trap"), &marker);
-    let registry = Registry::new(&[folder.path().to_owned()]);
-    assert!(registry.list().iter().any(|found| found.note.name == "trap"), "the trap is not listed");
-    // Whether or not this build has the command.
-    dylm().args(["plugins", "--plugins"]).arg(folder.path()).output().unwrap();
-    let sentence = one_sentence(&run_with_plugins("trapp", folder.path()), "a type that nobody serves");
-    assert!(sentence.contains("no plugin serves model_type \"trapp\"") && sentence.contains("trap"), "{sentence}");
-    assert!(!marker.exists(), "it was opened");
-
-    // And the trap is one: chosen, it is opened, found to be no plugin, and refused.
-    let sentence = one_sentence(&run_with_plugins("trap", folder.path()), "the trap itself");
-    assert!(sentence.contains("has a note, but is no plugin"), "{sentence}");
-    assert!(marker.exists(), "the trap does not work");
-}
-
-#[test]
-fn what_lies_beside_a_model_or_in_the_working_directory_is_never_opened() {
-    let model = checkpoint(&[("model_type", json!("trap"))]);
-    let elsewhere = tempfile::tempdir().unwrap();
-    let marker = elsewhere.path().join("sprung");
-    for folder in ["", "plugins", "lib", ".local/share/dylm/plugins"].map(|f| model.path().join(f)) {
-        fs::create_dir_all(&folder).unwrap();
-        trap(&folder, "trap", Some("trap"), &marker);
-    }
-    for home in ["", "."] {
-        let mut command = dylm();
-        command.args(["generate", "--max-tokens", "4", "--model", "."]).current_dir(model.path());
-        let output = command.env("HOME", home).env("LD_LIBRARY_PATH", ".").env("DYLM_PLUGINS", "").output().unwrap();
-        let sentence = one_sentence(&output, home);
-        assert!(sentence.contains("no plugin serves model_type \"trap\""), "HOME={home}: {sentence}");
-    }
-    assert!(!marker.exists(), "a library beside the model was opened");
-}
-
-#[test]
-fn a_relative_folder_means_the_one_that_was_there_at_the_start() {
-    let (start, later) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    let marker = later.path().join("sprung");
-    for root in [start.path(), later.path()] {
-        fs::create_dir(root.join("mine")).unwrap();
-        trap(&root.join("mine"), "trap", Some("trap"), &root.join("sprung"));
-    }
-    std::env::set_current_dir(start.path()).unwrap();
-    let registry = Registry::new(&[PathBuf::from("mine")]).trusting(Trust::All);
-    std::env::set_current_dir(later.path()).unwrap();
-    let found = registry.resolve("trap").unwrap();
-    assert_eq!(found.path, start.path().canonicalize().unwrap().join("mine").join(file_name("trap")));
-    assert!(dylm::plugin::library::Library::open(&found).is_err());
-    assert!(start.path().join("sprung").exists() && !marker.exists());
-}
-
-#[test]
-fn a_folder_that_does_not_exist_is_named() {
-    let sentence = run_with_plugins("llama", Path::new("/no/such/folder"));
-    let err = String::from_utf8_lossy(&sentence.stderr);
-    assert_eq!(sentence.status.code(), Some(2), "{err}");
-    assert!(err.contains("--plugins /no/such/folder: there is no such folder"), "{err}");
-}
-
-#[test]
-fn two_plugins_for_one_model_type_are_both_named() {
+fn a_library_with_zeros_in_place_of_its_end_or_its_code_is_refused() {
+    let good = good();
     let folder = tempfile::tempdir().unwrap();
-    for name in ["bad", "good"] {
-        fs::write(folder.path().join(file_name(name)), good()).unwrap();
+    let file = folder.path().join(file_name("bad"));
+    let refused = |what: &str, bytes: &[u8]| {
+        fs::write(&file, bytes).unwrap();
+        let sentence = one_sentence(&run_with_plugins("bad", folder.path()), what);
+        assert!(sentence.contains("copy it again"), "{what}: {sentence}");
+    };
+    // As a download leaves it that makes room first and is broken off.
+    for from in (1..8).map(|n| good.len() * n / 8).chain([4096, good.len() - 4096, good.len() - 64]) {
+        let mut bytes = good.clone();
+        bytes[from..].fill(0);
+        refused(&format!("zeros from {from} of {}", good.len()), &bytes);
     }
-    let sentence = one_sentence(&run_with_plugins("Bad-2.0", folder.path()), "two claimants");
-    assert!(sentence.contains("libbad.so and ") && sentence.contains("libgood.so both serve"), "{sentence}");
+    // As one in pieces leaves it: the headers are whole.
+    let (start, len, _) = sections(&good).into_iter().filter(|s| s.2).max_by_key(|s| s.1).unwrap();
+    let mut bytes = good.clone();
+    bytes[start..start + len].fill(0);
+    refused("no code", &bytes);
+    let mut bytes = good.clone();
+    let page = start.next_multiple_of(4096) + len / 2 / 4096 * 4096;
+    bytes[page - 4096..page + 4096].fill(0);
+    refused("a hole in the code", &bytes);
 }
 
 #[test]
-fn a_model_type_that_is_no_name_opens_nothing() {
-    let (folder, marker) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    let marker = marker.path().join("sprung");
-    let library = trap(folder.path(), "trap", Some("trap"), &marker);
-    let absolute = library.with_extension("").display().to_string();
-    let bad = [
-        json!("../../tmp/x"),
-        json!("../trap"),
-        json!(absolute),
-        json!("/etc/passwd"),
-        json!("trap\0"),
-        json!("tr\0ap"),
-        json!("sub\\trap"),
-        json!("C:\\trap"),
-        json!("sub/trap"),
-        json!(""),
-        json!("."),
-        json!(".."),
-        json!(".trap"),
-        json!("trap "),
-        json!("trap\n"),
-        json!("tr%61p"),
-        json!("lláma"),
-        // Cyrillic letters that look like Latin ones.
-        json!("tr\u{430}\u{440}"),
-        json!("\u{202e}part"),
-        json!("x".repeat(65)),
-        json!("x".repeat(10 << 20)),
-        json!(7),
-        json!(["trap"]),
-        json!({ "name": "trap" }),
-        json!(true),
-        json!(null),
-    ];
-    for model_type in bad {
-        let mut what = model_type.to_string();
-        what.truncate(80);
-        let model = checkpoint(&[("model_type", model_type)]);
-        let output = generate(model.path(), folder.path(), folder.path());
-        let sentence = one_sentence(&output, &what);
-        assert!(sentence.contains("model_type") || sentence.contains("config.json"), "{what}: {sentence}");
-        assert!(!sentence.contains("no plugin serves"), "{what}: a plugin was looked for: {sentence}");
-        assert!(!sentence.chars().any(char::is_control), "{what}: {sentence:?}");
+fn what_is_no_regular_file_is_refused_and_not_waited_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join(file_name("bad"));
+    let link = |to: &str| std::os::unix::fs::symlink(to, &file).unwrap();
+    let refused = |what: &str, expected: &str| {
+        let sentence = one_sentence(&run_with_plugins("bad", folder.path()), what);
+        assert!(sentence.contains(expected) && sentence.contains("libbad.so"), "{what}: {sentence}");
+        let listed = dylm().args(["plugins", "--plugins"]).arg(folder.path()).output().unwrap();
+        assert!(String::from_utf8_lossy(&listed.stdout).contains(expected), "{what}");
+        if file.is_dir() { fs::remove_dir(&file) } else { fs::remove_file(&file) }.unwrap();
+    };
+    fs::create_dir(&file).unwrap();
+    refused("a folder", "is not a regular file");
+    assert!(Command::new("mkfifo").arg(&file).status().unwrap().success());
+    refused("a pipe", "is not a regular file");
+    let socket = std::os::unix::net::UnixListener::bind(&file).unwrap();
+    refused("a socket", "is not a regular file");
+    drop(socket);
+    for device in ["/dev/zero", "/dev/null", "/dev/tty"] {
+        link(device);
+        refused(device, "is not a regular file");
     }
-    assert!(!marker.exists(), "it was opened");
+    link("nowhere");
+    refused("a link to nothing", "is a link to a file that is not there");
+    link(&file_name("bad"));
+    refused("a link to itself", "libbad.so: ");
 }

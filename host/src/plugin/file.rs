@@ -108,6 +108,12 @@ impl PluginFile {
             let len = self.stamp.length;
             return Err(self.refuse(format_args!("is truncated: it has {len} bytes of at least {end}; copy it again")));
         }
+        // Every section has a name, so one without shows that the table itself was never written.
+        if file.sections().any(|section| section.name().map_or(true, str::is_empty)) {
+            return Err(
+                self.refuse("has a hole in its table of sections, as a copy has that was broken off; copy it again")
+            );
+        }
         if file.architecture() != machine() {
             let (built, here) = (file.architecture(), machine());
             return Err(

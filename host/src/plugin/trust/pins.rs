@@ -181,12 +181,9 @@ impl Pins {
         // Somebody's settings may be links into a folder that they keep elsewhere.
         let file = named.canonicalize().unwrap_or_else(|_| named.clone());
         let folder = file.parent().unwrap_or(folder);
-        let lock = fs::File::create(folder.join(".trust.toml.lock")).map_err(unwritable)?;
-        // Where the file system knows no locks, the newest of two answers in one moment wins.
-        match lock.lock() {
-            Err(e) if e.kind() != ErrorKind::Unsupported => return Err(unwritable(e)),
-            _ => {}
-        }
+        // The folder itself is locked, until this function ends. Where the file system knows no locks, of two consents in one moment the
+        // later one may be all that is kept.
+        let lock = fs::File::open(folder).and_then(|folder| folder.lock().map(|()| folder));
         let mut pins = Self::from_file(file.clone())?;
         if !change(&mut pins) {
             return Ok(());
@@ -201,6 +198,7 @@ impl Pins {
             part.as_file().set_permissions(metadata.permissions()).map_err(unwritable)?;
         }
         part.persist(&pins.file).map_err(|e| unwritable(e.error))?;
+        drop(lock);
         Ok(())
     }
 }
