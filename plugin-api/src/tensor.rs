@@ -45,8 +45,9 @@ impl Call {
         f()
     }
 
-    /// The thread's current call. Panics outside of one, which the export macro turns into an error.
+    /// The thread's current call. Panics outside of one, with the author's place, which the export macro turns into an error.
     #[inline]
+    #[track_caller]
     pub fn current() -> Self {
         CALL.get().expect("an op was called outside of new, forward or head, or on another thread")
     }

@@ -20,6 +20,8 @@ pub struct Arena {
     entries: Vec<Entry>,
     free: Vec<u32>,
     step: u64,
+    /// Releases of handles that had no owner.
+    pub stale: usize,
 }
 
 static STEP: AtomicU64 = AtomicU64::new(1);
@@ -27,7 +29,7 @@ static STEP: AtomicU64 = AtomicU64::new(1);
 impl Default for Arena {
     fn default() -> Self {
         let step = STEP.fetch_add(1, Ordering::Relaxed);
-        Arena { entries: Vec::with_capacity(32), free: Vec::new(), step }
+        Arena { entries: Vec::with_capacity(32), free: Vec::new(), step, stale: 0 }
     }
 }
 
@@ -73,6 +75,11 @@ impl Arena {
         self.place(handle).and_then(|place| self.entries.get(place)?.value.as_ref()).ok_or_else(stale)
     }
 
+    /// Tensors that somebody still owns.
+    pub fn owned(&self) -> usize {
+        self.entries.iter().filter(|entry| entry.owners > 0).count()
+    }
+
     /// One more owner; a bad handle stays bad.
     pub fn retain(&mut self, handle: Handle) -> Handle {
         if let Some(entry) = self.entry(handle) {
@@ -83,7 +90,11 @@ impl Arena {
 
     /// One owner fewer; the last one frees the numbers.
     pub fn release(&mut self, handle: Handle) {
-        let Some(entry) = self.entry(handle) else { return };
+        let Some(entry) = self.entry(handle) else {
+            // What an op gave that was refused altogether is no tensor, and may be dropped.
+            self.stale += usize::from(handle != Handle::NONE);
+            return;
+        };
         entry.owners -= 1;
         if entry.owners == 0 {
             entry.value = None;

@@ -7,6 +7,7 @@ use super::{
     building::Building,
     running::Running,
     value::{Fault, Outcome, Value, fault},
+    watch::Op,
 };
 use crate::{layers::experts::Activation, plugin::extension};
 use abi_stable::{
@@ -25,7 +26,7 @@ use std::{
     rc::Rc,
     sync::{
         OnceLock,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
 };
 
@@ -56,9 +57,17 @@ impl Call<'_> {
     }
 }
 
+static STRAY: AtomicUsize = AtomicUsize::new(0);
+
+/// How many ops were called with a context that was kept, taken to another thread or made up.
+pub fn stray_calls() -> usize {
+    STRAY.load(Ordering::Relaxed)
+}
+
 /// Runs `f` with the call behind a context; without one if the context was kept from an earlier call, taken to another thread or made up.
 fn with_call<T>(ctx: Ctx, f: impl FnOnce(Option<&Call<'_>>) -> T) -> T {
     if ctx.0.is_null() || LENT.get() != ctx.0 {
+        STRAY.fetch_add(1, Ordering::Relaxed);
         return f(None);
     }
     // SAFETY: `lend` put this pointer there from a `&Call` on this thread, and takes it away before that borrow ends.
@@ -71,6 +80,9 @@ fn run(ctx: Ctx, op: &str, slot: Option<Slot>, at: At, f: impl FnOnce(&mut Runni
         let outcome = catch_unwind(AssertUnwindSafe(|| f(running)))
             .unwrap_or_else(|panic| Err(fault!("the host panicked: {}", text_of(&*panic))));
         let value = settle(running, op, slot, at, outcome);
+        if let Some(ops) = &mut running.ops {
+            ops.push(Op::new(op, slot, &value, at));
+        }
         running.arena.put(value)
     })
     .unwrap_or(Handle::NONE)
@@ -345,6 +357,7 @@ mod tests {
             misuse: None,
             angles: Default::default(),
             shapes: Default::default(),
+            ops: None,
         });
         let x = cell.borrow_mut().arena.put(Value::planned(&[1]));
         let call = Call::Running(cell);

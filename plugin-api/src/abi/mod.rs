@@ -1,6 +1,7 @@
 //! What crosses between host and plugin, and nothing else: plain values, borrowed slices, and handles that only the host can read.
 //! The only place, with the host's `plugin` folder, where abi_stable is seen; leaving it would change these files alone.
 
+pub mod checking;
 pub mod extension;
 pub mod note;
 pub mod ops;
