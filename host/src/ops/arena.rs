@@ -2,6 +2,7 @@
 //! an error and never a crash; the arena lives for one step, and with it everything that a plugin forgot to release.
 
 use super::value::{Outcome, Value, fault};
+use candle_core::DType;
 use plugin_api::abi::Handle;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -20,6 +21,8 @@ pub struct Arena {
     entries: Vec<Entry>,
     free: Vec<u32>,
     step: u64,
+    /// Halved floats come out as f32: while a recurrence's step runs, whose roundings would add up from token to token.
+    pub exact: bool,
 }
 
 static STEP: AtomicU64 = AtomicU64::new(1);
@@ -27,7 +30,7 @@ static STEP: AtomicU64 = AtomicU64::new(1);
 impl Default for Arena {
     fn default() -> Self {
         let step = STEP.fetch_add(1, Ordering::Relaxed);
-        Arena { entries: Vec::with_capacity(32), free: Vec::new(), step }
+        Arena { entries: Vec::with_capacity(32), free: Vec::new(), step, exact: false }
     }
 }
 
@@ -57,7 +60,13 @@ impl Arena {
     /// The value behind a handle.
     pub fn get(&mut self, handle: Handle) -> Outcome {
         let stale = || fault!("a tensor that is not of this step (kept from another step, dropped twice, or made up)");
-        self.entry(handle).and_then(|e| e.value.clone()).ok_or_else(stale)
+        let value = self.entry(handle).and_then(|e| e.value.clone()).ok_or_else(stale)?;
+        match value {
+            Value::Real(t) if self.exact && matches!(t.dtype(), DType::BF16 | DType::F16) => {
+                Ok(Value::Real(t.to_dtype(DType::F32)?))
+            }
+            value => Ok(value),
+        }
     }
 
     /// One more owner; a bad handle stays bad.

@@ -7,6 +7,7 @@
 //!
 //! | id | offered by | struct | what it is for |
 //! |---|---|---|---|
+//! | `op/1` | the host | [`OwnOps`](super::own_op::OwnOps) | a plugin's own ops: [`Weights::op`](crate::Weights::op) |
 //!
 //! An author offers one from [`Architecture::extension`](crate::Architecture::extension) or
 //! [`Model::extension`](crate::Model::extension), and asks the host with [`of_host`]. Ids that are not in the table above begin with a
