@@ -23,6 +23,11 @@
 //!     }
 //! }
 //!
+//! // It can be tried without a host.
+//! let mut y = [0.0; 2];
+//! Snake { a: 2.0 }.cpu(&[View { dims: vec![2], numbers: &[0.0, 1.0] }], &mut y).unwrap();
+//! assert_eq!(y, [0.0, 1.0 + 2f32.sin().powi(2) / 2.0]);
+//!
 //! /// Once, in `new`:
 //! fn build(w: &Weights) -> Op {
 //!     w.op("snake", Snake { a: 0.5 })
