@@ -18,7 +18,7 @@ use abi_stable::{
     abi_stability::abi_checking::exported_check_layout_compatibility,
     library::{CheckTypeLayout, LibHeader, RootModuleResult},
     prefix_type::PrefixTypeTrait,
-    std_types::{RErr, ROk, RResult, RSlice, RStr, RString, RVec},
+    std_types::{RErr, RResult, RSlice, RStr, RString, RVec},
     type_layout::TypeLayout,
 };
 use std::{
@@ -53,9 +53,17 @@ fn discard(thrown: Box<dyn Any + Send>) {
     }
 }
 
-/// Runs `f`; a panic becomes an error that keeps its text and place. The plugin's own copy of the panic hook is silenced, once: it would
-/// print to a terminal that belongs to the host.
+/// Runs `f`; a panic becomes an error that names the plugin.
 fn catch<T>(name: &str, f: impl FnOnce() -> Result<T, PluginError>) -> RResult<T, PluginError> {
+    match caught(f) {
+        Ok(result) => result.into(),
+        Err(text) => RErr(error(ERROR_PANIC, format!("the plugin {name} panicked: {text}"))),
+    }
+}
+
+/// Runs `f`; a panic becomes its text and place, in one line. The plugin's own copy of the panic hook is silenced, once: it would
+/// print to a terminal that belongs to the host.
+pub(crate) fn caught<T>(f: impl FnOnce() -> T) -> Result<T, String> {
     static QUIET: Once = Once::new();
     QUIET.call_once(|| {
         panic::set_hook(Box::new(|info| {
@@ -70,15 +78,13 @@ fn catch<T>(name: &str, f: impl FnOnce() -> Result<T, PluginError>) -> RResult<T
     // The text of a panic that the plugin caught by itself is not the text of the next one.
     let _ = LAST_PANIC.try_with(Cell::take);
     match panic::catch_unwind(AssertUnwindSafe(f)) {
-        Ok(Ok(value)) => ROk(value),
-        Ok(Err(e)) => RErr(e),
+        Ok(value) => Ok(value),
         Err(thrown) => {
             let text = LAST_PANIC.try_with(Cell::take).ok().flatten();
             discard(thrown);
             // What assert_eq! says has several lines.
             let text = text.as_deref().unwrap_or("a panic without text");
-            let text = text.lines().map(str::trim).collect::<Vec<_>>().join(", ");
-            RErr(error(ERROR_PANIC, format!("the plugin {name} panicked: {text}")))
+            Err(text.lines().map(str::trim).collect::<Vec<_>>().join(", "))
         }
     }
 }

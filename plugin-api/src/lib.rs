@@ -78,6 +78,8 @@ pub mod config;
 pub mod experts;
 pub mod export;
 pub mod layers;
+pub mod own_op;
+pub mod scan;
 pub mod step;
 pub mod tensor;
 pub mod weights;
@@ -88,6 +90,7 @@ pub use cache::Cache;
 pub use config::RopeScaling;
 pub use experts::{ExpertKind, Experts, ExpertsShape};
 pub use layers::{Conv1d, Embedding, LayerNorm, Linear, MultiLinear, Norm, Parameter, RmsNorm, Rope};
+pub use own_op::{Op, OwnOp, View};
 pub use step::{Attend, Layer, SparseBlocks, Step};
 pub use tensor::Tensor;
 pub use weights::{Source, Weights};
@@ -99,7 +102,7 @@ pub use abi_stable;
 pub mod prelude {
     pub use crate::{
         Architecture, Attend, Cache, Conv1d, Embedding, ExpertKind, Experts, ExpertsShape, Layer, LayerNorm, Linear,
-        Model, MultiLinear, Norm, Parameter, Result, RmsNorm, Rope, RopeScaling, Source, SparseBlocks, Step, Tensor,
-        Weights, blocks::*, config, decoder_shape, export_plugin,
+        Model, MultiLinear, Norm, Op, OwnOp, Parameter, Result, RmsNorm, Rope, RopeScaling, Source, SparseBlocks, Step,
+        Tensor, View, Weights, blocks::*, config, decoder_shape, export_plugin,
     };
 }

@@ -86,7 +86,7 @@ impl Layer {
         self.places.place(self.index, false, self.attended - 1)
     }
 
-    fn next_state(&mut self) -> u32 {
+    pub(crate) fn next_state(&mut self) -> u32 {
         self.recurred += 1;
         self.places.place(self.index, true, self.recurred - 1)
     }

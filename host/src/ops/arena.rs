@@ -2,8 +2,12 @@
 //! an error and never a crash; the arena lives for one step, and with it everything that a plugin forgot to release.
 
 use super::value::{Outcome, Value, fault};
+use candle_core::DType;
 use plugin_api::abi::Handle;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::{
+    borrow::Cow,
+    sync::atomic::{AtomicU64, Ordering},
+};
 
 // A handle's bits, from the lowest: place + 1, uses of that place, step. No two tensors share a handle within 2^28 steps, which are weeks.
 const PLACE_BITS: u32 = 24;
@@ -22,6 +26,8 @@ pub struct Arena {
     step: u64,
     /// Releases of handles that had no owner.
     pub stale: usize,
+    /// Halved floats come out as f32: while a recurrence's step runs, whose roundings would add up from token to token.
+    pub exact: bool,
 }
 
 static STEP: AtomicU64 = AtomicU64::new(1);
@@ -29,7 +35,7 @@ static STEP: AtomicU64 = AtomicU64::new(1);
 impl Default for Arena {
     fn default() -> Self {
         let step = STEP.fetch_add(1, Ordering::Relaxed);
-        Arena { entries: Vec::with_capacity(32), free: Vec::new(), step, stale: 0 }
+        Arena { entries: Vec::with_capacity(32), free: Vec::new(), step, stale: 0, exact: false }
     }
 }
 
@@ -65,14 +71,20 @@ impl Arena {
 
     /// The value behind a handle.
     pub fn get(&self, handle: Handle) -> Outcome {
-        self.look(handle).cloned()
+        Ok(self.look(handle)?.into_owned())
     }
 
-    /// The value behind a handle, where it lies.
+    /// The value behind a handle, where it lies if it can be used as it is.
     #[inline]
-    pub fn look(&self, handle: Handle) -> Outcome<&Value> {
+    pub fn look(&self, handle: Handle) -> Outcome<Cow<'_, Value>> {
         let stale = || fault!("a tensor that is not of this step (kept from another step, dropped twice, or made up)");
-        self.place(handle).and_then(|place| self.entries.get(place)?.value.as_ref()).ok_or_else(stale)
+        let value = self.place(handle).and_then(|place| self.entries.get(place)?.value.as_ref()).ok_or_else(stale)?;
+        match value {
+            Value::Real(t) if self.exact && matches!(t.dtype(), DType::BF16 | DType::F16) => {
+                Ok(Cow::Owned(Value::Real(t.to_dtype(DType::F32)?)))
+            }
+            value => Ok(Cow::Borrowed(value)),
+        }
     }
 
     /// Tensors that somebody still owns.

@@ -6,6 +6,7 @@
 use super::{
     building::Building,
     running::Running,
+    scanning::scan,
     value::{Fault, Outcome, Value, fault},
     watch::Op,
 };
@@ -75,7 +76,7 @@ fn with_call<T>(ctx: Ctx, f: impl FnOnce(Option<&Call<'_>>) -> T) -> T {
 }
 
 /// Runs a running op; whatever goes wrong becomes a failed tensor that says what and where.
-fn run(ctx: Ctx, op: &str, slot: Option<Slot>, at: At, f: impl FnOnce(&mut Running) -> Outcome) -> Handle {
+pub(super) fn run(ctx: Ctx, op: &str, slot: Option<Slot>, at: At, f: impl FnOnce(&mut Running) -> Outcome) -> Handle {
     with_running(ctx, op, at, |running| {
         let outcome = catch_unwind(AssertUnwindSafe(|| f(running)))
             .unwrap_or_else(|panic| Err(fault!("the host panicked: {}", text_of(&*panic))));
@@ -88,7 +89,7 @@ fn run(ctx: Ctx, op: &str, slot: Option<Slot>, at: At, f: impl FnOnce(&mut Runni
     .unwrap_or(Handle::NONE)
 }
 
-fn with_running<T>(ctx: Ctx, op: &str, at: At, f: impl FnOnce(&mut Running) -> T) -> Option<T> {
+pub(super) fn with_running<T>(ctx: Ctx, op: &str, at: At, f: impl FnOnce(&mut Running) -> T) -> Option<T> {
     with_call(ctx, |call| match call? {
         Call::Running(running) => Some(f(&mut *running.try_borrow_mut().ok()?)),
         Call::Building(building) => {
@@ -100,7 +101,7 @@ fn with_running<T>(ctx: Ctx, op: &str, at: At, f: impl FnOnce(&mut Running) -> T
 }
 
 /// The text of a panic.
-fn text_of(panic: &(dyn std::any::Any + Send)) -> &str {
+pub(super) fn text_of(panic: &(dyn std::any::Any + Send)) -> &str {
     panic
         .downcast_ref::<String>()
         .map(String::as_str)
@@ -108,7 +109,7 @@ fn text_of(panic: &(dyn std::any::Any + Send)) -> &str {
         .unwrap_or("without a text")
 }
 
-fn settle(running: &Running, op: &str, slot: Option<Slot>, at: At, outcome: Outcome) -> Value {
+pub(super) fn settle(running: &Running, op: &str, slot: Option<Slot>, at: At, outcome: Outcome) -> Value {
     match outcome {
         Ok(value) => value,
         Err(Fault::Passed(first)) => Value::Failed(first),
@@ -120,7 +121,7 @@ fn settle(running: &Running, op: &str, slot: Option<Slot>, at: At, outcome: Outc
 }
 
 /// Runs a building op; outside of `create` it fails the step.
-fn build<T>(ctx: Ctx, op: &str, otherwise: T, at: At, f: impl FnOnce(&mut Building) -> T) -> T {
+pub(super) fn build<T>(ctx: Ctx, op: &str, otherwise: T, at: At, f: impl FnOnce(&mut Building) -> T) -> T {
     let built = with_call(ctx, |call| match call? {
         Call::Building(building) => {
             let building = &mut *building.try_borrow_mut().ok()?;
@@ -150,10 +151,10 @@ macro_rules! implement {
         $(extern "C" fn $sname(ctx: Ctx, $sslot: Slot, $($sarg: $sty,)* at: At) -> Handle { run(ctx, stringify!($sname), Some($sslot), at, |$s| $sbody) })*
         $(extern "C" fn $rname(ctx: Ctx, $($rarg: $rty,)* at: At) -> Handle { run(ctx, stringify!($rname), None, at, |$r| $rbody) })*
         $(extern "C" fn $uname(ctx: Ctx, x: Handle, at: At) -> Handle {
-            run(ctx, stringify!($uname), None, at, |r| { let $ux = r.arena.look(x)?; $ubody })
+            run(ctx, stringify!($uname), None, at, |r| { let x = r.arena.look(x)?; let $ux: &Value = &x; $ubody })
         })*
         $(extern "C" fn $zname(ctx: Ctx, a: Handle, b: Handle, at: At) -> Handle {
-            run(ctx, stringify!($zname), None, at, |r| { let ($za, $zb) = (r.arena.look(a)?, r.arena.look(b)?); $zbody })
+            run(ctx, stringify!($zname), None, at, |r| { let (a, b) = (r.arena.look(a)?, r.arena.look(b)?); let ($za, $zb): (&Value, &Value) = (&a, &b); $zbody })
         })*
     };
 }
@@ -295,7 +296,7 @@ macro_rules! tables {
             };
             let layers = LayerOps {
                 embed, unembed, linear, norm, experts, multi_linear, parameter, rotate, positions, ngrams, attend, index,
-                conv1d, shift, ssd, selective_scan, gated_delta, linear_attention, wkv7, rg_lru,
+                conv1d, shift, ssd, selective_scan, gated_delta, linear_attention, wkv7, rg_lru, scan,
             };
             let tensors = TensorOps {
                 retain, release, fail, split_heads, merge_heads, narrow, concat, unflatten, flatten, transpose, add, sub,

@@ -7,7 +7,7 @@
 //!
 //! Threads: a building op may be called while `create` runs, a running op while `forward` or `head` runs, on that thread only.
 
-use super::{At, Ctx, Handle, Pair, Slot, SourceId, SpecRef};
+use super::{At, Ctx, Handle, Pair, ScanStep, Slot, SourceId, SpecRef};
 use abi_stable::{
     StableAbi,
     std_types::{RSlice, RStr},
@@ -157,9 +157,11 @@ macro_rules! ops_1_0 {
             fn linear_attention(cache: u32, q: Handle, k: Handle, v: Handle, g: Handle) -> Handle;
             /// RWKV 7, all `[tokens, heads, d]`: `S = S diag(exp(w)) + (S a) bᵀ + v kᵀ`, `y = S r`; state `[heads, d, d]`.
             fn wkv7(cache: u32, r: Handle, w: Handle, k: Handle, v: Handle, a: Handle, b: Handle) -> Handle;
-            // The real-gated linear recurrent unit, x and log_a `[tokens, dim]`: `h = a h + √(1 - a²) x`, and `h = x` at a sequence's first token;
-            // state `[dim]`.
-            last fn rg_lru(cache: u32, x: Handle, log_a: Handle) -> Handle;
+            /// The real-gated linear recurrent unit, x and log_a `[tokens, dim]`: `h = a h + √(1 - a²) x`, and `h = x` at a sequence's first token;
+            /// state `[dim]`.
+            fn rg_lru(cache: u32, x: Handle, log_a: Handle) -> Handle;
+            // A recurrence by the plugin's own step, over these states and inputs `[tokens, ..]` -> `[tokens, ..]`; in f32.
+            last fn scan(caches: RSlice<'_, u32>, inputs: RSlice<'_, Handle>, step: ScanStep) -> Handle;
         }
         tensors = /// What needs only its arguments: during `forward` and `head`.
         TensorOps TensorOpsRef {
