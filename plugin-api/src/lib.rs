@@ -91,7 +91,7 @@ pub use config::RopeScaling;
 pub use experts::{ExpertKind, Experts, ExpertsShape};
 pub use layers::{Conv1d, Embedding, LayerNorm, Linear, MultiLinear, Norm, Parameter, RmsNorm, Rope};
 pub use own_op::{Op, OwnOp, View};
-pub use step::{Attend, Layer, SparseBlocks, Step};
+pub use step::{Attend, BlockChoice, Layer, SparseBlocks, Step};
 pub use tensor::Tensor;
 pub use weights::{Source, Weights};
 
@@ -101,8 +101,8 @@ pub use abi_stable;
 /// Everything that an architecture's file needs: `use plugin_api::prelude::*;`
 pub mod prelude {
     pub use crate::{
-        Architecture, Attend, Cache, Conv1d, Embedding, ExpertKind, Experts, ExpertsShape, Layer, LayerNorm, Linear,
-        Model, MultiLinear, Norm, Op, OwnOp, Parameter, Result, RmsNorm, Rope, RopeScaling, Source, SparseBlocks, Step,
-        Tensor, View, Weights, blocks::*, config, decoder_shape, export_plugin,
+        Architecture, Attend, BlockChoice, Cache, Conv1d, Embedding, ExpertKind, Experts, ExpertsShape, Layer,
+        LayerNorm, Linear, Model, MultiLinear, Norm, Op, OwnOp, Parameter, Result, RmsNorm, Rope, RopeScaling, Source,
+        SparseBlocks, Step, Tensor, View, Weights, blocks::*, config, decoder_shape, export_plugin,
     };
 }

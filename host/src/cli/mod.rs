@@ -4,8 +4,8 @@
 pub mod bench;
 pub mod cache_prompt;
 pub mod chat;
-pub mod consent;
 pub mod check;
+pub mod consent;
 pub mod conversation;
 pub mod flags;
 pub mod generate;

@@ -10,5 +10,5 @@ pub mod library;
 pub mod note;
 pub mod permissions;
 pub mod registry;
-pub mod trust;
 pub mod sandbox;
+pub mod trust;

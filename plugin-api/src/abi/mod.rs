@@ -9,7 +9,7 @@ pub mod own_op;
 pub mod root;
 pub mod spec;
 
-pub use spec::{AttendSpec, ExpertsSpec, SpecRef};
+pub use spec::{AttendSpec, BlockChoiceSpec, ExpertsSpec, SpecRef};
 
 use abi_stable::{
     StableAbi,

@@ -160,8 +160,12 @@ macro_rules! ops_1_0 {
             /// The real-gated linear recurrent unit, x and log_a `[tokens, dim]`: `h = a h + √(1 - a²) x`, and `h = x` at a sequence's first token;
             /// state `[dim]`.
             fn rg_lru(cache: u32, x: Handle, log_a: Handle) -> Handle;
-            // A recurrence by the plugin's own step, over these states and inputs `[tokens, ..]` -> `[tokens, ..]`; in f32.
-            last fn scan(caches: RSlice<'_, u32>, inputs: RSlice<'_, Handle>, step: ScanStep) -> Handle;
+            /// A recurrence by the plugin's own step, over these states and inputs `[tokens, ..]` -> `[tokens, ..]`; in f32.
+            fn scan(caches: RSlice<'_, u32>, inputs: RSlice<'_, Handle>, step: ScanStep) -> Handle;
+            // Which blocks of keys are worth attending to, each head apart: q `[tokens, heads, d]`, k `[tokens, 1, d]`, which joins the cache; the
+            // score of a block is its best key's q·k. Gives the numbers `[tokens, heads, count]` of the best blocks, in any order, and `u32::MAX`
+            // where there are fewer, for `AttendSpec::selection`; `spec` is a `BlockChoiceSpec`.
+            last fn index_blocks(cache: u32, q: Handle, k: Handle, spec: SpecRef<'_>) -> Handle;
         }
         tensors = /// What needs only its arguments: during `forward` and `head`.
         TensorOps TensorOpsRef {
