@@ -82,6 +82,7 @@ pub mod step;
 pub mod tensor;
 pub mod weights;
 
+pub use abi::ops::have;
 pub use architecture::{Architecture, Error, Model, Result};
 pub use blocks::*;
 pub use cache::Cache;
@@ -100,6 +101,6 @@ pub mod prelude {
     pub use crate::{
         Architecture, Attend, Cache, Conv1d, Embedding, ExpertKind, Experts, ExpertsShape, Layer, LayerNorm, Linear,
         Model, MultiLinear, Norm, Parameter, Result, RmsNorm, Rope, RopeScaling, Source, SparseBlocks, Step, Tensor,
-        Weights, blocks::*, config, decoder_shape, export_plugin,
+        Weights, blocks::*, config, decoder_shape, export_plugin, have,
     };
 }

@@ -2,6 +2,7 @@
 //! The only place, with the host's `plugin` folder, where abi_stable is seen; leaving it would change these files alone.
 
 pub mod extension;
+pub mod later;
 pub mod note;
 pub mod ops;
 pub mod root;
