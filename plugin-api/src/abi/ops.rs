@@ -88,12 +88,13 @@ macro_rules! op_tables {
         /// The ops' names, in ABI order, table by table.
         pub const NAMES: &[&str] = &[$($(stringify!($name),)* stringify!($lname), $(stringify!($aname),)*)*];
 
-        /// The tables' names and the ops of each as they are written below, in ABI order; `LATER` tells from which on they may be missing.
-        pub const SIGNATURES: &[(&str, usize, &[&str])] = &[$((stringify!($table), [$(stringify!($name),)* stringify!($lname)].len(), &[
-            $(stringify!(fn $name($($arg: $ty),*) $(-> $ret)?),)*
-            stringify!(fn $lname($($larg: $lty),*) $(-> $lret)?),
-            $(stringify!(fn $aname($($aarg: $aty),*) $(-> $aret)?),)*
-        ])),*];
+        /// What the parameters of each op are called, between the context, which comes first, and the place, which comes last.
+        #[doc(hidden)]
+        pub const PARAMETERS: &[(&str, &[&str])] = &[$(
+            $((stringify!($name), &[$(stringify!($arg)),*]),)*
+            (stringify!($lname), &[$(stringify!($larg)),*]),
+            $((stringify!($aname), &[$(stringify!($aarg)),*]),)*
+        )*];
     };
 }
 
