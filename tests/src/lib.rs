@@ -1,6 +1,7 @@
 //! What the end-to-end tests share: checkpoints small enough to be generated on the spot, the real one, the real binary, and plugins built
 //! by strangers.
 
+pub mod another_api;
 pub mod binary;
 pub mod models;
 pub mod outside;
