@@ -54,6 +54,7 @@ pub mod speculate;
 pub mod statistics;
 pub mod stop;
 pub mod template;
+pub mod tiny;
 pub mod tokenizer;
 pub mod weights;
 

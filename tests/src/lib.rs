@@ -7,7 +7,6 @@ pub mod outside;
 pub mod packing;
 pub mod smollm2;
 pub mod tiny;
-mod tiny_tokenizer;
 pub mod variant;
 
 /// README.md, so that its Rust is compiled with the doctests.
