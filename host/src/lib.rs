@@ -49,6 +49,7 @@ pub mod processors;
 mod progress;
 pub mod repo;
 pub mod sampler;
+pub mod scaffold;
 pub mod source;
 pub mod speculate;
 pub mod statistics;

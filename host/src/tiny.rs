@@ -92,7 +92,8 @@ impl Checkpoint {
             .collect::<Result<Vec<_>, _>>()
             .map_err(wrong)?;
         let metadata = [("format".to_owned(), "pt".to_owned())].into();
-        ::safetensors::serialize_to_file(views, Some(metadata), file).map_err(wrong)
+        let bytes = ::safetensors::serialize(views, Some(metadata)).map_err(wrong)?;
+        std::fs::write(file, bytes).map_err(Error::io(file))
     }
 }
 

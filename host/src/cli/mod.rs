@@ -10,6 +10,7 @@ pub mod generate;
 pub mod inspect;
 pub mod interrupt;
 pub mod lines;
+pub mod new_plugin;
 pub mod plugins;
 pub mod printing;
 pub mod pull;
@@ -48,6 +49,8 @@ enum Command {
     Inspect(Box<inspect::Inspect>),
     /// List the plugins that are found, and what is wrong with those that are not used
     Plugins(plugins::Plugins),
+    /// Write a crate with a plugin of your own, which builds and generates at once
+    NewPlugin(new_plugin::NewPlugin),
     /// Measure the speed of a model, or of the boundary between dylm and plugins
     #[command(alias = "benchmark")]
     Bench(Box<bench::Bench>),
@@ -63,6 +66,7 @@ pub fn main() -> ExitCode {
         Command::Pull(pull) => pull.run(),
         Command::Inspect(inspect) => inspect.run(),
         Command::Plugins(plugins) => plugins.run(),
+        Command::NewPlugin(new_plugin) => new_plugin.run(),
         Command::Bench(bench) => bench.run(),
     };
     match result {
