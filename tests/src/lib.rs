@@ -8,7 +8,6 @@ pub mod outside;
 pub mod packing;
 pub mod smollm2;
 pub mod tiny;
-mod tiny_tokenizer;
 pub mod trap;
 pub mod variant;
 
