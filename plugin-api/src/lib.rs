@@ -88,7 +88,7 @@ pub use cache::Cache;
 pub use config::RopeScaling;
 pub use experts::{ExpertKind, Experts, ExpertsShape};
 pub use layers::{Conv1d, Embedding, LayerNorm, Linear, MultiLinear, Norm, Parameter, RmsNorm, Rope};
-pub use step::{Attend, Layer, SparseBlocks, Step};
+pub use step::{Attend, BlockChoice, Layer, SparseBlocks, Step};
 pub use tensor::Tensor;
 pub use weights::{Source, Weights};
 
@@ -98,8 +98,8 @@ pub use abi_stable;
 /// Everything that an architecture's file needs: `use plugin_api::prelude::*;`
 pub mod prelude {
     pub use crate::{
-        Architecture, Attend, Cache, Conv1d, Embedding, ExpertKind, Experts, ExpertsShape, Layer, LayerNorm, Linear,
-        Model, MultiLinear, Norm, Parameter, Result, RmsNorm, Rope, RopeScaling, Source, SparseBlocks, Step, Tensor,
+        Architecture, Attend, BlockChoice, Cache, Conv1d, Embedding, ExpertKind, Experts, ExpertsShape, Layer,
+        LayerNorm, Linear, Model, MultiLinear, Norm, Parameter, Result, RmsNorm, Rope, RopeScaling, Source, SparseBlocks, Step, Tensor,
         Weights, blocks::*, config, decoder_shape, export_plugin,
     };
 }

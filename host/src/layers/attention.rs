@@ -8,7 +8,7 @@ use super::{
 use crate::{
     cache::{kv::KvCache, rows::Table},
     device::Placement,
-    kernels::cpu::attention::{Attend, Blocks, attend as attend_on_cpu},
+    kernels::cpu::attention::{Attend, Blocks, Selection, attend as attend_on_cpu},
     ops::{attending::memory, running::Part},
 };
 use candle_core::{D, DType, Device, Result, Tensor, bail};
@@ -28,12 +28,16 @@ pub struct Scores {
     pub chunk: Option<usize>,
     /// `[heads]`
     pub sinks: Option<Tensor>,
-    /// Positions `[tokens, count]` of the only keys that are seen.
+    /// Numbers `[tokens, count]` or `[tokens, groups, count]` of the only blocks of keys that are seen.
     pub selection: Option<Tensor>,
+    /// Positions of such a block; 1 where keys are chosen one by one.
+    pub selection_block: usize,
     /// Which blocks of keys are seen.
     pub blocks: Option<Blocks>,
     /// The first so many lanes of a key are its value.
     pub lanes: Option<usize>,
+    /// `[heads]`: a score falls by so much for each position between query and key.
+    pub slopes: Option<Tensor>,
 }
 
 /// What joins the cache: k `[tokens, kv_heads, d]`, and v `[tokens, kv_heads, e]` unless keys hold the values. Nothing where queries look
@@ -54,7 +58,9 @@ pub fn attend(
     parts: &mut [Part],
     place: &Placement,
 ) -> Result<Tensor> {
-    let sinks = how.sinks.as_ref().map(|s| s.to_dtype(DType::F32)?.to_vec1::<f32>()).transpose()?;
+    let numbers = |t: &Option<Tensor>| t.as_ref().map(|t| t.to_dtype(DType::F32)?.to_vec1::<f32>()).transpose();
+    let (sinks, slopes) = (numbers(&how.sinks)?, numbers(&how.slopes)?);
+    let heads = q.dim(1)?;
     let mut outputs = Vec::with_capacity(parts.len());
     for part in parts {
         let (start, count, offset) = (part.tokens.start, part.tokens.len(), part.state.offset);
@@ -65,6 +71,10 @@ pub fn attend(
         }
         let (q, sight) = (rows(q)?, kv.sight(how.window, how.chunk));
         let selection = how.selection.as_ref().map(|s| sorted(&rows(s)?)).transpose()?;
+        let selection = selection.as_ref().map(|(lists, groups)| {
+            let (groups, block) = (*groups, how.selection_block);
+            Selection { lists, groups, heads: heads / groups.max(1), block }
+        });
         let attend = Attend {
             scale: how.scale,
             softcap: how.softcap,
@@ -72,8 +82,9 @@ pub fn attend(
             keep: sight.keep,
             chunk: sight.chunk,
             sinks: sinks.as_deref(),
-            selection: selection.as_deref(),
+            selection,
             blocks: how.blocks,
+            slopes: slopes.as_deref(),
         };
         let queries: Vec<u32> = (offset..offset + count).map(|p| p as u32).collect();
         outputs.push(match place.native {
@@ -100,14 +111,15 @@ fn join(kv: &mut KvCache, k: &Tensor, v: Option<&Tensor>, offset: usize, place: 
     }
 }
 
-/// Each query's chosen positions, in rising order, without what fills them up.
-fn sorted(selection: &Tensor) -> Result<Vec<Vec<u32>>> {
-    let mut rows = selection.to_dtype(DType::U32)?.to_vec2::<u32>()?;
+/// The lists of a selection, each in rising order and without what fills it up, and how many a query has.
+fn sorted(selection: &Tensor) -> Result<(Vec<Vec<u32>>, usize)> {
+    let groups = if selection.rank() > 2 { selection.dim(1)? } else { 1 };
+    let mut rows = selection.to_dtype(DType::U32)?.flatten_to(selection.rank() - 2)?.to_vec2::<u32>()?;
     for row in &mut rows {
         row.retain(|&k| k != indexer::NONE);
         row.sort_unstable();
     }
-    Ok(rows)
+    Ok((rows, groups))
 }
 
 fn on_cpu(q: &Tensor, queries: &[u32], kv: &KvCache, lanes: Option<usize>, how: &Attend) -> Result<Tensor> {
@@ -152,12 +164,12 @@ fn by_candle(
     if let Some(cap) = how.softcap {
         scores = scores.affine(1.0 / cap as f64, 0.0)?.tanh()?.affine(cap as f64, 0.0)?;
     }
-    // Block-sparse heads see different keys, others the same ones.
-    let masks = if how.blocks.is_some() { heads } else { 1 };
+    // Heads that see different keys, or weigh distances differently, need a mask each.
+    let masks = if how.alike(heads) && how.slopes.is_none() { 1 } else { heads };
     let mut mask = Vec::with_capacity(masks * tokens * positions.len());
     for head in 0..masks {
         for (token, &p) in queries.iter().enumerate() {
-            let add = |&k: &u32| if how.sees(token, head, p, k) { 0.0 } else { f32::NEG_INFINITY };
+            let add = |&k: &u32| if how.sees(token, head, p, k) { how.bias(head, p, k) } else { f32::NEG_INFINITY };
             mask.extend(positions.iter().map(add));
         }
     }

@@ -11,7 +11,10 @@ use crate::{
     layers::{attention, indexer},
 };
 use candle_core::Tensor;
-use plugin_api::abi::{AttendSpec, CACHE_STATE, Handle, SpecRef};
+use plugin_api::abi::{AttendSpec, BlockChoiceSpec, CACHE_STATE, Handle, SpecRef};
+
+/// More blocks than any model looks at; each query keeps room for all that it may choose.
+const MOST_BLOCKS: u64 = 1 << 16;
 
 /// The keys and values of a sequence that a cache's number stands for.
 pub fn memory<'a>(part: &'a mut Part, cache: usize) -> candle_core::Result<&'a mut KvCache> {
@@ -61,7 +64,8 @@ impl Running<'_> {
             spec.ok_or_else(|| fault!("the plugin asks for a kind of attention that this dylm does not know"))?;
         let q = self.arena.get(q)?;
         let (k, v) = (self.given(k)?, self.given(v)?);
-        let (sinks, selection) = (self.given(spec.sinks)?, self.given(spec.selection)?);
+        let (sinks, selection, slopes) =
+            (self.given(spec.sinks)?, self.given(spec.selection)?, self.given(spec.slopes)?);
         let lanes = spec.value_lanes as usize;
         let three = |x: &Value| match *x.dims()? {
             [tokens, heads, dim] => Ok([tokens, heads, dim]),
@@ -91,15 +95,22 @@ impl Running<'_> {
                 "values of {stored} lanes and of the first {lanes} of a key's {d}: it takes one of them"
             ));
         }
-        if let Some(sinks) = &sinks
-            && sinks.dims()? != [heads]
-        {
-            return Err(fault!("sinks {:?} for {heads} heads", sinks.dims()?));
+        for (what, numbers) in [("sinks", &sinks), ("slopes", &slopes)] {
+            if let Some(numbers) = numbers
+                && numbers.dims()? != [heads]
+            {
+                return Err(fault!("{what} {:?} for {heads} heads", numbers.dims()?));
+            }
         }
-        if let Some(chosen) = &selection
-            && !matches!(chosen.dims()?, &[n, _] if n == tokens)
-        {
-            return Err(fault!("a selection of {:?} for {tokens} tokens", chosen.dims()?));
+        if let Some(chosen) = &selection {
+            let fits = match *chosen.dims()? {
+                [n, _] => n == tokens,
+                [n, groups, _] => n == tokens && groups > 0 && heads.is_multiple_of(groups),
+                _ => false,
+            };
+            if !fits {
+                return Err(fault!("a selection of {:?} for {tokens} tokens, {heads} heads", chosen.dims()?));
+            }
         }
         if cache as usize >= self.fed.len() {
             return Err(fault!("the layer declares no further keys and values in caches()"));
@@ -121,12 +132,14 @@ impl Running<'_> {
             chunk: some(spec.chunk),
             sinks: real(&sinks),
             selection: real(&selection),
+            selection_block: u32::try_from(spec.selection_block).map_or(u32::MAX, |block| block.max(1)) as usize,
             blocks: some(spec.block).map(|size| Blocks {
                 size,
                 local: spec.local_blocks as usize,
                 stride: spec.stride as usize,
             }),
             lanes: some(spec.value_lanes),
+            slopes: real(&slopes),
         };
         let new = attention::New { k: real(&k), v: real(&v) };
         Ok(Value::Real(attention::attend(cache as usize, q, &new, &how, &mut self.parts, self.place)?))
@@ -151,6 +164,37 @@ impl Running<'_> {
                 Ok(Value::Real(chosen))
             }
             _ => Ok(Value::planned(&[tokens, count])),
+        }
+    }
+
+    /// The numbers `[tokens, heads, count]` of the blocks of keys that each head of an indexer scores best.
+    pub fn index_blocks(&mut self, cache: u32, q: Handle, k: Handle, spec: SpecRef<'_>) -> Outcome {
+        let spec = spec.read::<BlockChoiceSpec>().filter(|spec| spec.flags == 0 && spec.reserved == 0);
+        let spec = spec.ok_or_else(|| fault!("the plugin asks for a choice of blocks that this dylm does not know"))?;
+        let (q, k) = (self.arena.get(q)?, self.arena.get(k)?);
+        let (&[tokens, heads, d], k_dims) = (q.dims()?, k.dims()?) else {
+            return Err(fault!("q {:?} is not [tokens, heads, dim]", q.dims()?));
+        };
+        if k_dims != [tokens, 1, d] || heads == 0 {
+            return Err(fault!("the best blocks by q [{tokens}, {heads}, {d}], k {k_dims:?}"));
+        }
+        let number = |what, n: u64, most: u64| match n {
+            n if (1..=most).contains(&n) => Ok(n as usize),
+            n => Err(fault!("{what} {n}: it should be from 1 to {most}")),
+        };
+        let size = number("blocks of", spec.block, u32::MAX.into())?;
+        let count = number("a choice of blocks,", spec.count, MOST_BLOCKS)?;
+        if tokens != self.tokens {
+            return Err(fault!("{tokens} tokens in a step of {}", self.tokens));
+        }
+        self.feed(cache, [1, d, 1, 0])?;
+        match (&q, &k) {
+            (Value::Real(q), Value::Real(k)) => {
+                let how = indexer::Choice { size, count, local: spec.local as usize };
+                let chosen = indexer::index_blocks(cache as usize, q, k, how, &mut self.parts, self.place)?;
+                Ok(Value::Real(chosen))
+            }
+            _ => Ok(Value::planned(&[tokens, heads, count])),
         }
     }
 }

@@ -190,6 +190,7 @@ implement! {
         positions(): |r| r.positions();
         ngrams(tokens: Handle, n: u64, base: u64, modulus: u64): |r| r.ngrams(tokens, n, base, modulus);
         index(cache: u32, q: Handle, k: Handle, weights: Handle, count: u64): |r| r.index(cache, q, k, weights, count as usize);
+        index_blocks(cache: u32, q: Handle, k: Handle, spec: SpecRef<'_>): |r| r.index_blocks(cache, q, k, spec);
         shift(cache: u32, x: Handle): |r| r.shift(cache, x);
         ssd(cache: u32, x: Handle, dt: Handle, a: Handle, b: Handle, c: Handle): |r| r.ssd(cache, [x, dt, a, b, c]);
         selective_scan(cache: u32, x: Handle, dt: Handle, a: Handle, b: Handle, c: Handle): |r| r.selective_scan(cache, [x, dt, a, b, c]);
@@ -283,7 +284,7 @@ macro_rules! tables {
             };
             let layers = LayerOps {
                 embed, unembed, linear, norm, experts, multi_linear, parameter, rotate, positions, ngrams, attend, index,
-                conv1d, shift, ssd, selective_scan, gated_delta, linear_attention, wkv7, rg_lru,
+                conv1d, shift, ssd, selective_scan, gated_delta, linear_attention, wkv7, rg_lru, index_blocks,
             };
             let tensors = TensorOps {
                 retain, release, fail, split_heads, merge_heads, narrow, concat, unflatten, flatten, transpose, add, sub,

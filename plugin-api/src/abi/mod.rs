@@ -7,7 +7,7 @@ pub mod ops;
 pub mod root;
 pub mod spec;
 
-pub use spec::{AttendSpec, ExpertsSpec, SpecRef};
+pub use spec::{AttendSpec, BlockChoiceSpec, ExpertsSpec, SpecRef};
 
 use abi_stable::{StableAbi, std_types::RStr};
 

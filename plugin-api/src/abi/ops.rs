@@ -157,9 +157,13 @@ macro_rules! ops_1_0 {
             fn linear_attention(cache: u32, q: Handle, k: Handle, v: Handle, g: Handle) -> Handle;
             /// RWKV 7, all `[tokens, heads, d]`: `S = S diag(exp(w)) + (S a) bᵀ + v kᵀ`, `y = S r`; state `[heads, d, d]`.
             fn wkv7(cache: u32, r: Handle, w: Handle, k: Handle, v: Handle, a: Handle, b: Handle) -> Handle;
-            // The real-gated linear recurrent unit, x and log_a `[tokens, dim]`: `h = a h + √(1 - a²) x`, and `h = x` at a sequence's first token;
-            // state `[dim]`.
-            last fn rg_lru(cache: u32, x: Handle, log_a: Handle) -> Handle;
+            /// The real-gated linear recurrent unit, x and log_a `[tokens, dim]`: `h = a h + √(1 - a²) x`, and `h = x` at a sequence's first token;
+            /// state `[dim]`.
+            fn rg_lru(cache: u32, x: Handle, log_a: Handle) -> Handle;
+            // Which blocks of keys are worth attending to, each head apart: q `[tokens, heads, d]`, k `[tokens, 1, d]`, which joins the cache; the
+            // score of a block is its best key's q·k. Gives the numbers `[tokens, heads, count]` of the best blocks, in any order, and `u32::MAX`
+            // where there are fewer, for `AttendSpec::selection`; `spec` is a `BlockChoiceSpec`.
+            last fn index_blocks(cache: u32, q: Handle, k: Handle, spec: SpecRef<'_>) -> Handle;
         }
         tensors = /// What needs only its arguments: during `forward` and `head`.
         TensorOps TensorOpsRef {
