@@ -21,7 +21,7 @@ mod tests {
         assert_eq!(alibi_slopes(4, 8.0), [0.25, 0.0625, 0.015625, 0.00390625]);
         assert_eq!(alibi_slopes(6, 8.0)[..4], alibi_slopes(4, 8.0));
         assert_eq!(alibi_slopes(6, 8.0)[4..], [0.5, 0.125]);
-        assert_eq!(alibi_slopes(3, 16.0), [0.00390625, 0.0000152587890625, 0.0625]);
+        assert_eq!(alibi_slopes(3, 16.0), [0.00390625, 0.000_015_258_789, 0.0625]);
         assert!(alibi_slopes(0, 8.0).is_empty());
     }
 }
