@@ -102,4 +102,4 @@ impl Model for Bloom {
     }
 }
 
-export_plugin!(Bloom);
+export_plugin!(Bloom, examples = ["../../tests/fixtures/tiny/bloom/config.json"]);

@@ -92,4 +92,4 @@ impl Architecture for Mpt {
     }
 }
 
-export_plugin!(Mpt);
+export_plugin!(Mpt, examples = ["../../tests/fixtures/tiny/mpt/config.json"]);

@@ -269,4 +269,4 @@ impl Model for MuseSpark {
     }
 }
 
-export_plugin!(MuseSpark);
+export_plugin!(MuseSpark, examples = ["../../tests/fixtures/tiny/muse_spark/config.json"]);
