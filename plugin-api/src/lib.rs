@@ -88,7 +88,7 @@ pub use cache::Cache;
 pub use config::RopeScaling;
 pub use experts::{ExpertKind, Experts, ExpertsShape};
 pub use layers::{Conv1d, Embedding, LayerNorm, Linear, MultiLinear, Norm, Parameter, RmsNorm, Rope};
-pub use step::{Attend, Layer, SparseBlocks, Step};
+pub use step::{Attend, Layer, Pooled, SparseBlocks, Step};
 pub use tensor::Tensor;
 pub use weights::{Source, Weights};
 
@@ -99,7 +99,7 @@ pub use abi_stable;
 pub mod prelude {
     pub use crate::{
         Architecture, Attend, Cache, Conv1d, Embedding, ExpertKind, Experts, ExpertsShape, Layer, LayerNorm, Linear,
-        Model, MultiLinear, Norm, Parameter, Result, RmsNorm, Rope, RopeScaling, Source, SparseBlocks, Step, Tensor,
-        Weights, blocks::*, config, decoder_shape, export_plugin,
+        Model, MultiLinear, Norm, Parameter, Pooled, Result, RmsNorm, Rope, RopeScaling, Source, SparseBlocks, Step,
+        Tensor, Weights, blocks::*, config, decoder_shape, export_plugin,
     };
 }

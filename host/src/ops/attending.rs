@@ -11,11 +11,19 @@ use crate::{
     layers::{attention, indexer},
 };
 use candle_core::Tensor;
-use plugin_api::abi::{AttendSpec, CACHE_STATE, Handle, SpecRef};
+use plugin_api::abi::{AttendSpec, CACHE_POOLED, CACHE_STATE, Handle, SpecRef};
 
 /// The keys and values of a sequence that a cache's number stands for.
 pub fn memory<'a>(part: &'a mut Part, cache: usize) -> candle_core::Result<&'a mut KvCache> {
     match part.state.layers.get_mut(cache).and_then(Memory::key_value_mut) {
+        Some(kv) => Ok(kv),
+        None => candle_core::bail!("cache {cache} holds no keys and values"),
+    }
+}
+
+/// The same, to be looked at.
+pub fn remembered<'a>(part: &'a Part, cache: usize) -> candle_core::Result<&'a KvCache> {
+    match part.state.layers.get(cache).and_then(Memory::key_value) {
         Some(kv) => Ok(kv),
         None => candle_core::bail!("cache {cache} holds no keys and values"),
     }
@@ -26,6 +34,37 @@ fn real(value: &Option<Value>) -> Option<Tensor> {
     match value {
         Some(Value::Real(t)) => Some(t.clone()),
         _ => None,
+    }
+}
+
+/// Pooled keys, their values and which of them are seen.
+type Pools = [Option<Value>; 3];
+
+fn three(x: &Value) -> Outcome<[usize; 3]> {
+    match *x.dims()? {
+        [tokens, heads, dim] => Ok([tokens, heads, dim]),
+        ref dims => Err(fault!("{dims:?} is not [tokens, heads, dim]")),
+    }
+}
+
+/// What a cache holds of a token, from keys and values that fit queries `[tokens, heads, d]`.
+fn shape_of([tokens, heads, d]: [usize; 3], k: &Value, v: Option<&Value>) -> Outcome<[usize; 4]> {
+    let [k_tokens, kv_heads, k_d] = three(k)?;
+    let [v_tokens, v_heads, e] = v.map_or(Ok([k_tokens, kv_heads, 0]), three)?;
+    if [k_tokens, v_tokens] != [tokens; 2] || v_heads != kv_heads {
+        return Err(fault!(
+            "q [{tokens}, {heads}, {d}] against k [{k_tokens}, {kv_heads}, {k_d}], v [{v_tokens}, {v_heads}, {e}]"
+        ));
+    }
+    Ok([kv_heads, k_d, v_heads, e])
+}
+
+/// Whether a selection has a row for each token.
+fn chooses(selection: &Option<Value>, tokens: usize) -> Outcome<()> {
+    match selection.as_ref().map(Value::dims).transpose()? {
+        Some(&[n, _]) if n == tokens => Ok(()),
+        Some(dims) => Err(fault!("a selection of {dims:?} for {tokens} tokens")),
+        None => Ok(()),
     }
 }
 
@@ -63,24 +102,11 @@ impl Running<'_> {
         let (k, v) = (self.given(k)?, self.given(v)?);
         let (sinks, selection) = (self.given(spec.sinks)?, self.given(spec.selection)?);
         let lanes = spec.value_lanes as usize;
-        let three = |x: &Value| match *x.dims()? {
-            [tokens, heads, dim] => Ok([tokens, heads, dim]),
-            ref dims => Err(fault!("{dims:?} is not [tokens, heads, dim]")),
-        };
         let [tokens, heads, d] = three(&q)?;
         let shape = match (&k, &v) {
             (None, None) => self.looked_at(cache)?,
             (None, Some(_)) => return Err(fault!("values without keys")),
-            (Some(k), v) => {
-                let [k_tokens, kv_heads, k_d] = three(k)?;
-                let [v_tokens, v_heads, e] = v.as_ref().map_or(Ok([k_tokens, kv_heads, 0]), three)?;
-                if [k_tokens, v_tokens] != [tokens; 2] || v_heads != kv_heads {
-                    return Err(fault!(
-                        "q [{tokens}, {heads}, {d}] against k [{k_tokens}, {kv_heads}, {k_d}], v [{v_tokens}, {v_heads}, {e}]"
-                    ));
-                }
-                [kv_heads, k_d, v_heads, e]
-            }
+            (Some(k), v) => shape_of([tokens, heads, d], k, v.as_ref())?,
         };
         let [kv_heads, k_d, _, stored] = shape;
         if k_d != d || kv_heads == 0 || !heads.is_multiple_of(kv_heads) {
@@ -96,11 +122,8 @@ impl Running<'_> {
         {
             return Err(fault!("sinks {:?} for {heads} heads", sinks.dims()?));
         }
-        if let Some(chosen) = &selection
-            && !matches!(chosen.dims()?, &[n, _] if n == tokens)
-        {
-            return Err(fault!("a selection of {:?} for {tokens} tokens", chosen.dims()?));
-        }
+        chooses(&selection, tokens)?;
+        let pooled = self.pooled(&spec, [tokens, heads, d], shape)?;
         if cache as usize >= self.fed.len() {
             return Err(fault!("the layer declares no further keys and values in caches()"));
         }
@@ -127,9 +150,35 @@ impl Running<'_> {
                 stride: spec.stride as usize,
             }),
             lanes: some(spec.value_lanes),
+            pooled: pooled.map(|(cache, [k, v, selection])| attention::Pooled {
+                cache,
+                new: attention::New { k: real(&k), v: real(&v) },
+                selection: real(&selection),
+            }),
         };
         let new = attention::New { k: real(&k), v: real(&v) };
         Ok(Value::Real(attention::attend(cache as usize, q, &new, &how, &mut self.parts, self.place)?))
+    }
+
+    /// The cache of pooled keys that an `attend` names, fed with keys and values of the same shape as its own; and their selection.
+    fn pooled(&mut self, spec: &AttendSpec, q: [usize; 3], own: [usize; 4]) -> Outcome<Option<(usize, Pools)>> {
+        let pools = [spec.pooled_keys, spec.pooled_values, spec.pooled_selection];
+        let [k, v, selection] = [self.given(pools[0])?, self.given(pools[1])?, self.given(pools[2])?];
+        let (cache, k) = match (spec.pooled_cache.checked_sub(1), k) {
+            (None, None) => return Ok(None),
+            (Some(cache), Some(k)) => (cache as u32, k),
+            _ => return Err(fault!("pooled keys and a cache for them: it takes both")),
+        };
+        if self.caches.get(cache as usize).is_none_or(|declared| declared.kind != CACHE_POOLED) {
+            return Err(fault!("the layer declares no further pooled keys in caches()"));
+        }
+        let shape = shape_of(q, &k, v.as_ref())?;
+        if shape != own {
+            return Err(fault!("pooled keys and values {shape:?} beside {own:?}"));
+        }
+        chooses(&selection, q[0])?;
+        self.feed(cache, shape)?;
+        Ok(Some((cache as usize, [Some(k), v, selection])))
     }
 
     /// The positions `[tokens, count]` of the keys that an indexer scores best.

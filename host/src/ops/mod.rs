@@ -1,13 +1,14 @@
 //! What the host does for a plugin: the op table, and behind each entry a check of shapes and then the numbers.
 //!
 //! `table` is the ABI face; `building` (with `experts`) runs while a plugin names its weights, `running`, `attending` and `recurring` (with
-//! `linear_attention`) while it computes. `arena` turns handles into values; `value` has the ops that need neither weights nor sequence.
+//! `linear_attention` and `pooling`) while it computes. `arena` turns handles into values; `value` has the ops that need neither weights nor sequence.
 
 pub(crate) mod arena;
 pub(crate) mod attending;
 pub(crate) mod building;
 mod experts;
 mod linear_attention;
+mod pooling;
 pub(crate) mod recurring;
 pub(crate) mod running;
 pub(crate) mod table;

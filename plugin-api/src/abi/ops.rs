@@ -109,7 +109,7 @@ macro_rules! ops_1_0 {
         layers = /// What stands on weights or on the sequence: during `forward` and `head`.
         LayerOps LayerOpsRef {
             // ---- layers with weights ----
-            /// ids `[tokens]` -> `[tokens, dim]`
+            /// ids `[tokens]` -> `[tokens, dim]`; a table of whole numbers gives ids.
             fn embed(slot: Slot, tokens: Handle) -> Handle;
             /// `[tokens, dim]` -> `[tokens, vocab]`: an embedding used as the output head.
             fn unembed(slot: Slot, x: Handle) -> Handle;
@@ -125,7 +125,7 @@ macro_rules! ops_1_0 {
             fn parameter(slot: Slot) -> Handle;
 
             // ---- ops that know the sequence ----
-            /// x `[tokens, heads, head_dim]` turned by each token's position; flag 1 = neighbouring lanes pair up.
+            /// x `[tokens, heads, head_dim]` turned by each token's position; `flags` are any of `ROTATE_*`.
             fn rotate(slot: Slot, x: Handle, flags: u32) -> Handle;
             /// Where each token stands in its sequence, from 0: ids `[tokens]`.
             fn positions() -> Handle;
@@ -157,9 +157,13 @@ macro_rules! ops_1_0 {
             fn linear_attention(cache: u32, q: Handle, k: Handle, v: Handle, g: Handle) -> Handle;
             /// RWKV 7, all `[tokens, heads, d]`: `S = S diag(exp(w)) + (S a) bᵀ + v kᵀ`, `y = S r`; state `[heads, d, d]`.
             fn wkv7(cache: u32, r: Handle, w: Handle, k: Handle, v: Handle, a: Handle, b: Handle) -> Handle;
-            // The real-gated linear recurrent unit, x and log_a `[tokens, dim]`: `h = a h + √(1 - a²) x`, and `h = x` at a sequence's first token;
-            // state `[dim]`.
-            last fn rg_lru(cache: u32, x: Handle, log_a: Handle) -> Handle;
+            /// The real-gated linear recurrent unit, x and log_a `[tokens, dim]`: `h = a h + √(1 - a²) x`, and `h = x` at a sequence's first token;
+            /// state `[dim]`.
+            fn rg_lru(cache: u32, x: Handle, log_a: Handle) -> Handle;
+            // Windows of `rate` tokens become one entry each: x and gate `[tokens, n * d]`, bias `[rate, n * d]` -> `[tokens, d]`, where a window
+            // ends `Σ softmax(gate + bias) x` for each lane, elsewhere 0; the last d lanes of a token count for its own window, the d before
+            // them for the next one, and so on; state `[n, 3, d]`.
+            last fn pool(cache: u32, x: Handle, gate: Handle, bias: Handle) -> Handle;
         }
         tensors = /// What needs only its arguments: during `forward` and `head`.
         TensorOps TensorOpsRef {
@@ -238,8 +242,13 @@ macro_rules! ops_1_0 {
             fn topk(x: Handle, k: u64) -> Pair;
             /// 1 for the k largest (equal values: lower index first), 0 for the rest.
             fn top_mask(x: Handle, k: u64) -> Handle;
-            // x `[.., n]`, indices `[.., k]` -> `[.., k]`
-            last fn gather(x: Handle, indices: Handle) -> Handle;
+            /// x `[.., n]`, indices `[.., k]` -> `[.., k]`
+            fn gather(x: Handle, indices: Handle) -> Handle;
+
+            // ---- over the last two axes ----
+            // Matrices `[.., n, n]` made nearly doubly stochastic, in f32: columns by their sums plus `eps`, then `rounds - 1` times rows and
+            // columns. <https://projecteuclid.org/euclid.pjm/1102992505>
+            last fn sinkhorn(x: Handle, rounds: u64, eps: f64) -> Handle;
             $($appended)*
         }
     } };

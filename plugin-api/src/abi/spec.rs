@@ -73,6 +73,14 @@ pub struct AttendSpec {
     pub local_blocks: u64,
     /// Head h also sees block j where `(j + h + 1) mod stride == 0`.
     pub stride: u64,
+    /// A cache of pooled keys that share the softmax, its number plus 1; 0 for none.
+    pub pooled_cache: u64,
+    /// Rows `[tokens, kv_heads, d]` that join it.
+    pub pooled_keys: Handle,
+    /// Their values `[tokens, kv_heads, e]`; `Handle::NONE` where a key's first `value_lanes` are its value.
+    pub pooled_values: Handle,
+    /// Positions `[tokens, count]` of the only pooled keys that each query sees; none if `Handle::NONE`.
+    pub pooled_selection: Handle,
 }
 
 /// The shape of a block of routed experts.
@@ -91,13 +99,13 @@ pub struct ExpertsSpec {
     pub hidden: u64,
     /// Choices from `experts` on, so many, give back their input.
     pub identity: u64,
-    /// The number in `EXPERTS_CLAMPED_SWIGLU` and `EXPERTS_LIMITED_SWIGLU`; 0 for none.
+    /// The number in `EXPERTS_CLAMPED_SWIGLU`, `EXPERTS_LIMITED_SWIGLU` and `EXPERTS_BOUNDED_SWIGLU`; 0 for none.
     pub limit: f32,
     /// The factor in `EXPERTS_CLAMPED_SWIGLU`.
     pub alpha: f32,
 }
 
-// SAFETY: `repr(C)`; four fields of 4 bytes, then eight of 8.
+// SAFETY: `repr(C)`; four fields of 4 bytes, then twelve of 8.
 unsafe impl Grows for AttendSpec {}
 // SAFETY: `repr(C)`; two fields of 4 bytes, four of 8, two of 4.
 unsafe impl Grows for ExpertsSpec {}

@@ -9,6 +9,7 @@ pub struct GatedMlp {
     up_proj: Linear,
     down_proj: Linear,
     act: Activation,
+    limit: Option<f32>,
 }
 
 impl GatedMlp {
@@ -22,12 +23,12 @@ impl GatedMlp {
     #[track_caller]
     pub fn named(w: &Weights, names: [&str; 3], dim: usize, hidden: usize, bias: bool, act: Activation) -> Self {
         let [gate_proj, up_proj] = w.linears(dim, bias, [(names[0], hidden), (names[1], hidden)]);
-        Self { gate_proj, up_proj, down_proj: w.linear(names[2], hidden, dim, bias), act }
+        Self::of(gate_proj, up_proj, w.linear(names[2], hidden, dim, bias), act)
     }
 
     /// The block of projections that the author found: two `[hidden, dim]`, one `[dim, hidden]`.
     pub fn of(gate_proj: Linear, up_proj: Linear, down_proj: Linear, act: Activation) -> Self {
-        Self { gate_proj, up_proj, down_proj, act }
+        Self { gate_proj, up_proj, down_proj, act, limit: None }
     }
 
     /// Gate and up stored as one `name.weight` `[2 * hidden, dim]`, gate first, beside `down_proj`; no biases.
@@ -36,13 +37,22 @@ impl GatedMlp {
         let gate_up = w.source(&format!("{name}.weight"));
         let gate_proj = Linear::of(gate_up.rows(0..hidden), None, dim, hidden);
         let up_proj = Linear::of(gate_up.rows(hidden..2 * hidden), None, dim, hidden);
-        Self { gate_proj, up_proj, down_proj: w.linear("down_proj", hidden, dim, false), act }
+        Self::of(gate_proj, up_proj, w.linear("down_proj", hidden, dim, false), act)
+    }
+
+    /// Holds the gate's input up to `limit`, and what it multiplies within ± `limit`.
+    pub fn bounded(self, limit: f32) -> Self {
+        Self { limit: Some(limit), ..self }
     }
 
     /// `[tokens, dim]` -> `[tokens, dim]`
     #[track_caller]
     pub fn forward(&self, x: &Tensor) -> Tensor {
         let (gate, up) = (self.gate_proj.forward(x), self.up_proj.forward(x));
+        let (gate, up) = match self.limit {
+            Some(limit) => (gate.clamp(f32::MIN, limit), up.clamp(-limit, limit)),
+            None => (gate, up),
+        };
         let gated = match self.act {
             Activation::Silu => gate.swiglu(&up),
             Activation::GeluTanh => gate.geglu(&up),

@@ -101,26 +101,41 @@ impl Router {
     /// The same from the router's logits `[tokens, experts]`.
     #[track_caller]
     pub fn choose(&self, logits: &Tensor) -> (Tensor, Tensor) {
-        let capped = self.softcap.map(|cap| (logits / cap).tanh() * cap);
-        let logits = capped.as_ref().unwrap_or(logits);
-        let scores = match self.score {
-            Score::Softmax => logits.softmax(),
-            Score::ChosenSoftmax => logits.clone(),
-            Score::Sigmoid => logits.sigmoid(),
-            Score::SqrtSoftplus => logits.softplus().sqrt(),
-        };
+        let scores = self.scores(logits);
         let corrected = match &self.correction {
             Some(bias) => &scores + bias.tensor(),
             None => scores.clone(),
         };
         let (_, chosen) = self.within_groups(corrected).topk(self.top_k);
-        let weights = scores.gather(&chosen);
+        let weights = self.weights(&scores, &chosen);
+        (chosen, weights)
+    }
+
+    /// The weights `[tokens, k]` of experts that something else has chosen, ids `[tokens, k]`.
+    #[track_caller]
+    pub fn weigh(&self, x: &Tensor, chosen: &Tensor) -> Tensor {
+        self.weights(&self.scores(&self.gate.forward(x)), chosen)
+    }
+
+    fn scores(&self, logits: &Tensor) -> Tensor {
+        let capped = self.softcap.map(|cap| (logits / cap).tanh() * cap);
+        let logits = capped.as_ref().unwrap_or(logits);
+        match self.score {
+            Score::Softmax => logits.softmax(),
+            Score::ChosenSoftmax => logits.clone(),
+            Score::Sigmoid => logits.sigmoid(),
+            Score::SqrtSoftplus => logits.softplus().sqrt(),
+        }
+    }
+
+    fn weights(&self, scores: &Tensor, chosen: &Tensor) -> Tensor {
+        let weights = scores.gather(chosen);
         let weights = if self.score == Score::ChosenSoftmax { weights.softmax() } else { weights };
         let weights = match self.normalized {
             Some(eps) => &weights / (weights.sum() + eps),
             None => weights,
         };
-        (chosen, if self.scale == 1.0 { weights } else { weights * self.scale })
+        if self.scale == 1.0 { weights } else { weights * self.scale }
     }
 
     /// Scores of experts in groups that are out fall below every other.
@@ -166,7 +181,18 @@ impl Moe {
     #[track_caller]
     pub fn forward(&self, x: &Tensor) -> Tensor {
         let (chosen, weights) = self.router.forward(x);
-        let routed = self.experts.forward(x, &chosen, &weights);
+        self.run(x, &chosen, &weights)
+    }
+
+    /// The same with experts that something else has chosen, ids `[tokens, k]`.
+    #[track_caller]
+    pub fn forward_to(&self, x: &Tensor, chosen: &Tensor) -> Tensor {
+        self.run(x, chosen, &self.router.weigh(x, chosen))
+    }
+
+    #[track_caller]
+    fn run(&self, x: &Tensor, chosen: &Tensor, weights: &Tensor) -> Tensor {
+        let routed = self.experts.forward(x, chosen, weights);
         match (&self.shared, &self.shared_gate) {
             (None, _) => routed,
             (Some(shared), None) => routed + shared.forward(x),

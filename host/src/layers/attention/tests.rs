@@ -38,6 +38,7 @@ const PLAIN: Scores = Scores {
     selection: None,
     blocks: None,
     lanes: None,
+    pooled: None,
 };
 
 /// q over k and v `[TOKENS, 1, _]`, where `sees` says (token, head, key).
