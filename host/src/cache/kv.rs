@@ -202,8 +202,11 @@ mod tests {
 
     /// A cache of one number a token, after `tokens` steps.
     fn after(flags: u32, window: usize, max_kv_size: Option<usize>, tokens: usize) -> KvCache {
+        read(CacheSpec { kind: 0, flags, window: window as u64, dims: [0; 6] }, max_kv_size, tokens)
+    }
+
+    fn read(spec: CacheSpec, max_kv_size: Option<usize>, tokens: usize) -> KvCache {
         let place = Placement::new(DeviceChoice::Cpu, DtypeChoice::Float32, candle_core::DType::F32).unwrap();
-        let spec = CacheSpec { kind: 0, flags, window: window as u64, dims: [0; 6] };
         let mut cache = KvCache::new(&spec, &place, CacheOptions { max_kv_size, ..Default::default() });
         cache.shaped([1, 1, 1, 0]).unwrap();
         for p in 0..tokens {
@@ -225,6 +228,24 @@ mod tests {
             assert_eq!(cache.can_trim_to(first.saturating_sub(1)), first == 0, "{tokens}");
         }
         assert!(!after(CACHE_IN_CHUNKS, 700, None, 1500).can_trim_to(1399), "went back into a chunk that has left");
+    }
+
+    #[test]
+    fn keys_that_stand_for_several_tokens_stay_with_the_last_of_them() {
+        let of_four = CacheSpec { kind: CACHE_POOLED, flags: 0, window: 0, dims: [4, 0, 0, 0, 0, 0] };
+        let mut cache = read(of_four, None, 18);
+        assert_eq!((cache.positions.as_slice(), cache.bytes()), (&[3, 7, 11, 15][..], 16));
+        assert_eq!(cache.keys.numbers().unwrap(), [3.0, 7.0, 11.0, 15.0]);
+        assert!((0..=18).all(|offset| cache.can_trim_to(offset)));
+        cache.trim_to(15);
+        assert_eq!(cache.positions, [3, 7, 11]);
+        // Tokens 15 to 20 in one step.
+        cache.append(&[15.0, 16.0, 17.0, 18.0, 19.0, 20.0], &[], 15, 6);
+        assert_eq!(cache.keys.numbers().unwrap(), [3.0, 7.0, 11.0, 15.0, 19.0]);
+        let limited = read(of_four, Some(100), 4000);
+        let first = limited.positions[1] as usize;
+        assert!(limited.positions[0] == 3 && first > 1000 && limited.positions.len() <= 25 + 2 * SLACK);
+        assert!(limited.can_trim_to(first + 92) && !limited.can_trim_to(first + 91));
     }
 
     #[test]
