@@ -149,9 +149,7 @@ impl<A: Architecture> Exported<A> {
     extern "C" fn head(data: *const (), host: &Host, ctx: Ctx, hidden: Handle) -> RResult<Handle, PluginError> {
         // SAFETY: as in `caches`.
         let built = unsafe { Self::built(data) };
-        catch(Self::name(), || {
-            Ok(Call::new(host, ctx).enter(|| built.model.head(&Tensor::own(hidden)).into_handle()))
-        })
+        catch(Self::name(), || Ok(Call::new(host, ctx).enter(|| built.model.head(&Tensor::own(hidden)).into_handle())))
     }
 
     extern "C" fn drop(data: *mut ()) {

@@ -1,10 +1,13 @@
 //! Mixtures of experts: the router, in the flavours that architectures have made of it, and the block around it.
 
-use crate::{Experts, GatedMlp, Linear, Mlp, Parameter, Tensor};
+use crate::{
+    Experts, GatedMlp, Linear, Mlp, Parameter, Tensor,
+    config::{Json, Read},
+};
 
-/// How a router turns its logits into scores.
+/// How a router turns its logits into scores; config.json's `scoring_func`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Score {
+pub enum Score {
     /// Softmax over all experts, then the choice.
     Softmax,
     /// The choice, then softmax over the chosen.
@@ -13,6 +16,18 @@ enum Score {
     Sigmoid,
     /// The root of softplus of each.
     SqrtSoftplus,
+}
+
+impl Read for Score {
+    const WHAT: &'static str = "softmax, sigmoid or sqrtsoftplus";
+    fn read(json: &Json) -> Option<Self> {
+        match json.as_str()? {
+            "softmax" => Some(Self::Softmax),
+            "sigmoid" => Some(Self::Sigmoid),
+            "sqrtsoftplus" => Some(Self::SqrtSoftplus),
+            _ => None,
+        }
+    }
 }
 
 /// How a group of experts is judged.
@@ -38,6 +53,11 @@ pub struct Router {
 }
 
 impl Router {
+    /// The k best of these scores, weighted by them.
+    pub fn by(score: Score, gate: Linear, top_k: usize) -> Self {
+        Self { score, ..Self::softmax(gate, top_k) }
+    }
+
     /// The k most probable of `softmax(x Wgate)`, weighted by their probabilities.
     pub fn softmax(gate: Linear, top_k: usize) -> Self {
         Self {
@@ -54,17 +74,17 @@ impl Router {
 
     /// The k largest logits, weighted by the softmax over these k.
     pub fn chosen_softmax(gate: Linear, top_k: usize) -> Self {
-        Self { score: Score::ChosenSoftmax, ..Self::softmax(gate, top_k) }
+        Self::by(Score::ChosenSoftmax, gate, top_k)
     }
 
     /// The k largest of `sigmoid(x Wgate)`, weighted by these.
     pub fn sigmoid(gate: Linear, top_k: usize) -> Self {
-        Self { score: Score::Sigmoid, ..Self::softmax(gate, top_k) }
+        Self::by(Score::Sigmoid, gate, top_k)
     }
 
     /// The k largest of `√softplus(x Wgate)`, weighted by these.
     pub fn sqrt_softplus(gate: Linear, top_k: usize) -> Self {
-        Self { score: Score::SqrtSoftplus, ..Self::softmax(gate, top_k) }
+        Self::by(Score::SqrtSoftplus, gate, top_k)
     }
 
     /// `softcap * tanh(logits / softcap)`, before anything else.

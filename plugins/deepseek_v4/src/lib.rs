@@ -5,24 +5,22 @@
 //! X = HC(Attention ∘ RMSNorm, X), X = HC(MoE ∘ RMSNorm, X)   per layer, over n residual streams X; see HyperConnection
 //! logits = RMSNorm(HyperHead(X)) · E
 //!
-//! q = rope(RMSNorm(cq Wqb)) per head, cq = RMSNorm(x Wqa);  k = v = rope(RMSNorm(x Wkv)), one for all heads
+//! q = rope(RMSNorm(c Wqb)) per head, c = RMSNorm(x Wqa);  k = v = rope(RMSNorm(x Wkv)), one for all heads
 //! o = rope⁻¹(softmax(q · [k of the window, entries, sink]) v);  y = Wob [Woa o of each group of heads]
+//!   heavily compressed (HCA): an entry stands for many tokens, all are seen; see Compressor
+//!   compressed sparse (CSA): it stands for a few and sees those before them, and only the k best Iₛ = Σⱼ wⱼ relu(qⱼ · eₛ) are seen,
+//!   over an indexer's heads j and smaller entries e of its own
 //!
-//! entry = rope(RMSNorm(Σ softmax(x Wgate + b) x Wkv)), lane by lane over the m tokens of a window, at the first one's position
-//!   heavily compressed (HCA): m is large, every entry is seen
-//!   compressed sparse (CSA): m is small, an entry spans the window before too, and only the k best by an indexer are seen:
-//!   Σⱼ wⱼ relu(qⱼ · entry') with entries of its own
-//!
-//! MoE(x) = SwiGLUₛ(x) + a Σ pᵢ SwiGLUᵢ(x), p = s / Σ s over the chosen, s = √softplus(x Wgate); s + b chooses,
-//!   in the first layers the token's id does
+//! MoE(x) = SwiGLUₛ(x) + a Σ pᵢ SwiGLUᵢ(x), p = s / Σ s over the chosen, s = √softplus(x Wgate)
+//!   s + b chooses; in the first layers the token's id does
 //! ```
 
 use plugin_api::prelude::*;
 
 config! {
     struct Rates {
-        compressed_sparse_attention: usize where >= 1 = 4,
-        heavily_compressed_attention: usize where >= 1 = 128,
+        compressed_sparse_attention: usize = 4,
+        heavily_compressed_attention: usize = 128,
     }
 }
 
@@ -46,12 +44,12 @@ config! {
         rms_norm_eps: f32 = 1e-6,
         hidden_act: SiluOnly = SiluOnly,
         tie_word_embeddings: Option<bool> = None,
-        // Which layers compress, and by how much: by name, or by rate as DeepSeek writes it.
+        // What a layer's attention sees beside its window: transformers' names, or DeepSeek's numbers.
         layer_types: Option<Vec<String>> = None,
-        compress_ratios: Option<Vec<usize>> = None,
+        compress_ratios: Vec<usize> = (0..num_hidden_layers).map(|i| if i > 2 && i % 2 == 1 { SPARSE } else { HEAVY }).collect(),
         compress_rates: Option<Rates> = None,
-        compress_rate_csa: usize where >= 1 = compress_rates.as_ref().map_or(4, |r| r.compressed_sparse_attention),
-        compress_rate_hca: usize where >= 1 = compress_rates.as_ref().map_or(128, |r| r.heavily_compressed_attention),
+        compress_rate_csa: usize where >= 1 = compress_rates.as_ref().map_or(SPARSE, |r| r.compressed_sparse_attention),
+        compress_rate_hca: usize where >= 1 = compress_rates.as_ref().map_or(HEAVY, |r| r.heavily_compressed_attention),
         sliding_window: usize where >= 1 = 128,
         index_n_heads: usize where >= 1 = 64,
         index_head_dim: usize where >= 2 = 128,
@@ -60,13 +58,12 @@ config! {
         partial_rotary_factor: f64 = qk_rope_head_dim as f64 / head_dim as f64,
         rope_theta: f32 = 10_000.0,
         compress_rope_theta: f32 = 160_000.0,
-        // The scaling is that of layers that compress.
         rope_scaling: Option<RopeScaling> = None,
         rope_parameters: Option<Ropes> = None,
         moe_intermediate_size: usize,
         n_routed_experts: usize where >= 1,
         num_experts_per_tok: usize where >= 1 = 6,
-        scoring_func: String = "sqrtsoftplus".to_owned(),
+        scoring_func: Score = Score::SqrtSoftplus,
         routed_scaling_factor: f32 = 1.5,
         swiglu_limit: f32 = 10.0,
         mlp_layer_types: Option<Vec<String>> = None,
@@ -77,87 +74,51 @@ config! {
     }
 }
 
-/// What a layer's attention sees beside its window.
-#[derive(Clone, Copy, PartialEq)]
-enum Beside {
-    Nothing,
-    /// The best entries of a few tokens each.
-    Sparse,
-    /// All entries of many tokens each.
-    Heavy,
-}
+/// What `compress_ratios` says of the two kinds of compressed attention, which need not be their rates.
+const SPARSE: usize = 4;
+const HEAVY: usize = 128;
 
 impl Config {
-    fn beside(&self, layer: usize) -> Result<Beside> {
-        let named = self.layer_types.as_ref().map(|types| types.get(layer).map_or("nothing", String::as_str));
-        let ratio = self.compress_ratios.as_ref().map(|ratios| ratios.get(layer).copied().unwrap_or(usize::MAX));
-        match (named, ratio) {
-            (Some("sliding_attention"), _) | (None, Some(0)) => Ok(Beside::Nothing),
-            (Some("compressed_sparse_attention"), _) | (None, Some(4)) => Ok(Beside::Sparse),
-            (Some("heavily_compressed_attention"), _) | (None, Some(128)) => Ok(Beside::Heavy),
-            (None, None) => Ok(if layer > 2 && layer % 2 == 1 { Beside::Sparse } else { Beside::Heavy }),
+    fn compression(&self, layer: usize) -> Result<Option<Compression>> {
+        let named = self.layer_types.as_ref().map(|types| match types.get(layer).map(String::as_str) {
+            Some("sliding_attention") => Some(0),
+            Some("compressed_sparse_attention") => Some(SPARSE),
+            Some("heavily_compressed_attention") => Some(HEAVY),
+            _ => None,
+        });
+        match named.unwrap_or(self.compress_ratios.get(layer).copied()) {
+            Some(0) => Ok(None),
+            Some(SPARSE) => Ok(Some(Compression { rate: self.compress_rate_csa, windows: 2 })),
+            Some(HEAVY) => Ok(Some(Compression { rate: self.compress_rate_hca, windows: 1 })),
             _ => Err(format!(
-                "config.json: layer {layer} should be sliding_attention, compressed_sparse_attention or \
-                 heavily_compressed_attention in layer_types, or 0, 4 or 128 in compress_ratios"
+                "config.json: layer {layer} needs sliding_attention, compressed_sparse_attention or heavily_compressed_attention in \
+                 layer_types, or 0, {SPARSE} or {HEAVY} in compress_ratios"
             )
             .into()),
         }
     }
 
-    /// The rope of layers that compress, or of those that do not.
     fn rope(&self, w: &Weights, compresses: bool) -> Rope {
-        let named =
-            self.rope_parameters.as_ref().and_then(|r| if compresses { r.compress.clone() } else { r.main.clone() });
-        let theta = if compresses { self.compress_rope_theta } else { self.rope_theta };
+        let (theta, named) = match (compresses, &self.rope_parameters) {
+            (true, ropes) => (self.compress_rope_theta, ropes.as_ref().and_then(|r| r.compress.clone())),
+            (false, ropes) => (self.rope_theta, ropes.as_ref().and_then(|r| r.main.clone())),
+        };
         let theta = named.as_ref().and_then(|r| r.number("rope_theta")).unwrap_or(theta);
-        // Unlike elsewhere, YaRN stretches without making keys longer.
+        // Only where it compresses is it stretched, and never made longer.
         let scaling = self.rope_scaling.clone().filter(|_| compresses).map(|s| s.or("attention_factor", 1.0));
-        let dims = (self.head_dim as f64 * self.partial_rotary_factor) as usize;
-        w.rope(dims, theta, &named.or(scaling)).interleaved().at_the_end()
+        let lanes = (self.head_dim as f64 * self.partial_rotary_factor) as usize;
+        w.rope(lanes, theta, &named.or(scaling)).interleaved().at_the_end()
     }
 
-    fn hashes(&self, layer: usize) -> bool {
-        let by_name = self.mlp_layer_types.as_ref().and_then(|types| types.get(layer));
-        by_name.map_or(layer < self.num_hash_layers, |name| name == "hash_moe")
-    }
-}
-
-/// Makes one entry of each window of tokens.
-struct Compressor {
-    wkv: Linear,
-    wgate: Linear,
-    ape: Parameter,
-    norm: RmsNorm,
-    rope: Rope,
-    windows: usize,
-    rate: usize,
-    dim: usize,
-}
-
-impl Compressor {
-    fn new(c: &Config, w: &Weights, beside: Beside, dim: usize) -> Self {
-        let (windows, rate) =
-            if beside == Beside::Sparse { (2, c.compress_rate_csa) } else { (1, c.compress_rate_hca) };
-        let [wkv, wgate] = w.linears(c.hidden_size, false, [("wkv", windows * dim), ("wgate", windows * dim)]);
-        let ape = w.tensor("ape", &[rate, windows * dim]);
-        let norm = w.rms_norm("norm", dim, c.rms_norm_eps);
-        Self { wkv, wgate, ape, norm, rope: c.rope(w, true).in_blocks(rate), windows, rate, dim }
-    }
-
-    fn cache(&self) -> Cache {
-        Cache::pooling(self.windows, self.dim).and(Cache::pooled(self.rate))
-    }
-
-    /// `[tokens, 1, dim]`, an entry where a window ends.
-    fn forward(&self, x: &Tensor, layer: &mut Layer) -> Tensor {
-        let pooled = layer.pool(&self.wkv.forward(x), &self.wgate.forward(x), &self.ape.tensor());
-        layer.rotate(&self.rope, self.norm.forward(&pooled).split_heads(self.dim))
+    fn streams(&self) -> HyperShape {
+        let (streams, dim, norm_eps) = (self.hc_mult, self.hidden_size, self.rms_norm_eps);
+        HyperShape { streams, dim, norm_eps, rounds: self.hc_sinkhorn_iters, eps: self.hc_eps }
     }
 }
 
-/// Chooses the entries that are seen.
+/// Chooses the entries that attention sees.
 struct Indexer {
-    compressor: Compressor,
+    entries: Compressor,
     wq_b: Linear,
     weights_proj: Linear,
     rope: Rope,
@@ -167,13 +128,13 @@ struct Indexer {
 }
 
 impl Indexer {
-    fn new(c: &Config, w: &Weights) -> Self {
-        let (heads, head_dim) = (c.index_n_heads, c.index_head_dim);
+    fn new(c: &Config, w: &Weights, of: Compression) -> Self {
+        let (dim, heads, head_dim, rope) = (c.hidden_size, c.index_n_heads, c.index_head_dim, c.rope(w, true));
         Self {
-            compressor: Compressor::new(c, &w.at("compressor"), Beside::Sparse, head_dim),
+            entries: Compressor::new(&w.at("compressor"), of, [dim, head_dim], c.rms_norm_eps, rope),
             wq_b: w.linear("wq_b", c.q_lora_rank, heads * head_dim, false),
-            weights_proj: w.linear("weights_proj", c.hidden_size, heads, false),
-            rope: c.rope(w, true),
+            weights_proj: w.linear("weights_proj", dim, heads, false),
+            rope,
             head_dim,
             scale: ((heads * head_dim) as f32).powf(-0.5),
             top_k: c.index_topk,
@@ -182,7 +143,7 @@ impl Indexer {
 
     fn choose(&self, x: &Tensor, latent: &Tensor, layer: &mut Layer) -> Tensor {
         let q = layer.rotate(&self.rope, self.wq_b.forward(latent).split_heads(self.head_dim));
-        let k = self.compressor.forward(x, layer);
+        let k = self.entries.forward(x, layer);
         layer.index(q, k, self.weights_proj.forward(x) * self.scale, self.top_k)
     }
 }
@@ -207,37 +168,37 @@ struct Attention {
 
 impl Attention {
     fn new(c: &Config, w: &Weights, layer: usize) -> Result<Self> {
-        let (dim, heads, head_dim, groups, eps) =
-            (c.hidden_size, c.num_attention_heads, c.head_dim, c.o_groups, c.rms_norm_eps);
-        let (beside, in_group, latent) = (c.beside(layer)?, heads * head_dim / groups, groups * c.o_lora_rank);
-        let wo_a = w.source("wo_a.weight").reshape(&[groups, c.o_lora_rank, in_group]);
+        let (dim, heads, head_dim, groups, rank) =
+            (c.hidden_size, c.num_attention_heads, c.head_dim, c.o_groups, c.o_lora_rank);
+        let (of, eps) = (c.compression(layer)?, c.rms_norm_eps);
+        let (rope, in_group) = (c.rope(w, of.is_some()), heads * head_dim / groups);
         let [wq_a, wkv] = w.linears(dim, false, [("wq_a", c.q_lora_rank), ("wkv", head_dim)]);
-        let compressor = || Compressor::new(c, &w.at("compressor"), beside, head_dim);
+        let wo_a = w.source("wo_a.weight").reshape(&[groups, rank, in_group]);
         Ok(Self {
             wq_a,
             q_norm: w.rms_norm("q_norm", c.q_lora_rank, eps),
             wq_b: w.linear("wq_b", c.q_lora_rank, heads * head_dim, false),
             head_norm: RmsNorm::plain(head_dim, eps),
             wkv,
-            // transformers calls it so when it saves a model.
+            // transformers saves it under another name.
             kv_norm: w.rms_norm(if w.has("norm.weight") { "norm" } else { "kv_norm" }, head_dim, eps),
-            wo_a: MultiLinear::of(wo_a, None, groups, in_group, c.o_lora_rank),
-            wo_b: w.linear("wo_b", latent, dim, false),
+            wo_a: MultiLinear::of(wo_a, None, groups, in_group, rank),
+            wo_b: w.linear("wo_b", groups * rank, dim, false),
             attn_sink: w.tensor("attn_sink", &[heads]),
-            rope: c.rope(w, beside != Beside::Nothing),
-            indexer: (beside == Beside::Sparse).then(|| Indexer::new(c, &w.at("indexer"))),
-            compressor: (beside != Beside::Nothing).then(compressor),
+            rope,
+            indexer: of.filter(|of| of.windows > 1).map(|of| Indexer::new(c, &w.at("indexer"), of)),
+            compressor: of.map(|of| Compressor::new(&w.at("compressor"), of, [dim, head_dim], eps, rope)),
             window: c.sliding_window,
             head_dim,
             groups,
         })
     }
 
-    /// The indexer's entries come first, then the window, then the entries.
+    /// The indexer's entries, the window, then the entries.
     fn cache(&self) -> Cache {
-        let indexed = self.indexer.as_ref().map_or(Cache::none(), |indexer| indexer.compressor.cache());
-        let entries = self.compressor.as_ref().map_or(Cache::none(), Compressor::cache);
-        indexed.and(Cache::key_value(Some(self.window))).and(entries)
+        let of = |entries: Option<&Compressor>| entries.map_or(Cache::none(), Compressor::cache);
+        let window = Cache::key_value(Some(self.window));
+        of(self.indexer.as_ref().map(|indexer| &indexer.entries)).and(window).and(of(self.compressor.as_ref()))
     }
 
     fn forward(&self, x: &Tensor, layer: &mut Layer) -> Tensor {
@@ -273,35 +234,25 @@ struct Block {
 
 impl Block {
     fn new(c: &Config, w: &Weights, layer: usize) -> Result<Self> {
-        let connection = |name| HyperConnection::new(w, name, streams(c));
-        let (ffn, norm) = (w.at("ffn"), |name| w.rms_norm(name, c.hidden_size, c.rms_norm_eps));
         let (dim, hidden, experts, k) =
             (c.hidden_size, c.moe_intermediate_size, c.n_routed_experts, c.num_experts_per_tok);
-        let gate = ffn.linear("gate", dim, experts, false);
-        let router = match c.scoring_func.as_str() {
-            "sqrtsoftplus" => Router::sqrt_softplus(gate, k),
-            "sigmoid" => Router::sigmoid(gate, k),
-            "softmax" => Router::softmax(gate, k),
-            other => {
-                let known = "sqrtsoftplus, sigmoid or softmax";
-                return Err(format!("config.json: scoring_func is {other:?}, it should be {known}").into());
-            }
-        };
-        let hashes = c.hashes(layer);
-        let router = router.correction((!hashes).then(|| ffn.tensor("gate.bias", &[experts])));
+        let by_name = c.mlp_layer_types.as_ref().and_then(|types| types.get(layer)).map(|name| name == "hash_moe");
+        let (ffn, hashes) = (w.at("ffn"), by_name.unwrap_or(layer < c.num_hash_layers));
+        let router = Router::by(c.scoring_func, ffn.linear("gate", dim, experts, false), k)
+            .correction((!hashes).then(|| ffn.tensor("gate.bias", &[experts])))
+            .normalized(true, 1e-20)
+            .scale(c.routed_scaling_factor);
         let kind = ExpertKind::BoundedSwiglu { limit: c.swiglu_limit };
-        let shared =
-            GatedMlp::named(&ffn.at("shared_experts"), ["w1", "w3", "w2"], dim, hidden, false, Activation::Silu);
-        let experts = ffn.experts(ExpertsShape::new(experts, dim, hidden).kind(kind));
+        let (w123, silu) = (["w1", "w3", "w2"], Activation::Silu);
+        let shared = GatedMlp::named(&ffn.at("shared_experts"), w123, dim, hidden, false, silu).bounded(c.swiglu_limit);
         Ok(Self {
-            hc_attn: connection("hc_attn_"),
-            attn_norm: norm("attn_norm"),
+            hc_attn: HyperConnection::new(w, "hc_attn_", c.streams()),
+            attn_norm: w.rms_norm("attn_norm", dim, c.rms_norm_eps),
             attn: Attention::new(c, &w.at("attn"), layer)?,
-            hc_ffn: connection("hc_ffn_"),
-            ffn_norm: norm("ffn_norm"),
+            hc_ffn: HyperConnection::new(w, "hc_ffn_", c.streams()),
+            ffn_norm: w.rms_norm("ffn_norm", dim, c.rms_norm_eps),
             tid2eid: hashes.then(|| Embedding::of(ffn.source("gate.tid2eid"), c.vocab_size, k)),
-            ffn: Moe::new(router.normalized(true, 1e-20).scale(c.routed_scaling_factor), experts)
-                .shared(shared.bounded(c.swiglu_limit)),
+            ffn: Moe::new(router, ffn.experts(ExpertsShape::new(experts, dim, hidden).kind(kind))).shared(shared),
         })
     }
 
@@ -314,16 +265,6 @@ impl Block {
                 None => self.ffn.forward(&x),
             }
         })
-    }
-}
-
-fn streams(c: &Config) -> HyperShape {
-    HyperShape {
-        streams: c.hc_mult,
-        dim: c.hidden_size,
-        norm_eps: c.rms_norm_eps,
-        rounds: c.hc_sinkhorn_iters,
-        eps: c.hc_eps,
     }
 }
 
@@ -342,18 +283,19 @@ impl Architecture for DeepseekV4 {
     type Model = Self;
 
     fn new(c: Config, w: &Weights) -> Result<Self> {
-        // transformers saves these under other names than DeepSeek, all but the head below `model`.
-        let saved = w.has("model.embed_tokens.weight");
-        let (model, embed, hc_head) =
-            if saved { (w.at("model"), "embed_tokens", "hc_head.hc_") } else { (w.clone(), "embed", "hc_head_") };
+        // transformers saves all but the head below `model`.
+        let (model, embed, hc_head) = match w.has("model.embed_tokens.weight") {
+            true => (w.at("model"), "embed_tokens", "hc_head.hc_"),
+            false => (w.clone(), "embed", "hc_head_"),
+        };
         let (vocab, dim) = (c.vocab_size, c.hidden_size);
         let embed = model.embedding(embed, vocab, dim);
         // Layers that predict further tokens.
         w.ignore("mtp.");
         Ok(Self {
-            streams: streams(&c),
+            streams: c.streams(),
             layers: model.at("layers").each(c.num_hidden_layers, |w, layer| Block::new(&c, w, layer))?,
-            hc_head: HyperHead::new(&model, hc_head, streams(&c)),
+            hc_head: HyperHead::new(&model, hc_head, c.streams()),
             norm: model.rms_norm("norm", dim, c.rms_norm_eps),
             head: LmHead::named(w, "head", &embed, vocab, dim, c.tie_word_embeddings),
             embed,
