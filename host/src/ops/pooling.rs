@@ -40,8 +40,8 @@ impl Running<'_> {
 impl Value {
     /// Matrices `[.., n, n]`: columns by their sums plus `eps`, then `rounds - 1` times rows and columns.
     pub fn sinkhorn(&self, rounds: u64, eps: f64) -> Outcome {
-        let dims = self.dims()?.to_vec();
-        match *dims.as_slice() {
+        let dims = self.own_dims()?;
+        match *dims {
             [.., n, m] if n == m && n > 0 && (1..=1000).contains(&rounds) => self.make(dims, |x| {
                 let wide = x.to_dtype(DType::F32)?;
                 let y = match wide.device() {
