@@ -13,6 +13,7 @@ use crate::{
         running::{CacheShapes, Part, Running},
         table::Call,
         value::Value,
+        watch::Watch,
     },
     plugin::{
         library::{Library, Object},
@@ -42,9 +43,11 @@ pub struct Plan {
     pub note: Note,
     /// How the checkpoint differs from what the architecture asks for.
     pub report: Report,
+    /// The plugin's model.
+    pub(crate) object: Object,
+    /// The slots, in order.
+    pub(crate) wanted: Vec<Wanted>,
     pantry: Pantry,
-    object: Object,
-    wanted: Vec<Wanted>,
 }
 
 /// A model that runs.
@@ -55,7 +58,10 @@ pub struct Model {
     pub place: Placement,
     /// What the plugin says of itself.
     pub plugin: Note,
-    object: Object,
+    /// The plugin's model.
+    pub(crate) object: Object,
+    /// Who watches what the plugin does.
+    pub(crate) watch: Option<Watch>,
     wanted: Vec<Wanted>,
     layers: Vec<Layer>,
 }
@@ -96,7 +102,11 @@ impl Plan {
     /// Finds the plugin, lets it describe the model, and compares that with the checkpoint, reading headers only.
     pub fn new(config: Config, checkpoint: Checkpoint, registry: &Registry) -> Result<Self> {
         let found = registry.resolve_for(&config)?;
-        let library = Library::open(&found)?;
+        Self::by(&Library::open(&found)?, config, checkpoint)
+    }
+
+    /// The same with a plugin that is open.
+    pub(crate) fn by(library: &Library, config: Config, checkpoint: Checkpoint) -> Result<Self> {
         let pantry = Pantry { checkpoint: plain_names(checkpoint)?, quantization: config.quantization().cloned() };
         let json = serde_json::Value::Object(config.json().clone());
         let call = Call::Building(RefCell::new(Building::new(&pantry, &json)));
@@ -104,15 +114,14 @@ impl Plan {
         let Call::Building(building) = call else { unreachable!("made as Building above") };
         let Building { wanted, ignored, complaints, .. } = building.into_inner();
         let report = Report::new(&wanted, &pantry, &ignored, complaints);
-        Ok(Plan { config, plugin: found.path, note: found.note, report, pantry, object, wanted })
+        let (plugin, note) = (library.path.clone(), library.note.clone());
+        Ok(Plan { config, plugin, note, report, pantry, object, wanted })
     }
 
     /// Runs the architecture on shapes alone, which finds most mistakes of a plugin before gigabytes are read, and tells what its caches
     /// will hold.
     pub fn dry_run(&self) -> Result<Vec<CacheShape>> {
-        let place = Placement::new(DeviceChoice::Cpu, DtypeChoice::Float32, DType::F32)?;
-        let engine = Engine { object: &self.object, wanted: &self.wanted, layers: &[], place: &place };
-        let (_, shapes) = engine.run(Vec::new(), Value::planned(&[3]), |_| Ok(None))?;
+        let (_, shapes) = self.dry(Value::planned(&[3]), None)?;
         let specs = (0u32..).zip(&self.object.caches);
         let shape = |(cache, spec): (u32, &CacheSpec)| {
             let values = shapes.get(&cache).map_or(0, |[heads, dim, v_heads, v_dim]| heads * dim + v_heads * v_dim);
@@ -121,6 +130,14 @@ impl Plan {
             CacheShape { values, window: (spec.window > 0).then_some(spec.window as usize), state }
         };
         Ok(specs.map(shape).collect())
+    }
+
+    /// `forward` and `head` without numbers; gives the logits.
+    pub(crate) fn dry(&self, tokens: Value, watch: Option<&Watch>) -> Result<(Value, CacheShapes)> {
+        let place = Placement::new(DeviceChoice::Cpu, DtypeChoice::Float32, DType::F32)?;
+        let engine = Engine { object: &self.object, wanted: &self.wanted, layers: &[], place: &place, watch };
+        let (logits, shapes) = engine.run(Vec::new(), tokens, |all| Ok(Some(all.clone())))?;
+        Ok((logits.unwrap_or(Value::planned(&[])), shapes))
     }
 
     /// Parameters, by what the architecture asks for.
@@ -180,7 +197,8 @@ impl Plan {
         };
         let layers = self.wanted.par_iter().map(load).collect::<Result<Vec<_>>>()?;
         adapters.refuse_unused()?;
-        Ok(Model { config: self.config, place, plugin: self.note, object: self.object, wanted: self.wanted, layers })
+        let Plan { config, note: plugin, object, wanted, .. } = self;
+        Ok(Model { config, place, plugin, object, watch: None, wanted, layers })
     }
 }
 
@@ -271,7 +289,8 @@ impl Model {
         }
         let count = ids.len();
         let tokens = Tensor::from_vec(ids, count, &self.place.device)?;
-        let engine = Engine { object: &self.object, wanted: &self.wanted, layers: &self.layers, place: &self.place };
+        let (object, wanted, layers, place) = (&self.object, &self.wanted, &self.layers, &self.place);
+        let engine = Engine { object, wanted, layers, place, watch: self.watch.as_ref() };
         let select = |hidden: &Value| match hidden {
             Value::Real(hidden) if rows.len() < count => {
                 let index = Tensor::from_vec(rows.clone(), rows.len(), &self.place.device)?;
@@ -292,6 +311,7 @@ struct Engine<'a> {
     wanted: &'a [Wanted],
     layers: &'a [Layer],
     place: &'a Placement,
+    watch: Option<&'a Watch>,
 }
 
 impl Engine<'_> {
@@ -302,7 +322,6 @@ impl Engine<'_> {
         tokens: Value,
         select: impl FnOnce(&Value) -> Result<Option<Value>>,
     ) -> Result<(Option<Value>, CacheShapes)> {
-        let dry = matches!(tokens, Value::Planned(_));
         let count = tokens.dims().ok().and_then(|dims| dims.first().copied()).unwrap_or_default();
         let running = Running {
             arena: Arena::default(),
@@ -316,6 +335,7 @@ impl Engine<'_> {
             parts,
             angles: HashMap::new(),
             shapes: CacheShapes::new(),
+            ops: self.watch.map(|_| Vec::new()),
         };
         let call = Call::Running(RefCell::new(running));
         let Call::Running(cell) = &call else { unreachable!("made as Running above") };
@@ -323,15 +343,24 @@ impl Engine<'_> {
         let tokens = cell.borrow_mut().arena.put(tokens);
         let hidden = self.object.forward(&call, tokens)?;
         let hidden = take(cell, hidden, "forward", count)?;
-        let Some(chosen) = (if dry { Some(hidden) } else { select(&hidden)? }) else {
+        let Some(chosen) = select(&hidden)? else {
+            self.tell(cell);
             return Ok((None, CacheShapes::new()));
         };
         let count = chosen.dims().ok().and_then(|dims| dims.first().copied()).unwrap_or_default();
         let chosen = cell.borrow_mut().arena.put(chosen);
         let logits = self.object.head(&call, chosen)?;
         let logits = take(cell, logits, "head", count)?;
+        self.tell(cell);
         let shapes = std::mem::take(&mut cell.borrow_mut().shapes);
         Ok((Some(logits), shapes))
+    }
+
+    fn tell(&self, running: &RefCell<Running>) {
+        let mut running = running.borrow_mut();
+        if let (Some(watch), Some(ops)) = (self.watch, running.ops.take()) {
+            watch.put(ops, &running.arena, &running.fed);
+        }
     }
 }
 
@@ -344,7 +373,10 @@ fn take(running: &RefCell<Running>, handle: plugin_api::abi::Handle, what: &str,
     match running.arena.get(handle) {
         Ok(Value::Failed(first)) => Err(Error::plugin(first.to_string())),
         Ok(value) => match value.dims() {
-            Ok(&[n, width]) if n == rows && width > 0 => Ok(value),
+            Ok(&[n, width]) if n == rows && width > 0 => {
+                running.arena.release(handle);
+                Ok(value)
+            }
             Ok(dims) => Err(Error::plugin(format!("the plugin's {what} returned {dims:?}, it should be [{rows}, ..]"))),
             Err(_) => Err(Error::plugin(format!("the plugin's {what} failed"))),
         },

@@ -1,6 +1,10 @@
 //! Attention against the textbook, in f64 and with the whole matrix of scores.
 
-use dylm::kernels::cpu::{Attend, Rows, attend, attention::Blocks, quantize_rows};
+use dylm::kernels::cpu::{
+    Attend, Rows, attend,
+    attention::{Blocks, Selection},
+    quantize_rows,
+};
 
 struct Random(u64);
 
@@ -32,6 +36,7 @@ const PLAIN: Attend<'_> = Attend {
     sinks: None,
     selection: None,
     blocks: None,
+    slopes: None,
 };
 
 struct Inputs {
@@ -65,7 +70,9 @@ fn textbook(case: Case, i: &Inputs, how: &Attend<'_>) -> Vec<f64> {
                 let near =
                     how.window.is_none_or(|w| i64::from(p) - i64::from(at) < w as i64) || (at as usize) < how.keep;
                 let in_chunk = how.chunk.is_none_or(|chunk| at as usize >= p as usize - p as usize % chunk);
-                let chosen = how.selection.is_none_or(|chosen| chosen[t].contains(&at));
+                let chosen = how.selection.is_none_or(|Selection { lists, groups, heads, block }| {
+                    lists[t * groups + head / heads].contains(&(at / block as u32))
+                });
                 let in_blocks = how.blocks.is_none_or(|Blocks { size, local, stride }| {
                     let (query, key) = (p as usize / size, at as usize / size);
                     key + local > query || (key + head + 1).is_multiple_of(stride)
@@ -78,6 +85,8 @@ fn textbook(case: Case, i: &Inputs, how: &Attend<'_>) -> Vec<f64> {
                 let dot: f64 = q.iter().zip(k).map(|(&q, &k)| f64::from(q) * f64::from(k)).sum();
                 let score = dot * f64::from(how.scale);
                 let score = how.softcap.map_or(score, |c| f64::from(c) * (score / f64::from(c)).tanh());
+                let slope = how.slopes.map_or(0.0, |slopes| f64::from(slopes[head]));
+                let score = score - slope * f64::from(p - at);
                 weights[e] = score.exp();
                 mass += weights[e];
             }
@@ -157,10 +166,35 @@ fn chunks_selections_and_blocks_hide_what_the_textbook_hides() {
             check(case, &i, &Attend { chunk: Some(16), ..PLAIN }, "chunk");
             check(case, &i, &Attend { chunk: Some(30), window: Some(7), ..PLAIN }, "chunk and window");
             let chosen: Vec<Vec<u32>> = i.queries.iter().map(|&p| vec![p / 3, p / 2 + 1, p]).collect();
-            check(case, &i, &Attend { selection: Some(&chosen), ..PLAIN }, "selection");
+            let selection = Some(Selection { lists: &chosen, groups: 1, heads: case.q_heads, block: 1 });
+            check(case, &i, &Attend { selection, ..PLAIN }, "selection");
             let blocks = Some(Blocks { size: 8, local: 2, stride: 3 });
             check(case, &i, &Attend { blocks, ..PLAIN }, "blocks");
-            check(case, &i, &Attend { blocks, selection: Some(&chosen), window: Some(50), ..PLAIN }, "all three");
+            check(case, &i, &Attend { blocks, selection, window: Some(50), ..PLAIN }, "all three");
+            // Groups as large as those of the keys, and heads that choose alone.
+            for groups in [case.kv_heads, case.q_heads] {
+                let chosen: Vec<Vec<u32>> =
+                    i.queries.iter().flat_map(|&p| (0..groups as u32).map(move |g| vec![g, p / 16 + 1 + g])).collect();
+                let heads = case.q_heads / groups;
+                let selection = Some(Selection { lists: &chosen, groups, heads, block: 8 });
+                check(case, &i, &Attend { selection, ..PLAIN }, "selected blocks");
+            }
+        }
+    }
+}
+
+#[test]
+fn scores_fall_with_distance_by_the_slope_of_the_head() {
+    let mut r = Random(12);
+    for case in CASES {
+        let slopes: Vec<f32> = (0..case.q_heads).map(|head| 0.5f32.powi(head as i32)).collect();
+        for (tokens, entries) in [(1, 90), (40, 90), (3, 1300)] {
+            let mut i = inputs(case, tokens, entries, &mut r);
+            check(case, &i, &Attend { slopes: Some(&slopes), ..PLAIN }, "slopes");
+            let all = Attend { slopes: Some(&slopes), softcap: Some(1.5), window: Some(33), ..PLAIN };
+            check(case, &i, &all, "slopes, softcap and window");
+            i.keys.rotate_left(7);
+            check(case, &i, &Attend { slopes: Some(&slopes), ..PLAIN }, "slopes over a ring");
         }
     }
 }

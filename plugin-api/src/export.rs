@@ -4,7 +4,8 @@ use crate::{
     Architecture, Model, Step, Tensor, Weights,
     abi::{
         self, CacheSpec, Ctx, Handle,
-        extension::Offer,
+        checking::{Examples, Panics},
+        extension::{Offer, Table},
         ops::OpsRef,
         root::{ERROR_ABI, ERROR_CONFIG, ERROR_PANIC, FactoryRef, Host, ModelFactory, ModelObject, PluginError},
     },
@@ -17,17 +18,28 @@ use abi_stable::{
     abi_stability::abi_checking::exported_check_layout_compatibility,
     library::{CheckTypeLayout, LibHeader, RootModuleResult},
     prefix_type::PrefixTypeTrait,
-    std_types::{RErr, ROk, RResult, RStr, RString, RVec},
+    std_types::{RErr, RResult, RSlice, RStr, RString, RVec},
+    type_layout::TypeLayout,
 };
 use std::{
     any::Any,
     cell::Cell,
     panic::{self, AssertUnwindSafe},
-    sync::Once,
+    sync::{
+        Mutex, Once, PoisonError,
+        atomic::{AtomicPtr, Ordering},
+    },
 };
 
 fn error(code: u32, message: impl Into<RString>) -> PluginError {
     PluginError { code, message: message.into(), detail: RString::new() }
+}
+
+/// The last panic of all threads, for `dylm check`: what happens in `drop` or on a thread of the plugin's own is in no result.
+static ANY_PANIC: Mutex<String> = Mutex::new(String::new());
+
+extern "C" fn take_panic() -> RString {
+    std::mem::take(&mut *ANY_PANIC.lock().unwrap_or_else(PoisonError::into_inner)).into()
 }
 
 thread_local! {
@@ -41,30 +53,38 @@ fn discard(thrown: Box<dyn Any + Send>) {
     }
 }
 
-/// Runs `f`; a panic becomes an error that keeps its text and place. The plugin's own copy of the panic hook is silenced, once: it would
-/// print to a terminal that belongs to the host.
+/// Runs `f`; a panic becomes an error that names the plugin.
 fn catch<T>(name: &str, f: impl FnOnce() -> Result<T, PluginError>) -> RResult<T, PluginError> {
+    match caught(f) {
+        Ok(result) => result.into(),
+        Err(text) => RErr(error(ERROR_PANIC, format!("the plugin {name} panicked: {text}"))),
+    }
+}
+
+/// Runs `f`; a panic becomes its text and place, in one line. The plugin's own copy of the panic hook is silenced, once: it would
+/// print to a terminal that belongs to the host.
+pub(crate) fn caught<T>(f: impl FnOnce() -> T) -> Result<T, String> {
     static QUIET: Once = Once::new();
     QUIET.call_once(|| {
         panic::set_hook(Box::new(|info| {
             let text = info.payload_as_str().unwrap_or("a panic without text").to_owned();
             let place = info.location().map(|l| format!(" (at {}:{})", l.file(), l.line())).unwrap_or_default();
+            let text = text + &place;
+            ANY_PANIC.lock().unwrap_or_else(PoisonError::into_inner).clone_from(&text);
             // Not there any more while a thread ends.
-            let _ = LAST_PANIC.try_with(|p| p.set(Some(text + &place)));
+            let _ = LAST_PANIC.try_with(|p| p.set(Some(text)));
         }));
     });
     // The text of a panic that the plugin caught by itself is not the text of the next one.
     let _ = LAST_PANIC.try_with(Cell::take);
     match panic::catch_unwind(AssertUnwindSafe(f)) {
-        Ok(Ok(value)) => ROk(value),
-        Ok(Err(e)) => RErr(e),
+        Ok(value) => Ok(value),
         Err(thrown) => {
             let text = LAST_PANIC.try_with(Cell::take).ok().flatten();
             discard(thrown);
             // What assert_eq! says has several lines.
             let text = text.as_deref().unwrap_or("a panic without text");
-            let text = text.lines().map(str::trim).collect::<Vec<_>>().join(", ");
-            RErr(error(ERROR_PANIC, format!("the plugin {name} panicked: {text}")))
+            Err(text.lines().map(str::trim).collect::<Vec<_>>().join(", "))
         }
     }
 }
@@ -83,6 +103,17 @@ fn check_ops(name: &str, host: &Host) -> Result<(), PluginError> {
     })
 }
 
+/// The same, once for each table: the comparison takes longer than most models take to be described, and leaves some memory behind.
+fn know_ops(name: &str, host: &Host) -> Result<(), PluginError> {
+    static KNOWN: AtomicPtr<TypeLayout> = AtomicPtr::new(std::ptr::null_mut());
+    let layout = std::ptr::from_ref(host.layout).cast_mut();
+    if KNOWN.load(Ordering::Relaxed) != layout {
+        check_ops(name, host)?;
+        KNOWN.store(layout, Ordering::Relaxed);
+    }
+    Ok(())
+}
+
 /// What `ModelObject::data` points to.
 struct Built<M> {
     model: M,
@@ -90,11 +121,21 @@ struct Built<M> {
     places: Places,
 }
 
+/// What a plugin carries beside its code; `export_plugin!` says it.
+#[doc(hidden)]
+pub trait Carries {
+    /// Texts of config.json.
+    const EXAMPLES: &'static [RStr<'static>];
+}
+
 /// The ABI face of one architecture; `export_plugin!` names it once.
 #[doc(hidden)]
 pub struct Exported<A>(std::marker::PhantomData<A>);
 
-impl<A: Architecture> Exported<A> {
+impl<A: Architecture + Carries> Exported<A> {
+    const EXAMPLES: &'static Table<Examples> = &Table::new(Examples { texts: RSlice::from_slice(A::EXAMPLES) });
+    const PANICS: &'static Table<Panics> = &Table::new(Panics { take: take_panic });
+
     fn name() -> &'static str {
         A::MODEL_TYPES.first().copied().unwrap_or("without a model_type")
     }
@@ -107,7 +148,7 @@ impl<A: Architecture> Exported<A> {
 
     extern "C" fn create(host: &Host, ctx: Ctx, config: RStr<'_>) -> RResult<ModelObject, PluginError> {
         catch(Self::name(), || {
-            check_ops(Self::name(), host)?;
+            know_ops(Self::name(), host)?;
             let config = A::Config::from_text(config.as_str()).map_err(|e| error(ERROR_CONFIG, e.0))?;
             let call = Call::new(host, ctx);
             let model = call.enter(|| A::new(config, &Weights::default())).map_err(|e| error(ERROR_CONFIG, e.0))?;
@@ -161,7 +202,8 @@ impl<A: Architecture> Exported<A> {
     }
 
     extern "C" fn extension(id: RStr<'_>) -> *const () {
-        let offer = catch(Self::name(), || Ok(A::extension(id.as_str())));
+        let own = || Offer::named(&id, Self::EXAMPLES).or_else(|| Offer::named(&id, Self::PANICS));
+        let offer = catch(Self::name(), || Ok(own().or_else(|| A::extension(id.as_str()))));
         offer.unwrap_or(None).map_or(std::ptr::null(), Offer::into_pointer)
     }
 
@@ -180,11 +222,21 @@ pub const fn header(root_module: extern "C" fn() -> RootModuleResult) -> LibHead
     unsafe { LibHeader::from_constructor::<FactoryRef>(root_module, CheckTypeLayout::Yes) }
 }
 
-/// Makes a library into a plugin: `export_plugin!(Llama);`, once per crate.
+/// Makes a library into a plugin: `export_plugin!(Llama);`, once per crate. `export_plugin!(Llama, examples = ["config.json"])` carries
+/// configurations for `dylm check` to try it with, small ones, as files named from the folder of the crate's Cargo.toml.
 #[macro_export]
 macro_rules! export_plugin {
-    ($architecture:ty) => {
+    ($architecture:ty) => { $crate::export_plugin!($architecture, examples = []); };
+    ($architecture:ty, examples = [$($file:literal),* $(,)?]) => {
         const _: () = {
+            impl $crate::export::Carries for $architecture {
+                const EXAMPLES: &'static [$crate::abi_stable::std_types::RStr<'static>] = &[
+                    $($crate::abi_stable::std_types::RStr::from_str(
+                        include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/", $file))
+                    )),*
+                ];
+            }
+
             const FACTS: $crate::abi::note::Facts<'static> = $crate::abi::note::Facts {
                 name: env!("CARGO_PKG_NAME"),
                 version: env!("CARGO_PKG_VERSION"),

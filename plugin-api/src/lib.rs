@@ -78,6 +78,8 @@ pub mod config;
 pub mod experts;
 pub mod export;
 pub mod layers;
+pub mod own_op;
+pub mod scan;
 pub mod step;
 pub mod tensor;
 pub mod weights;
@@ -88,7 +90,8 @@ pub use cache::Cache;
 pub use config::RopeScaling;
 pub use experts::{ExpertKind, Experts, ExpertsShape};
 pub use layers::{Conv1d, Embedding, LayerNorm, Linear, MultiLinear, Norm, Parameter, RmsNorm, Rope};
-pub use step::{Attend, Layer, Pooled, SparseBlocks, Step};
+pub use own_op::{Op, OwnOp, View};
+pub use step::{Attend, BlockChoice, Layer, Pooled, SparseBlocks, Step};
 pub use tensor::Tensor;
 pub use weights::{Source, Weights};
 
@@ -98,8 +101,8 @@ pub use abi_stable;
 /// Everything that an architecture's file needs: `use plugin_api::prelude::*;`
 pub mod prelude {
     pub use crate::{
-        Architecture, Attend, Cache, Conv1d, Embedding, ExpertKind, Experts, ExpertsShape, Layer, LayerNorm, Linear,
-        Model, MultiLinear, Norm, Parameter, Pooled, Result, RmsNorm, Rope, RopeScaling, Source, SparseBlocks, Step,
-        Tensor, Weights, blocks::*, config, decoder_shape, export_plugin,
+        Architecture, Attend, BlockChoice, Cache, Conv1d, Embedding, ExpertKind, Experts, ExpertsShape, Layer,
+        LayerNorm, Linear, Model, MultiLinear, Norm, Op, OwnOp, Parameter, Pooled, Result, RmsNorm, Rope, RopeScaling,
+        Source, SparseBlocks, Step, Tensor, View, Weights, blocks::*, config, decoder_shape, export_plugin,
     };
 }

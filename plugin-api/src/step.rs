@@ -3,7 +3,7 @@
 
 use crate::{
     Conv1d, Rope, Tensor,
-    abi::{At, AttendSpec, Handle, SpecRef},
+    abi::{At, AttendSpec, BlockChoiceSpec, Handle, SpecRef},
     cache::Places,
     tensor::Call,
 };
@@ -21,10 +21,14 @@ pub struct Attend<'a> {
     pub softcap: Option<f32>,
     /// One logit per query head that joins the softmax and is dropped. <https://arxiv.org/abs/2309.17453>
     pub sinks: Option<&'a Tensor>,
-    /// The only keys that are seen, as [`Layer::index`] chose them.
+    /// The only keys that are seen, as [`Layer::index`] or [`Layer::index_blocks`] chose them.
     pub selection: Option<&'a Tensor>,
+    /// Tokens of a block, where the selection names blocks.
+    pub selection_block: Option<usize>,
     /// Which blocks of keys are seen.
     pub blocks: Option<SparseBlocks>,
+    /// ALiBi: `[heads]`, by how much a score falls for each position between query and key. <https://arxiv.org/abs/2108.12409>
+    pub slopes: Option<&'a Tensor>,
     /// Keys that share the softmax and stand for many tokens each.
     pub pooled: Option<Pooled<'a>>,
 }
@@ -39,6 +43,17 @@ pub struct Pooled<'a> {
     pub values: Option<&'a Tensor>,
     /// The only ones that are seen, as [`Layer::index`] over pooled keys chose them.
     pub selection: Option<&'a Tensor>,
+}
+
+/// How [`Layer::index_blocks`] chooses.
+#[derive(Debug, Clone, Copy)]
+pub struct BlockChoice {
+    /// Tokens of a block; the first one starts at position 0.
+    pub size: usize,
+    /// Blocks chosen.
+    pub count: usize,
+    /// Of these, the last so many, counting the query's own, whatever their scores.
+    pub local: usize,
 }
 
 /// Block-sparse attention: a query sees the last blocks and, further back, every `stride`-th one, each head others.
@@ -104,7 +119,7 @@ impl Layer {
         how.pooled.as_ref().map(|_| self.next_keys())
     }
 
-    fn next_state(&mut self) -> u32 {
+    pub(crate) fn next_state(&mut self) -> u32 {
         self.recurred += 1;
         self.places.place(self.index, true, self.recurred - 1)
     }
@@ -153,6 +168,19 @@ impl Layer {
         let (call, cache) = (Call::current(), self.next_keys());
         let index = call.ops.index();
         Tensor::own(index(call.ctx, cache, q.handle(), k.handle(), weights.handle(), count as u64, At::caller()))
+    }
+
+    /// The blocks of keys worth attending to, by an indexer whose heads choose apart: q `[tokens, heads, d]`, k `[tokens, 1, d]` (which
+    /// joins a key cache of this layer); a block's score is the largest q·k of its keys. Gives what [`Attend::selection`] takes beside
+    /// [`Attend::selection_block`], `[tokens, heads, count]`; each of these heads stands for a group of query heads, in their order.
+    /// <https://arxiv.org/abs/2502.11089>
+    #[track_caller]
+    pub fn index_blocks(&mut self, q: Tensor, k: Tensor, choice: BlockChoice) -> Tensor {
+        let (call, cache, BlockChoice { size, count, local }) = (Call::current(), self.next_keys(), choice);
+        let (block, count, local) = (size as u64, count as u64, local as u64);
+        let spec = BlockChoiceSpec { flags: 0, reserved: 0, block, count, local };
+        let index_blocks = call.ops.index_blocks();
+        Tensor::own(index_blocks(call.ctx, cache, q.handle(), k.handle(), SpecRef::new(&spec), At::caller()))
     }
 
     /// x `[tokens, channels]`, each channel folded with its kernel over the tokens up to its own. Needs [`Conv1d::cache`].
@@ -222,6 +250,8 @@ fn attend(cache: u32, pooled: Option<u32>, q: Tensor, [k, v]: [Handle; 2], value
         block: blocks.size as u64,
         local_blocks: blocks.local as u64,
         stride: blocks.stride as u64,
+        selection_block: how.selection_block.unwrap_or(0) as u64,
+        slopes: handle(how.slopes),
         pooled_cache: pooled.map_or(0, |cache| cache as u64 + 1),
         pooled_keys: handle(pools.map(|p| p.keys)),
         pooled_values: handle(pools.and_then(|p| p.values)),

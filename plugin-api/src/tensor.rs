@@ -35,18 +35,28 @@ impl Call {
 
     /// Runs `f` with this call as the thread's current one.
     pub fn enter<R>(self, f: impl FnOnce() -> R) -> R {
+        Self::swap(Some(self), f)
+    }
+
+    fn swap<R>(call: Option<Self>, f: impl FnOnce() -> R) -> R {
         struct Restore(Option<Call>);
         impl Drop for Restore {
             fn drop(&mut self) {
                 CALL.set(self.0);
             }
         }
-        let _restore = Restore(CALL.replace(Some(self)));
+        let _restore = Restore(CALL.replace(call));
         f()
     }
 
-    /// The thread's current call. Panics outside of one, which the export macro turns into an error.
+    /// Runs `f` as if no call were running.
+    pub fn outside<R>(f: impl FnOnce() -> R) -> R {
+        Self::swap(None, f)
+    }
+
+    /// The thread's current call. Panics outside of one, with the author's place, which the export macro turns into an error.
     #[inline]
+    #[track_caller]
     pub fn current() -> Self {
         CALL.get().expect("an op was called outside of new, forward or head, or on another thread")
     }
@@ -93,6 +103,20 @@ impl Tensor {
         let call = Call::current();
         let pair = call.ops.topk()(call.ctx, self.handle, k as u64, At::caller());
         (Tensor::own(pair.first), Tensor::own(pair.second))
+    }
+}
+
+impl Tensor {
+    /// Each vector of the last axis as a matrix of one row: `[.., n]` -> `[.., 1, n]`.
+    #[track_caller]
+    pub fn row(&self) -> Tensor {
+        self.unflatten(1)
+    }
+
+    /// Each vector of the last axis as a matrix of one column: `[.., n]` -> `[.., n, 1]`.
+    #[track_caller]
+    pub fn column(&self) -> Tensor {
+        self.row().transpose()
     }
 }
 

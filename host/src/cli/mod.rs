@@ -4,6 +4,7 @@
 pub mod bench;
 pub mod cache_prompt;
 pub mod chat;
+pub mod check;
 pub mod consent;
 pub mod conversation;
 pub mod flags;
@@ -49,6 +50,10 @@ enum Command {
     Inspect(Box<inspect::Inspect>),
     /// List the plugins that are found, and what is wrong with those that are not used
     Plugins(plugins::Plugins),
+    /// Try a plugin out and tell its author what to mend
+    Check(Box<check::Check>),
+    #[command(name = crate::plugin::check::catalog::COMMAND, hide = true)]
+    CheckChild(check::Child),
     /// Measure the speed of a model, or of the boundary between dylm and plugins
     #[command(alias = "benchmark")]
     Bench(Box<bench::Bench>),
@@ -64,6 +69,8 @@ pub fn main() -> ExitCode {
         Command::Pull(pull) => pull.run(),
         Command::Inspect(inspect) => inspect.run(),
         Command::Plugins(plugins) => plugins.run(),
+        Command::Check(check) => check.run(),
+        Command::CheckChild(child) => child.run(),
         Command::Bench(bench) => bench.run(),
     };
     match result {

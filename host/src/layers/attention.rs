@@ -11,7 +11,7 @@ use crate::{
         rows::Table,
     },
     device::Placement,
-    kernels::cpu::attention::{Attend, Blocks, Keys, attend_all},
+    kernels::cpu::attention::{Attend, Blocks, Keys, Selection, attend_all},
     ops::{
         attending::{memory, remembered},
         running::Part,
@@ -34,12 +34,16 @@ pub struct Scores {
     pub chunk: Option<usize>,
     /// `[heads]`
     pub sinks: Option<Tensor>,
-    /// Positions `[tokens, count]` of the only keys that are seen.
+    /// Numbers `[tokens, count]` or `[tokens, groups, count]` of the only blocks of keys that are seen.
     pub selection: Option<Tensor>,
+    /// Positions of such a block; 1 where keys are chosen one by one.
+    pub selection_block: usize,
     /// Which blocks of keys are seen.
     pub blocks: Option<Blocks>,
     /// The first so many lanes of a key are its value.
     pub lanes: Option<usize>,
+    /// `[heads]`: a score falls by so much for each position between query and key.
+    pub slopes: Option<Tensor>,
     /// Keys that share the softmax and stand for several tokens each.
     pub pooled: Option<Pooled>,
 }
@@ -50,7 +54,7 @@ pub struct Pooled {
     pub cache: usize,
     /// What joins it.
     pub new: New,
-    /// Positions `[tokens, count]` of the only ones that are seen.
+    /// Positions `[tokens, count]` or `[tokens, groups, count]` of the only ones that are seen.
     pub selection: Option<Tensor>,
 }
 
@@ -72,7 +76,9 @@ pub fn attend(
     parts: &mut [Part],
     place: &Placement,
 ) -> Result<Tensor> {
-    let sinks = how.sinks.as_ref().map(|s| s.to_dtype(DType::F32)?.to_vec1::<f32>()).transpose()?;
+    let numbers = |t: &Option<Tensor>| t.as_ref().map(|t| t.to_dtype(DType::F32)?.to_vec1::<f32>()).transpose();
+    let (sinks, slopes) = (numbers(&how.sinks)?, numbers(&how.slopes)?);
+    let heads = q.dim(1)?;
     let mut outputs = Vec::with_capacity(parts.len());
     for part in parts {
         let (start, count, offset) = (part.tokens.start, part.tokens.len(), part.state.offset);
@@ -86,22 +92,27 @@ pub fn attend(
         }
         let sorted = |s: &Option<Tensor>| s.as_ref().map(|s| sorted(&rows(s)?)).transpose();
         let (chosen, pooled_chosen) = (sorted(&how.selection)?, sorted(&pooled.and_then(|p| p.selection.clone()))?);
-        let attend = |sight: Sight, selection| Attend {
+        let attend = |sight: Sight| Attend {
             scale: how.scale,
             softcap: how.softcap,
             window: sight.window,
             keep: sight.keep,
             chunk: sight.chunk,
             sinks: sinks.as_deref(),
-            selection,
+            selection: None,
             blocks: None,
+            slopes: slopes.as_deref(),
         };
         let kv = remembered(part, cache)?;
-        let own = Attend { blocks: how.blocks, ..attend(kv.sight(how.window, how.chunk), chosen.as_deref()) };
+        let own = Attend {
+            blocks: how.blocks,
+            selection: shared(&chosen, heads, how.selection_block),
+            ..attend(kv.sight(how.window, how.chunk))
+        };
         let mut seen = vec![(kv, own)];
         if let Some(pooled) = pooled {
             let kv = remembered(part, pooled.cache)?;
-            seen.push((kv, attend(kv.sight(None, None), pooled_chosen.as_deref())));
+            seen.push((kv, Attend { selection: shared(&pooled_chosen, heads, 1), ..attend(kv.sight(None, None)) }));
         }
         let (q, queries) = (rows(q)?, (offset..offset + count).map(|p| p as u32).collect::<Vec<_>>());
         outputs.push(match place.native {
@@ -113,6 +124,12 @@ pub fn attend(
         1 => Ok(outputs.remove(0)),
         _ => Tensor::cat(&outputs, 0),
     }
+}
+
+/// Who sees which of the blocks of `size` that lists name: `heads` query heads share a query's lists evenly.
+fn shared(lists: &Option<Lists>, heads: usize, size: usize) -> Option<Selection<'_>> {
+    let (lists, groups) = lists.as_ref()?;
+    Some(Selection { lists, groups: *groups, heads: heads / (*groups).max(1), block: size })
 }
 
 fn join(kv: &mut KvCache, k: &Tensor, v: Option<&Tensor>, offset: usize, place: &Placement) -> Result<()> {
@@ -128,14 +145,18 @@ fn join(kv: &mut KvCache, k: &Tensor, v: Option<&Tensor>, offset: usize, place: 
     }
 }
 
-/// Each query's chosen positions, in rising order, without what fills them up.
-fn sorted(selection: &Tensor) -> Result<Vec<Vec<u32>>> {
-    let mut rows = selection.to_dtype(DType::U32)?.to_vec2::<u32>()?;
+/// Lists of positions or blocks, and how many of them a query has.
+type Lists = (Vec<Vec<u32>>, usize);
+
+/// The lists of a selection, each in rising order and without what fills it up, and how many a query has.
+fn sorted(selection: &Tensor) -> Result<Lists> {
+    let groups = if selection.rank() > 2 { selection.dim(1)? } else { 1 };
+    let mut rows = selection.to_dtype(DType::U32)?.flatten_to(selection.rank() - 2)?.to_vec2::<u32>()?;
     for row in &mut rows {
         row.retain(|&k| k != indexer::NONE);
         row.sort_unstable();
     }
-    Ok(rows)
+    Ok((rows, groups))
 }
 
 fn on_cpu(q: &Tensor, queries: &[u32], seen: &[(&KvCache, Attend)], lanes: Option<usize>) -> Result<Tensor> {
@@ -186,14 +207,14 @@ fn by_candle(
     if let Some(cap) = how.softcap {
         scores = scores.affine(1.0 / cap as f64, 0.0)?.tanh()?.affine(cap as f64, 0.0)?;
     }
-    // Block-sparse heads see different keys, others the same ones.
-    let masks = if how.blocks.is_some() { heads } else { 1 };
+    // Heads that see different keys, or weigh distances differently, need a mask each.
+    let masks = if seen.iter().all(|(_, how)| how.alike(heads) && how.slopes.is_none()) { 1 } else { heads };
     let entries = keys.dim(1)?;
     let mut mask = Vec::with_capacity(masks * tokens * entries);
     for head in 0..masks {
         for (token, &p) in queries.iter().enumerate() {
             for (kv, how) in seen {
-                let add = |&k: &u32| if how.sees(token, head, p, k) { 0.0 } else { f32::NEG_INFINITY };
+                let add = |&k: &u32| if how.sees(token, head, p, k) { how.bias(head, p, k) } else { f32::NEG_INFINITY };
                 mask.extend(kv.positions.iter().map(add));
             }
         }

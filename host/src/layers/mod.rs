@@ -35,4 +35,6 @@ pub enum Layer {
     Parameter(Tensor),
     /// Rotary angles.
     Rope(rope::Rope),
+    /// An op of the plugin, which its `Wanted` has.
+    Own,
 }

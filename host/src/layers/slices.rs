@@ -31,15 +31,21 @@ pub fn filled(dims: impl Into<candle_core::Shape>, fill: impl FnOnce(&mut [f32])
 }
 
 /// The same for several tensors at once.
-pub fn with_all_f32<const N: usize, R>(tensors: &[Tensor], f: impl FnOnce([&[f32]; N]) -> R) -> Result<R> {
+pub fn with_each_f32<R>(tensors: &[Tensor], f: impl FnOnce(&[&[f32]]) -> R) -> Result<R> {
     let whole = tensors.iter().map(Tensor::contiguous).collect::<Result<Vec<_>>>()?;
     let held: Vec<_> = whole.iter().map(|t| t.storage_and_layout()).collect();
-    let mut slices: [&[f32]; N] = [&[]; N];
-    for (slice, (storage, layout)) in slices.iter_mut().zip(&held) {
-        *slice = match (&**storage, layout.contiguous_offsets()) {
+    let mut slices: Vec<&[f32]> = Vec::with_capacity(held.len());
+    for (storage, layout) in &held {
+        slices.push(match (&**storage, layout.contiguous_offsets()) {
             (Storage::Cpu(CpuStorage::F32(numbers)), Some((start, end))) => &numbers[start..end],
             _ => bail!("expected f32 on the cpu"),
-        };
+        });
     }
-    Ok(f(slices))
+    Ok(f(&slices))
+}
+
+/// The same for a number of tensors that is known while compiling.
+pub fn with_all_f32<const N: usize, R>(tensors: &[Tensor], f: impl FnOnce([&[f32]; N]) -> R) -> Result<R> {
+    let lent = with_each_f32(tensors, |slices| <[&[f32]; N]>::try_from(slices).ok().map(f));
+    lent?.map_or_else(|| bail!("{} tensors for {N}", tensors.len()), Ok)
 }

@@ -76,7 +76,8 @@ impl Weight {
             Weight::Packed(m) => with_f32(x, |x| filled(dims, |out| m.matmul(x, out)))?,
             Weight::Dense(w) => {
                 let rows = x.elem_count() / w.dims()[1].max(1);
-                x.reshape((rows, w.dims()[1]))?.matmul(&w.t()?)?.reshape(dims)
+                let flat = x.reshape((rows, w.dims()[1]))?.to_dtype(w.dtype())?;
+                flat.matmul(&w.t()?)?.reshape(dims)?.to_dtype(x.dtype())
             }
             Weight::Rounded(w) => w.matmul(&eight_bits(x)?),
         }

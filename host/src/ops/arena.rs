@@ -2,8 +2,12 @@
 //! an error and never a crash; the arena lives for one step, and with it everything that a plugin forgot to release.
 
 use super::value::{Outcome, Value, fault};
+use candle_core::DType;
 use plugin_api::abi::Handle;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::{
+    borrow::Cow,
+    sync::atomic::{AtomicU64, Ordering},
+};
 
 // A handle's bits, from the lowest: place + 1, uses of that place, step. No two tensors share a handle within 2^28 steps, which are weeks.
 const PLACE_BITS: u32 = 24;
@@ -20,6 +24,10 @@ pub struct Arena {
     entries: Vec<Entry>,
     free: Vec<u32>,
     step: u64,
+    /// Releases of handles that had no owner.
+    pub stale: usize,
+    /// Halved floats come out as f32: while a recurrence's step runs, whose roundings would add up from token to token.
+    pub exact: bool,
 }
 
 static STEP: AtomicU64 = AtomicU64::new(1);
@@ -27,7 +35,7 @@ static STEP: AtomicU64 = AtomicU64::new(1);
 impl Default for Arena {
     fn default() -> Self {
         let step = STEP.fetch_add(1, Ordering::Relaxed);
-        Arena { entries: Vec::with_capacity(32), free: Vec::new(), step }
+        Arena { entries: Vec::with_capacity(32), free: Vec::new(), step, stale: 0, exact: false }
     }
 }
 
@@ -63,14 +71,25 @@ impl Arena {
 
     /// The value behind a handle.
     pub fn get(&self, handle: Handle) -> Outcome {
-        self.look(handle).cloned()
+        Ok(self.look(handle)?.into_owned())
     }
 
-    /// The value behind a handle, where it lies.
+    /// The value behind a handle, where it lies if it can be used as it is.
     #[inline]
-    pub fn look(&self, handle: Handle) -> Outcome<&Value> {
+    pub fn look(&self, handle: Handle) -> Outcome<Cow<'_, Value>> {
         let stale = || fault!("a tensor that is not of this step (kept from another step, dropped twice, or made up)");
-        self.place(handle).and_then(|place| self.entries.get(place)?.value.as_ref()).ok_or_else(stale)
+        let value = self.place(handle).and_then(|place| self.entries.get(place)?.value.as_ref()).ok_or_else(stale)?;
+        match value {
+            Value::Real(t) if self.exact && matches!(t.dtype(), DType::BF16 | DType::F16) => {
+                Ok(Cow::Owned(Value::Real(t.to_dtype(DType::F32)?)))
+            }
+            value => Ok(Cow::Borrowed(value)),
+        }
+    }
+
+    /// Tensors that somebody still owns.
+    pub fn owned(&self) -> usize {
+        self.entries.iter().filter(|entry| entry.owners > 0).count()
     }
 
     /// One more owner; a bad handle stays bad.
@@ -83,7 +102,11 @@ impl Arena {
 
     /// One owner fewer; the last one frees the numbers.
     pub fn release(&mut self, handle: Handle) {
-        let Some(entry) = self.entry(handle) else { return };
+        let Some(entry) = self.entry(handle) else {
+            // What an op gave that was refused altogether is no tensor, and may be dropped.
+            self.stale += usize::from(handle != Handle::NONE);
+            return;
+        };
         entry.owners -= 1;
         if entry.owners == 0 {
             entry.value = None;

@@ -11,7 +11,10 @@ use crate::{
     layers::{attention, indexer},
 };
 use candle_core::Tensor;
-use plugin_api::abi::{AttendSpec, CACHE_POOLED, CACHE_STATE, Handle, SpecRef};
+use plugin_api::abi::{AttendSpec, BlockChoiceSpec, CACHE_POOLED, CACHE_STATE, Handle, SpecRef};
+
+/// More blocks than any model looks at; each query keeps room for all that it may choose.
+const MOST_BLOCKS: u64 = 1 << 16;
 
 /// The keys and values of a sequence that a cache's number stands for.
 pub fn memory<'a>(part: &'a mut Part, cache: usize) -> candle_core::Result<&'a mut KvCache> {
@@ -59,11 +62,12 @@ fn shape_of([tokens, heads, d]: [usize; 3], k: &Value, v: Option<&Value>) -> Out
     Ok([kv_heads, k_d, v_heads, e])
 }
 
-/// Whether a selection has a row for each token.
-fn chooses(selection: &Option<Value>, tokens: usize) -> Outcome<()> {
+/// Whether a selection has a row for each token, or one for each group of heads.
+fn chooses(selection: &Option<Value>, tokens: usize, heads: usize) -> Outcome<()> {
     match selection.as_ref().map(Value::dims).transpose()? {
         Some(&[n, _]) if n == tokens => Ok(()),
-        Some(dims) => Err(fault!("a selection of {dims:?} for {tokens} tokens")),
+        Some(&[n, groups, _]) if n == tokens && groups > 0 && heads.is_multiple_of(groups) => Ok(()),
+        Some(dims) => Err(fault!("a selection of {dims:?} for {tokens} tokens, {heads} heads")),
         None => Ok(()),
     }
 }
@@ -100,7 +104,8 @@ impl Running<'_> {
             spec.ok_or_else(|| fault!("the plugin asks for a kind of attention that this dylm does not know"))?;
         let q = self.arena.get(q)?;
         let (k, v) = (self.given(k)?, self.given(v)?);
-        let (sinks, selection) = (self.given(spec.sinks)?, self.given(spec.selection)?);
+        let (sinks, selection, slopes) =
+            (self.given(spec.sinks)?, self.given(spec.selection)?, self.given(spec.slopes)?);
         let lanes = spec.value_lanes as usize;
         let [tokens, heads, d] = three(&q)?;
         let shape = match (&k, &v) {
@@ -117,12 +122,14 @@ impl Running<'_> {
                 "values of {stored} lanes and of the first {lanes} of a key's {d}: it takes one of them"
             ));
         }
-        if let Some(sinks) = &sinks
-            && sinks.dims()? != [heads]
-        {
-            return Err(fault!("sinks {:?} for {heads} heads", sinks.dims()?));
+        for (what, numbers) in [("sinks", &sinks), ("slopes", &slopes)] {
+            if let Some(numbers) = numbers
+                && numbers.dims()? != [heads]
+            {
+                return Err(fault!("{what} {:?} for {heads} heads", numbers.dims()?));
+            }
         }
-        chooses(&selection, tokens)?;
+        chooses(&selection, tokens, heads)?;
         let pooled = self.pooled(&spec, [tokens, heads, d], shape)?;
         if cache as usize >= self.fed.len() {
             return Err(fault!("the layer declares no further keys and values in caches()"));
@@ -144,12 +151,14 @@ impl Running<'_> {
             chunk: some(spec.chunk),
             sinks: real(&sinks),
             selection: real(&selection),
+            selection_block: u32::try_from(spec.selection_block).map_or(u32::MAX, |block| block.max(1)) as usize,
             blocks: some(spec.block).map(|size| Blocks {
                 size,
                 local: spec.local_blocks as usize,
                 stride: spec.stride as usize,
             }),
             lanes: some(spec.value_lanes),
+            slopes: real(&slopes),
             pooled: pooled.map(|(cache, [k, v, selection])| attention::Pooled {
                 cache,
                 new: attention::New { k: real(&k), v: real(&v) },
@@ -176,7 +185,7 @@ impl Running<'_> {
         if shape != own {
             return Err(fault!("pooled keys and values {shape:?} beside {own:?}"));
         }
-        chooses(&selection, q[0])?;
+        chooses(&selection, q[0], q[1])?;
         self.feed(cache, shape)?;
         Ok(Some((cache as usize, [Some(k), v, selection])))
     }
@@ -200,6 +209,37 @@ impl Running<'_> {
                 Ok(Value::Real(chosen))
             }
             _ => Ok(Value::planned(&[tokens, count])),
+        }
+    }
+
+    /// The numbers `[tokens, heads, count]` of the blocks of keys that each head of an indexer scores best.
+    pub fn index_blocks(&mut self, cache: u32, q: Handle, k: Handle, spec: SpecRef<'_>) -> Outcome {
+        let spec = spec.read::<BlockChoiceSpec>().filter(|spec| spec.flags == 0 && spec.reserved == 0);
+        let spec = spec.ok_or_else(|| fault!("the plugin asks for a choice of blocks that this dylm does not know"))?;
+        let (q, k) = (self.arena.get(q)?, self.arena.get(k)?);
+        let (&[tokens, heads, d], k_dims) = (q.dims()?, k.dims()?) else {
+            return Err(fault!("q {:?} is not [tokens, heads, dim]", q.dims()?));
+        };
+        if k_dims != [tokens, 1, d] || heads == 0 {
+            return Err(fault!("the best blocks by q [{tokens}, {heads}, {d}], k {k_dims:?}"));
+        }
+        let number = |what, n: u64, most: u64| match n {
+            n if (1..=most).contains(&n) => Ok(n as usize),
+            n => Err(fault!("{what} {n}: it should be from 1 to {most}")),
+        };
+        let size = number("blocks of", spec.block, u32::MAX.into())?;
+        let count = number("a choice of blocks,", spec.count, MOST_BLOCKS)?;
+        if tokens != self.tokens {
+            return Err(fault!("{tokens} tokens in a step of {}", self.tokens));
+        }
+        self.feed(cache, [1, d, 1, 0])?;
+        match (&q, &k) {
+            (Value::Real(q), Value::Real(k)) => {
+                let how = indexer::Choice { size, count, local: spec.local as usize };
+                let chosen = indexer::index_blocks(cache as usize, q, k, how, &mut self.parts, self.place)?;
+                Ok(Value::Real(chosen))
+            }
+            _ => Ok(Value::planned(&[tokens, heads, count])),
         }
     }
 }

@@ -38,7 +38,7 @@ pub struct Turn<'a, const N: usize, const M: usize> {
 
 impl Running<'_> {
     /// Claims a cache for an op that needs a state of this shape: it must be declared so, and be used once a step.
-    fn claim(&mut self, cache: u32, dims: &[usize]) -> Outcome<()> {
+    pub(super) fn claim(&mut self, cache: u32, dims: &[usize]) -> Outcome<()> {
         let Some(spec) = self.caches.get(cache as usize) else {
             return Err(fault!("the layer's caches() declares no further state"));
         };

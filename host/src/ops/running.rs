@@ -4,6 +4,7 @@
 use super::{
     arena::Arena,
     value::{Dims, Outcome, Value, fault},
+    watch::Op,
 };
 use crate::{
     cache::State,
@@ -55,6 +56,8 @@ pub struct Running<'a> {
     pub angles: HashMap<(u32, usize), Vec<Angles>>,
     /// What a dry run learns of the caches.
     pub shapes: CacheShapes,
+    /// The ops of the call, where somebody watches.
+    pub ops: Option<Vec<Op>>,
 }
 
 impl Running<'_> {

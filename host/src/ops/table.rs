@@ -6,7 +6,9 @@
 use super::{
     building::Building,
     running::Running,
+    scanning::scan,
     value::{Fault, Outcome, Value, fault},
+    watch::Op,
 };
 use crate::{layers::experts::Activation, plugin::extension};
 use abi_stable::{
@@ -25,7 +27,7 @@ use std::{
     rc::Rc,
     sync::{
         OnceLock,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
 };
 
@@ -56,9 +58,17 @@ impl Call<'_> {
     }
 }
 
+static STRAY: AtomicUsize = AtomicUsize::new(0);
+
+/// How many ops were called with a context that was kept, taken to another thread or made up.
+pub fn stray_calls() -> usize {
+    STRAY.load(Ordering::Relaxed)
+}
+
 /// Runs `f` with the call behind a context; without one if the context was kept from an earlier call, taken to another thread or made up.
 fn with_call<T>(ctx: Ctx, f: impl FnOnce(Option<&Call<'_>>) -> T) -> T {
     if ctx.0.is_null() || LENT.get() != ctx.0 {
+        STRAY.fetch_add(1, Ordering::Relaxed);
         return f(None);
     }
     // SAFETY: `lend` put this pointer there from a `&Call` on this thread, and takes it away before that borrow ends.
@@ -66,17 +76,20 @@ fn with_call<T>(ctx: Ctx, f: impl FnOnce(Option<&Call<'_>>) -> T) -> T {
 }
 
 /// Runs a running op; whatever goes wrong becomes a failed tensor that says what and where.
-fn run(ctx: Ctx, op: &str, slot: Option<Slot>, at: At, f: impl FnOnce(&mut Running) -> Outcome) -> Handle {
+pub(super) fn run(ctx: Ctx, op: &str, slot: Option<Slot>, at: At, f: impl FnOnce(&mut Running) -> Outcome) -> Handle {
     with_running(ctx, op, at, |running| {
         let outcome = catch_unwind(AssertUnwindSafe(|| f(running)))
             .unwrap_or_else(|panic| Err(fault!("the host panicked: {}", text_of(&*panic))));
         let value = settle(running, op, slot, at, outcome);
+        if let Some(ops) = &mut running.ops {
+            ops.push(Op::new(op, slot, &value, at));
+        }
         running.arena.put(value)
     })
     .unwrap_or(Handle::NONE)
 }
 
-fn with_running<T>(ctx: Ctx, op: &str, at: At, f: impl FnOnce(&mut Running) -> T) -> Option<T> {
+pub(super) fn with_running<T>(ctx: Ctx, op: &str, at: At, f: impl FnOnce(&mut Running) -> T) -> Option<T> {
     with_call(ctx, |call| match call? {
         Call::Running(running) => Some(f(&mut *running.try_borrow_mut().ok()?)),
         Call::Building(building) => {
@@ -88,7 +101,7 @@ fn with_running<T>(ctx: Ctx, op: &str, at: At, f: impl FnOnce(&mut Running) -> T
 }
 
 /// The text of a panic.
-fn text_of(panic: &(dyn std::any::Any + Send)) -> &str {
+pub(super) fn text_of(panic: &(dyn std::any::Any + Send)) -> &str {
     panic
         .downcast_ref::<String>()
         .map(String::as_str)
@@ -96,7 +109,7 @@ fn text_of(panic: &(dyn std::any::Any + Send)) -> &str {
         .unwrap_or("without a text")
 }
 
-fn settle(running: &Running, op: &str, slot: Option<Slot>, at: At, outcome: Outcome) -> Value {
+pub(super) fn settle(running: &Running, op: &str, slot: Option<Slot>, at: At, outcome: Outcome) -> Value {
     match outcome {
         Ok(value) => value,
         Err(Fault::Passed(first)) => Value::Failed(first),
@@ -108,7 +121,7 @@ fn settle(running: &Running, op: &str, slot: Option<Slot>, at: At, outcome: Outc
 }
 
 /// Runs a building op; outside of `create` it fails the step.
-fn build<T>(ctx: Ctx, op: &str, otherwise: T, at: At, f: impl FnOnce(&mut Building) -> T) -> T {
+pub(super) fn build<T>(ctx: Ctx, op: &str, otherwise: T, at: At, f: impl FnOnce(&mut Building) -> T) -> T {
     let built = with_call(ctx, |call| match call? {
         Call::Building(building) => {
             let building = &mut *building.try_borrow_mut().ok()?;
@@ -138,10 +151,10 @@ macro_rules! implement {
         $(extern "C" fn $sname(ctx: Ctx, $sslot: Slot, $($sarg: $sty,)* at: At) -> Handle { run(ctx, stringify!($sname), Some($sslot), at, |$s| $sbody) })*
         $(extern "C" fn $rname(ctx: Ctx, $($rarg: $rty,)* at: At) -> Handle { run(ctx, stringify!($rname), None, at, |$r| $rbody) })*
         $(extern "C" fn $uname(ctx: Ctx, x: Handle, at: At) -> Handle {
-            run(ctx, stringify!($uname), None, at, |r| { let $ux = r.arena.look(x)?; $ubody })
+            run(ctx, stringify!($uname), None, at, |r| { let x = r.arena.look(x)?; let $ux: &Value = &x; $ubody })
         })*
         $(extern "C" fn $zname(ctx: Ctx, a: Handle, b: Handle, at: At) -> Handle {
-            run(ctx, stringify!($zname), None, at, |r| { let ($za, $zb) = (r.arena.look(a)?, r.arena.look(b)?); $zbody })
+            run(ctx, stringify!($zname), None, at, |r| { let (a, b) = (r.arena.look(a)?, r.arena.look(b)?); let ($za, $zb): (&Value, &Value) = (&a, &b); $zbody })
         })*
     };
 }
@@ -190,6 +203,7 @@ implement! {
         positions(): |r| r.positions();
         ngrams(tokens: Handle, n: u64, base: u64, modulus: u64): |r| r.ngrams(tokens, n, base, modulus);
         index(cache: u32, q: Handle, k: Handle, weights: Handle, count: u64): |r| r.index(cache, q, k, weights, count as usize);
+        index_blocks(cache: u32, q: Handle, k: Handle, spec: SpecRef<'_>): |r| r.index_blocks(cache, q, k, spec);
         shift(cache: u32, x: Handle): |r| r.shift(cache, x);
         ssd(cache: u32, x: Handle, dt: Handle, a: Handle, b: Handle, c: Handle): |r| r.ssd(cache, [x, dt, a, b, c]);
         selective_scan(cache: u32, x: Handle, dt: Handle, a: Handle, b: Handle, c: Handle): |r| r.selective_scan(cache, [x, dt, a, b, c]);
@@ -285,7 +299,7 @@ macro_rules! tables {
             };
             let layers = LayerOps {
                 embed, unembed, linear, norm, experts, multi_linear, parameter, rotate, positions, ngrams, attend, index,
-                conv1d, shift, ssd, selective_scan, gated_delta, linear_attention, wkv7, rg_lru, pool,
+                conv1d, shift, ssd, selective_scan, gated_delta, linear_attention, wkv7, rg_lru, scan, index_blocks, pool,
             };
             let tensors = TensorOps {
                 retain, release, fail, split_heads, merge_heads, narrow, concat, unflatten, flatten, transpose, add, sub,
@@ -347,6 +361,7 @@ mod tests {
             misuse: None,
             angles: Default::default(),
             shapes: Default::default(),
+            ops: None,
         });
         let x = cell.borrow_mut().arena.put(Value::planned(&[1]));
         let call = Call::Running(cell);

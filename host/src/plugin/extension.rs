@@ -2,13 +2,14 @@
 //! ids that there are, stand in `plugin_api::abi::extension`; null is an answer, not an error.
 
 use super::library::{Library, Object};
+use crate::ops::own_op::OWN_OPS;
 use abi_stable::std_types::RStr;
-use plugin_api::abi::extension::{self, Extension};
+use plugin_api::abi::extension::{self, Extension, Offer};
 use std::sync::PoisonError;
 
 /// `Host::extension`.
-pub(crate) extern "C" fn of_host(_id: RStr<'_>) -> *const () {
-    std::ptr::null()
+pub(crate) extern "C" fn of_host(id: RStr<'_>) -> *const () {
+    Offer::named(id.as_str(), &OWN_OPS).map_or(std::ptr::null(), Offer::into_pointer)
 }
 
 impl Library {

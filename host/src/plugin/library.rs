@@ -10,8 +10,8 @@ use abi_stable::{
     std_types::RResult,
 };
 use plugin_api::abi::{
-    self, CacheSpec, Handle,
-    root::{FactoryRef, ModelObject, PluginError},
+    self, CacheSpec, Handle, checking,
+    root::{FactoryRef, Host, ModelObject, PluginError},
 };
 use std::{
     collections::BTreeMap,
@@ -83,6 +83,34 @@ impl Library {
         Ok(Library { path: path.clone(), note: note.clone(), factory })
     }
 
+    /// Whether the system's loader, asked again, gives the same factory.
+    pub(crate) fn is_the_same_again(&self) -> Result<bool> {
+        Ok(std::ptr::addr_eq(self.factory.0.to_raw_ptr(), open(&self.path, &self.path)?.0.to_raw_ptr()))
+    }
+
+    /// What the factory answers to the name of an extension.
+    pub(crate) fn answer(&self, id: &str) -> *const () {
+        self.factory.extension()(id.into())
+    }
+
+    /// The configurations that the plugin carries for `dylm check`.
+    pub fn examples(&self) -> Vec<String> {
+        let examples = self.extension::<checking::Examples>();
+        examples.iter().flat_map(|e| e.texts.iter()).map(|text| text.as_str().to_owned()).collect()
+    }
+
+    /// The last panic on any thread since this was asked before; `None` where the plugin does not tell, empty where there was none.
+    pub fn take_panic(&self) -> Option<String> {
+        self.extension::<checking::Panics>().map(|panics| (panics.take)().into_string())
+    }
+
+    /// Whether the plugin would build for this host at all. Thread: any.
+    pub(crate) fn meet(&self, host: &Host, call: &Call, config: &str) -> Result<(), PluginError> {
+        let object = call.lend(|ctx| (self.factory.create())(host, ctx, config.into()).into_result())?;
+        (object.drop)(object.data);
+        Ok(())
+    }
+
     /// Builds a model for `config`; what the plugin asks for is written down in `call`.
     pub(crate) fn create(&self, call: &Call, config: &str) -> Result<Object> {
         let host = table::host();
@@ -133,6 +161,18 @@ unsafe impl Send for Object {}
 unsafe impl Sync for Object {}
 
 impl Object {
+    /// What the model says now of its caches.
+    pub(crate) fn declared(&self) -> Vec<CacheSpec> {
+        let object = self.object.lock().unwrap_or_else(PoisonError::into_inner);
+        (object.caches)(object.data).into_vec()
+    }
+
+    /// What the model answers to the name of an extension.
+    pub(crate) fn answer(&self, id: &str) -> *const () {
+        let object = self.object.lock().unwrap_or_else(PoisonError::into_inner);
+        (object.extension)(object.data, id.into())
+    }
+
     /// ids `[tokens]` -> hidden `[tokens, dim]`
     pub(crate) fn forward(&self, call: &Call, tokens: Handle) -> Result<Handle> {
         let object = self.object.lock().unwrap_or_else(PoisonError::into_inner);

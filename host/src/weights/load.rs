@@ -90,6 +90,7 @@ impl Loader<'_> {
                 Layer::Parameter(self.tensor(source, self.place.activations())?.reshape(dims.as_slice())?)
             }
             Wanted::Rope(rope) => Layer::Rope(rope.clone()),
+            Wanted::Own(_) => Layer::Own,
         })
     }
 

@@ -87,6 +87,8 @@ pub enum Wanted {
     },
     /// Rotary angles; nothing of the checkpoint.
     Rope(crate::layers::rope::Rope),
+    /// An op of the plugin; nothing of the checkpoint.
+    Own(std::sync::Arc<crate::ops::own_op::OwnOp>),
 }
 
 /// The projections of all experts of a layer.
@@ -139,13 +141,16 @@ impl Wanted {
                 [weight].into_iter().chain(bias.iter().map(|b| (b, vec![*channels]))).collect()
             }
             Wanted::Parameter { source, dims } => vec![(source, dims.clone())],
-            Wanted::Rope(_) => Vec::new(),
+            Wanted::Rope(_) | Wanted::Own(_) => Vec::new(),
         }
     }
 
     /// What to call the slot in messages.
     pub fn name(&self) -> &str {
-        self.recipes().first().map_or("rope", |(recipe, _)| recipe.path().unwrap_or(recipe.name()))
+        match self {
+            Wanted::Own(op) => &op.name,
+            _ => self.recipes().first().map_or("rope", |(recipe, _)| recipe.path().unwrap_or(recipe.name())),
+        }
     }
 }
 

@@ -1,15 +1,20 @@
 //! What crosses between host and plugin, and nothing else: plain values, borrowed slices, and handles that only the host can read.
 //! The only place, with the host's `plugin` folder, where abi_stable is seen; leaving it would change these files alone.
 
+pub mod checking;
 pub mod extension;
 pub mod note;
 pub mod ops;
+pub mod own_op;
 pub mod root;
 pub mod spec;
 
-pub use spec::{AttendSpec, ExpertsSpec, SpecRef};
+pub use spec::{AttendSpec, BlockChoiceSpec, ExpertsSpec, SpecRef};
 
-use abi_stable::{StableAbi, std_types::RStr};
+use abi_stable::{
+    StableAbi,
+    std_types::{RSlice, RSliceMut, RStr},
+};
 
 /// The ABI's major number: another one means that neither side can talk to the other.
 pub const MAJOR: u32 = 1;
@@ -57,6 +62,18 @@ pub struct Pair {
     pub first: Handle,
     /// For `topk`: their indices.
     pub second: Handle,
+}
+
+/// One token's step of a recurrence, which `scan` calls back: on its thread, while it runs, and ops may be called meanwhile.
+#[repr(C)]
+#[derive(StableAbi, Clone, Copy)]
+pub struct ScanStep {
+    /// The plugin's own.
+    pub data: *mut (),
+    /// The states before a token `[1, ..]` and its rows of the inputs `[1, ..]`, all of which the plugin owns from then on, -> 1 and in
+    /// `out` the states after it and a row of the result, which the host owns from then on; or 0 if there are none.
+    pub run:
+        extern "C" fn(*mut (), states: RSlice<'_, Handle>, now: RSlice<'_, Handle>, out: RSliceMut<'_, Handle>) -> u8,
 }
 
 /// Where in the plugin's source an op was called, for error texts.

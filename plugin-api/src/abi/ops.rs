@@ -7,7 +7,7 @@
 //!
 //! Threads: a building op may be called while `create` runs, a running op while `forward` or `head` runs, on that thread only.
 
-use super::{At, Ctx, Handle, Pair, Slot, SourceId, SpecRef};
+use super::{At, Ctx, Handle, Pair, ScanStep, Slot, SourceId, SpecRef};
 use abi_stable::{
     StableAbi,
     std_types::{RSlice, RStr},
@@ -160,6 +160,12 @@ macro_rules! ops_1_0 {
             /// The real-gated linear recurrent unit, x and log_a `[tokens, dim]`: `h = a h + √(1 - a²) x`, and `h = x` at a sequence's first token;
             /// state `[dim]`.
             fn rg_lru(cache: u32, x: Handle, log_a: Handle) -> Handle;
+            /// A recurrence by the plugin's own step, over these states and inputs `[tokens, ..]` -> `[tokens, ..]`; in f32.
+            fn scan(caches: RSlice<'_, u32>, inputs: RSlice<'_, Handle>, step: ScanStep) -> Handle;
+            /// Which blocks of keys are worth attending to, each head apart: q `[tokens, heads, d]`, k `[tokens, 1, d]`, which joins the cache; the
+            /// score of a block is its best key's q·k. Gives the numbers `[tokens, heads, count]` of the best blocks, in any order, and `u32::MAX`
+            /// where there are fewer, for `AttendSpec::selection`; `spec` is a `BlockChoiceSpec`.
+            fn index_blocks(cache: u32, q: Handle, k: Handle, spec: SpecRef<'_>) -> Handle;
             // Windows of `rate` tokens become one entry each: x and gate `[tokens, n * d]`, bias `[rate, n * d]` -> `[tokens, d]`, where a window
             // ends `Σ softmax(gate + bias) x` for each lane, elsewhere 0; the last d lanes of a token count for its own window, the d before
             // them for the next one, and so on; state `[n, 3, d]`.

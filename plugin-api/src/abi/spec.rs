@@ -61,7 +61,8 @@ pub struct AttendSpec {
     pub window: u64,
     /// One logit per query head that joins the softmax and is dropped; none if `Handle::NONE`.
     pub sinks: Handle,
-    /// Positions `[tokens, count]` of the only keys that each query sees, as `index` gives them; none if `Handle::NONE`.
+    /// Positions `[tokens, count]` of the only keys that each query sees, as `index` gives them, or numbers `[tokens, groups, count]` of
+    /// the only blocks that each group of heads sees, as `index_blocks` gives them; none if `Handle::NONE`.
     pub selection: Handle,
     /// Keys are seen from the last multiple of this on; 0 for no chunks.
     pub chunk: u64,
@@ -73,6 +74,10 @@ pub struct AttendSpec {
     pub local_blocks: u64,
     /// Head h also sees block j where `(j + h + 1) mod stride == 0`.
     pub stride: u64,
+    /// Tokens of a block that `selection` names; 0 where it names single keys.
+    pub selection_block: u64,
+    /// One number per query head, by which a score falls for each position between query and key; none if `Handle::NONE`.
+    pub slopes: Handle,
     /// A cache of pooled keys that share the softmax, its number plus 1; 0 for none.
     pub pooled_cache: u64,
     /// Rows `[tokens, kv_heads, d]` that join it.
@@ -81,6 +86,22 @@ pub struct AttendSpec {
     pub pooled_values: Handle,
     /// Positions `[tokens, count]` of the only pooled keys that each query sees; none if `Handle::NONE`.
     pub pooled_selection: Handle,
+}
+
+/// How `index_blocks` chooses.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct BlockChoiceSpec {
+    /// 0.
+    pub flags: u32,
+    /// 0.
+    pub reserved: u32,
+    /// Tokens of a block.
+    pub block: u64,
+    /// Blocks chosen.
+    pub count: u64,
+    /// Of these, the last so many, counting the query's own, whatever their scores.
+    pub local: u64,
 }
 
 /// The shape of a block of routed experts.
@@ -105,8 +126,10 @@ pub struct ExpertsSpec {
     pub alpha: f32,
 }
 
-// SAFETY: `repr(C)`; four fields of 4 bytes, then twelve of 8.
+// SAFETY: `repr(C)`; four fields of 4 bytes, then fourteen of 8.
 unsafe impl Grows for AttendSpec {}
+// SAFETY: `repr(C)`; two fields of 4 bytes, then three of 8.
+unsafe impl Grows for BlockChoiceSpec {}
 // SAFETY: `repr(C)`; two fields of 4 bytes, four of 8, two of 4.
 unsafe impl Grows for ExpertsSpec {}
 

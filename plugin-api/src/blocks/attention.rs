@@ -5,7 +5,7 @@ use super::{
     qk_norm::QkNorm,
     turning::{grown, turned},
 };
-use crate::{Attend, Cache, Layer, Linear, Mixer, Norm, Parameter, Rope, SparseBlocks, Tensor, Weights};
+use crate::{Attend, BlockChoice, Cache, Layer, Linear, Mixer, Norm, Parameter, Rope, SparseBlocks, Tensor, Weights};
 
 /// The shape of an attention block.
 #[derive(Debug, Clone, Copy)]
@@ -37,6 +37,7 @@ pub struct SelfAttention {
     growth: Option<(f32, f32)>,
     sinks: Option<Parameter>,
     gate: Option<OutputGate>,
+    slopes: Option<Parameter>,
     chunk: Option<usize>,
     blocks: Option<SparseBlocks>,
     /// Keys seen, counting the query's own; for [`Cache::key_value`](crate::Cache::key_value).
@@ -101,6 +102,7 @@ impl SelfAttention {
             growth: None,
             sinks: None,
             gate: None,
+            slopes: None,
             chunk: None,
             blocks: None,
             window: None,
@@ -151,6 +153,12 @@ impl SelfAttention {
     /// One logit per query head that joins the softmax and is dropped: `[heads]`.
     pub fn sinks(self, sinks: impl Into<Option<Parameter>>) -> Self {
         Self { sinks: sinks.into(), ..self }
+    }
+
+    /// ALiBi: `[heads]`, by how much a score falls for each position between query and key; [`alibi_slopes`](super::alibi_slopes) has
+    /// the paper's. <https://arxiv.org/abs/2108.12409>
+    pub fn slopes(self, slopes: impl Into<Option<Parameter>>) -> Self {
+        Self { slopes: slopes.into(), ..self }
     }
 
     /// Multiplies what attention gives by `sigmoid(x W)`, before the output projection; W `[heads * head_dim, dim]`.
@@ -208,13 +216,23 @@ impl SelfAttention {
 
     /// Attention over all keys so far, heads joined: `[tokens, heads * head_dim]`, for what stands between it and `o_proj`.
     #[track_caller]
-    pub fn attend(&self, [q, k, v]: [Tensor; 3], layer: &mut Layer) -> Tensor {
-        let sinks = self.sinks.as_ref().map(Parameter::tensor);
-        let (sinks, scale) = (sinks.as_ref(), self.scale);
+    pub fn attend(&self, qkv: [Tensor; 3], layer: &mut Layer) -> Tensor {
+        self.attend_how(qkv, layer, Attend::default())
+    }
+
+    /// The same over some blocks of keys alone, those that [`Layer::index_blocks`] chose by `choice`.
+    #[track_caller]
+    pub fn attend_chosen(&self, qkv: [Tensor; 3], chosen: &Tensor, choice: BlockChoice, layer: &mut Layer) -> Tensor {
+        let selection_block = Some(choice.size);
+        self.attend_how(qkv, layer, Attend { selection: Some(chosen), selection_block, ..Default::default() })
+    }
+
+    #[track_caller]
+    fn attend_how(&self, [q, k, v]: [Tensor; 3], layer: &mut Layer, how: Attend) -> Tensor {
+        let [sinks, slopes] = [&self.sinks, &self.slopes].map(|numbers| numbers.as_ref().map(Parameter::tensor));
+        let (sinks, slopes, scale) = (sinks.as_ref(), slopes.as_ref(), self.scale);
         let (window, chunk, softcap, blocks) = (self.window, self.chunk, self.softcap, self.blocks);
-        layer
-            .attend(q, k, v, &Attend { scale, window, chunk, softcap, sinks, blocks, ..Default::default() })
-            .merge_heads()
+        layer.attend(q, k, v, &Attend { scale, window, chunk, softcap, sinks, slopes, blocks, ..how }).merge_heads()
     }
 
     /// The output projection.

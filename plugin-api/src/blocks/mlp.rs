@@ -9,6 +9,8 @@ pub struct GatedMlp {
     up_proj: Linear,
     down_proj: Linear,
     act: Activation,
+    /// Sharpens the gate, where it is one by sigmoid.
+    alpha: Option<f32>,
     limit: Option<f32>,
 }
 
@@ -28,7 +30,7 @@ impl GatedMlp {
 
     /// The block of projections that the author found: two `[hidden, dim]`, one `[dim, hidden]`.
     pub fn of(gate_proj: Linear, up_proj: Linear, down_proj: Linear, act: Activation) -> Self {
-        Self { gate_proj, up_proj, down_proj, act, limit: None }
+        Self { gate_proj, up_proj, down_proj, act, alpha: None, limit: None }
     }
 
     /// Gate and up stored as one `name.weight` `[2 * hidden, dim]`, gate first, beside `down_proj`; no biases.
@@ -45,6 +47,12 @@ impl GatedMlp {
         Self { limit: Some(limit), ..self }
     }
 
+    /// `g sigmoid(alpha g) * (u + 1)` in place of `act(g) * u`, with g up to `limit` and u within ± `limit`, as in
+    /// [`ExpertKind::ClampedSwiglu`](crate::ExpertKind::ClampedSwiglu).
+    pub fn clamped(self, alpha: f32, limit: f32) -> Self {
+        Self { alpha: Some(alpha), limit: Some(limit), ..self }
+    }
+
     /// `[tokens, dim]` -> `[tokens, dim]`
     #[track_caller]
     pub fn forward(&self, x: &Tensor) -> Tensor {
@@ -53,10 +61,11 @@ impl GatedMlp {
             Some(limit) => (gate.clamp(f32::MIN, limit), up.clamp(-limit, limit)),
             None => (gate, up),
         };
-        let gated = match self.act {
-            Activation::Silu => gate.swiglu(&up),
-            Activation::GeluTanh => gate.geglu(&up),
-            other => other.forward(&gate) * up,
+        let gated = match (self.alpha, self.act) {
+            (Some(alpha), _) => &gate * (&gate * alpha).sigmoid() * (up + 1.0),
+            (None, Activation::Silu) => gate.swiglu(&up),
+            (None, Activation::GeluTanh) => gate.geglu(&up),
+            (None, other) => other.forward(&gate) * up,
         };
         self.down_proj.forward(&gated)
     }

@@ -2,6 +2,7 @@
 //! other files and issues no op of its own, so an author whose model differs in one line writes that block anew.
 
 mod activation;
+mod alibi;
 mod attention;
 mod block;
 mod branch;
@@ -24,6 +25,7 @@ mod sharing;
 mod turning;
 
 pub use activation::{Activation, LayerTypes, SiluOnly};
+pub use alibi::alibi_slopes;
 pub use attention::{Heads, SelfAttention};
 pub use block::{Block, FeedForward, Mixer};
 pub use branch::{AnyMixer, Branch, Unmixed};

@@ -140,4 +140,4 @@ impl Architecture for Afm {
     }
 }
 
-export_plugin!(Afm);
+export_plugin!(Afm, examples = ["../../tests/fixtures/tiny/afm7/config.json"]);

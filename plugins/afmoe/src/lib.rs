@@ -100,4 +100,4 @@ impl Architecture for AfMoe {
     }
 }
 
-export_plugin!(AfMoe);
+export_plugin!(AfMoe, examples = ["../../tests/fixtures/tiny/afmoe/config.json"]);

@@ -97,4 +97,4 @@ impl Architecture for Apertus {
     }
 }
 
-export_plugin!(Apertus);
+export_plugin!(Apertus, examples = ["../../tests/fixtures/tiny/apertus/config.json"]);

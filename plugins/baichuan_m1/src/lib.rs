@@ -117,4 +117,4 @@ impl Architecture for BaichuanM1 {
     }
 }
 
-export_plugin!(BaichuanM1);
+export_plugin!(BaichuanM1, examples = ["../../tests/fixtures/tiny/baichuan_m1/config.json"]);

@@ -121,4 +121,4 @@ impl Architecture for BailingMoe {
     }
 }
 
-export_plugin!(BailingMoe);
+export_plugin!(BailingMoe, examples = ["../../tests/fixtures/tiny/bailing_moe/config.json"]);

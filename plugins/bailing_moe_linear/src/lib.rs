@@ -256,4 +256,4 @@ impl Architecture for BailingMoeLinear {
     }
 }
 
-export_plugin!(BailingMoeLinear);
+export_plugin!(BailingMoeLinear, examples = ["../../tests/fixtures/tiny/bailing_moe_linear/config.json"]);

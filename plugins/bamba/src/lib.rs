@@ -83,4 +83,4 @@ impl Architecture for Bamba {
     }
 }
 
-export_plugin!(Bamba);
+export_plugin!(Bamba, examples = ["../../tests/fixtures/tiny/bamba/config.json"]);

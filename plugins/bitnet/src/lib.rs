@@ -104,4 +104,4 @@ impl Architecture for BitNet {
     }
 }
 
-export_plugin!(BitNet);
+export_plugin!(BitNet, examples = ["../../tests/fixtures/tiny/bitnet/config.json"]);

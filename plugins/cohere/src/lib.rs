@@ -160,4 +160,4 @@ impl Architecture for Cohere {
     }
 }
 
-export_plugin!(Cohere);
+export_plugin!(Cohere, examples = ["../../tests/fixtures/tiny/cohere/config.json"]);

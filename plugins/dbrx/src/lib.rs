@@ -92,4 +92,4 @@ impl Architecture for Dbrx {
     }
 }
 
-export_plugin!(Dbrx);
+export_plugin!(Dbrx, examples = ["../../tests/fixtures/tiny/dbrx/config.json"]);

@@ -81,4 +81,4 @@ impl Architecture for Deepseek {
     }
 }
 
-export_plugin!(Deepseek);
+export_plugin!(Deepseek, examples = ["../../tests/fixtures/tiny/deepseek/config.json"]);

@@ -263,4 +263,4 @@ impl Model for DeepseekV3 {
     }
 }
 
-export_plugin!(DeepseekV3);
+export_plugin!(DeepseekV3, examples = ["../../tests/fixtures/tiny/deepseek_v3/config.json"]);

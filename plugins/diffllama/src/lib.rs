@@ -106,4 +106,4 @@ impl Architecture for DiffLlama {
     }
 }
 
-export_plugin!(DiffLlama);
+export_plugin!(DiffLlama, examples = ["../../tests/fixtures/tiny/diffllama/config.json"]);

@@ -107,4 +107,4 @@ impl Architecture for Ernie45Moe {
     }
 }
 
-export_plugin!(Ernie45Moe);
+export_plugin!(Ernie45Moe, examples = ["../../tests/fixtures/tiny/ernie4_5_moe/config.json"]);

@@ -60,4 +60,4 @@ impl Architecture for Exaone {
     }
 }
 
-export_plugin!(Exaone);
+export_plugin!(Exaone, examples = ["../../tests/fixtures/tiny/exaone/config.json"]);

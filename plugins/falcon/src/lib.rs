@@ -87,4 +87,4 @@ impl Architecture for Falcon {
     }
 }
 
-export_plugin!(Falcon);
+export_plugin!(Falcon, examples = ["../../tests/fixtures/tiny/falcon/config.json"]);

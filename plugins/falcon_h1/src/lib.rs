@@ -190,4 +190,4 @@ impl Model for FalconH1 {
     }
 }
 
-export_plugin!(FalconH1);
+export_plugin!(FalconH1, examples = ["../../tests/fixtures/tiny/falcon_h1/config.json"]);

@@ -100,4 +100,4 @@ impl Architecture for Flint {
     }
 }
 
-export_plugin!(Flint);
+export_plugin!(Flint, examples = ["../../tests/fixtures/tiny/flint/config.json"]);

@@ -153,4 +153,4 @@ impl Architecture for Gear {
     }
 }
 
-export_plugin!(Gear);
+export_plugin!(Gear, examples = ["../../tests/fixtures/tiny/gear/config.json"]);

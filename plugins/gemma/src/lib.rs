@@ -111,4 +111,4 @@ impl Architecture for Gemma {
     }
 }
 
-export_plugin!(Gemma);
+export_plugin!(Gemma, examples = ["../../tests/fixtures/tiny/gemma/config.json"]);

@@ -100,4 +100,4 @@ impl Architecture for Gemma3 {
     }
 }
 
-export_plugin!(Gemma3);
+export_plugin!(Gemma3, examples = ["../../tests/fixtures/tiny/gemma3/config.json"]);

@@ -132,4 +132,4 @@ impl Model for Gemma3n {
     }
 }
 
-export_plugin!(Gemma3n);
+export_plugin!(Gemma3n, examples = ["../../tests/fixtures/tiny/gemma3n/config.json"]);

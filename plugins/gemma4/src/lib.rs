@@ -256,4 +256,4 @@ impl Model for Gemma4 {
     }
 }
 
-export_plugin!(Gemma4);
+export_plugin!(Gemma4, examples = ["../../tests/fixtures/tiny/gemma4/config.json"]);

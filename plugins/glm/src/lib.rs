@@ -61,4 +61,4 @@ impl Architecture for Glm {
     }
 }
 
-export_plugin!(Glm);
+export_plugin!(Glm, examples = ["../../tests/fixtures/tiny/glm/config.json"]);

@@ -138,4 +138,4 @@ impl Architecture for Glm4Moe {
     }
 }
 
-export_plugin!(Glm4Moe);
+export_plugin!(Glm4Moe, examples = ["../../tests/fixtures/tiny/glm4_moe/config.json"]);

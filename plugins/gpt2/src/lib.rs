@@ -158,4 +158,4 @@ impl Model for Gpt2 {
     }
 }
 
-export_plugin!(Gpt2);
+export_plugin!(Gpt2, examples = ["../../tests/fixtures/tiny/gpt2/config.json"]);

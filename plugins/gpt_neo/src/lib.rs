@@ -111,4 +111,4 @@ impl Model for GptNeo {
     }
 }
 
-export_plugin!(GptNeo);
+export_plugin!(GptNeo, examples = ["../../tests/fixtures/tiny/gpt_neo/config.json"]);

@@ -87,4 +87,4 @@ impl Architecture for GptNeoX {
     }
 }
 
-export_plugin!(GptNeoX);
+export_plugin!(GptNeoX, examples = ["../../tests/fixtures/tiny/gpt_neox/config.json"]);

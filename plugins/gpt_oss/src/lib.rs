@@ -84,4 +84,4 @@ impl Architecture for GptOss {
     }
 }
 
-export_plugin!(GptOss);
+export_plugin!(GptOss, examples = ["../../tests/fixtures/tiny/gpt_oss/config.json"]);

@@ -109,4 +109,4 @@ impl Architecture for GptJ {
     }
 }
 
-export_plugin!(GptJ);
+export_plugin!(GptJ, examples = ["../../tests/fixtures/tiny/gptj/config.json"]);

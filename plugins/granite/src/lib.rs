@@ -89,4 +89,4 @@ impl Architecture for Granite {
     }
 }
 
-export_plugin!(Granite);
+export_plugin!(Granite, examples = ["../../tests/fixtures/tiny/granite/config.json"]);

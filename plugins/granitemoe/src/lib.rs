@@ -113,4 +113,4 @@ impl Architecture for GraniteMoe {
     }
 }
 
-export_plugin!(GraniteMoe);
+export_plugin!(GraniteMoe, examples = ["../../tests/fixtures/tiny/granitemoe/config.json"]);

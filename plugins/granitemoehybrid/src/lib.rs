@@ -130,4 +130,4 @@ impl Architecture for GraniteMoeHybrid {
     }
 }
 
-export_plugin!(GraniteMoeHybrid);
+export_plugin!(GraniteMoeHybrid, examples = ["../../tests/fixtures/tiny/granitemoehybrid/config.json"]);

@@ -131,4 +131,4 @@ impl Model for HrmText {
     }
 }
 
-export_plugin!(HrmText);
+export_plugin!(HrmText, examples = ["../../tests/fixtures/tiny/hrm_text/config.json"]);

@@ -195,4 +195,4 @@ impl Model for Hunyuan {
     }
 }
 
-export_plugin!(Hunyuan);
+export_plugin!(Hunyuan, examples = ["../../tests/fixtures/tiny/hunyuan/config.json"]);

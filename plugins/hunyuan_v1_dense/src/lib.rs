@@ -69,4 +69,4 @@ impl Architecture for Hunyuan {
     }
 }
 
-export_plugin!(Hunyuan);
+export_plugin!(Hunyuan, examples = ["../../tests/fixtures/tiny/hunyuan_v1_dense/config.json"]);

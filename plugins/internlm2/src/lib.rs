@@ -69,4 +69,4 @@ impl Architecture for InternLm2 {
     }
 }
 
-export_plugin!(InternLm2);
+export_plugin!(InternLm2, examples = ["../../tests/fixtures/tiny/internlm2/config.json"]);

@@ -125,4 +125,4 @@ impl Model for LoopCoder {
     }
 }
 
-export_plugin!(LoopCoder);
+export_plugin!(LoopCoder, examples = ["../../tests/fixtures/tiny/iquestloopcoder/config.json"]);

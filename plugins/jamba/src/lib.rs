@@ -88,4 +88,4 @@ impl Architecture for Jamba {
     }
 }
 
-export_plugin!(Jamba);
+export_plugin!(Jamba, examples = ["../../tests/fixtures/tiny/jamba/config.json"]);

@@ -269,4 +269,4 @@ impl Model for KimiK3 {
     }
 }
 
-export_plugin!(KimiK3);
+export_plugin!(KimiK3, examples = ["../../tests/fixtures/tiny/kimi_k3/config.json"]);

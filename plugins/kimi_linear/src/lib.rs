@@ -134,4 +134,4 @@ impl Architecture for KimiLinear {
     }
 }
 
-export_plugin!(KimiLinear);
+export_plugin!(KimiLinear, examples = ["../../tests/fixtures/tiny/kimi_linear/config.json"]);

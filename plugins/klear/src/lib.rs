@@ -111,4 +111,4 @@ impl Architecture for Klear {
     }
 }
 
-export_plugin!(Klear);
+export_plugin!(Klear, examples = ["../../tests/fixtures/tiny/Klear/config.json"]);

@@ -109,4 +109,4 @@ impl Architecture for Kolibri {
     }
 }
 
-export_plugin!(Kolibri);
+export_plugin!(Kolibri, examples = ["../../tests/fixtures/tiny/kolibri1/config.json"]);

@@ -155,4 +155,4 @@ impl Architecture for Laguna {
     }
 }
 
-export_plugin!(Laguna);
+export_plugin!(Laguna, examples = ["../../tests/fixtures/tiny/laguna/config.json"]);

@@ -225,4 +225,4 @@ impl Architecture for Lfm2 {
     }
 }
 
-export_plugin!(Lfm2);
+export_plugin!(Lfm2, examples = ["../../tests/fixtures/tiny/lfm2/config.json"]);

@@ -58,4 +58,4 @@ impl Architecture for Lille {
     }
 }
 
-export_plugin!(Lille);
+export_plugin!(Lille, examples = ["../../tests/fixtures/tiny/lille-130m/config.json"]);

@@ -155,4 +155,4 @@ impl Architecture for Llama {
     }
 }
 
-export_plugin!(Llama);
+export_plugin!(Llama, examples = ["../../tests/fixtures/tiny/llama/config.json"]);

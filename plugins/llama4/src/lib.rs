@@ -140,4 +140,4 @@ impl Architecture for Llama4 {
     }
 }
 
-export_plugin!(Llama4);
+export_plugin!(Llama4, examples = ["../../tests/fixtures/tiny/llama4/config.json"]);

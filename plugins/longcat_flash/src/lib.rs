@@ -183,4 +183,4 @@ impl Model for LongcatFlash {
     }
 }
 
-export_plugin!(LongcatFlash);
+export_plugin!(LongcatFlash, examples = ["../../tests/fixtures/tiny/longcat_flash/config.json"]);

@@ -75,4 +75,4 @@ impl Architecture for MambaModel {
     }
 }
 
-export_plugin!(MambaModel);
+export_plugin!(MambaModel, examples = ["../../tests/fixtures/tiny/mamba/config.json"]);

@@ -68,4 +68,4 @@ impl Architecture for Mamba2Model {
     }
 }
 
-export_plugin!(Mamba2Model);
+export_plugin!(Mamba2Model, examples = ["../../tests/fixtures/tiny/mamba2/config.json"]);

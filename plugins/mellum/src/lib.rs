@@ -79,4 +79,4 @@ impl Architecture for Mellum {
     }
 }
 
-export_plugin!(Mellum);
+export_plugin!(Mellum, examples = ["../../tests/fixtures/tiny/mellum/config.json"]);

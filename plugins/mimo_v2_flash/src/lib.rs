@@ -168,4 +168,4 @@ impl Architecture for MiMoV2Flash {
     }
 }
 
-export_plugin!(MiMoV2Flash);
+export_plugin!(MiMoV2Flash, examples = ["../../tests/fixtures/tiny/mimo_v2_flash/config.json"]);

@@ -66,4 +66,4 @@ impl Architecture for MiniCpm3 {
     }
 }
 
-export_plugin!(MiniCpm3);
+export_plugin!(MiniCpm3, examples = ["../../tests/fixtures/tiny/minicpm3/config.json"]);

@@ -224,4 +224,4 @@ impl Model for MiniMax {
     }
 }
 
-export_plugin!(MiniMax);
+export_plugin!(MiniMax, examples = ["../../tests/fixtures/tiny/minimax/config.json"]);

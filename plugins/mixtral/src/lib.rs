@@ -57,4 +57,4 @@ impl Architecture for Mixtral {
     }
 }
 
-export_plugin!(Mixtral);
+export_plugin!(Mixtral, examples = ["../../tests/fixtures/tiny/mixtral/config.json"]);

@@ -109,4 +109,4 @@ impl Model for MuseGlimmer {
     }
 }
 
-export_plugin!(MuseGlimmer);
+export_plugin!(MuseGlimmer, examples = ["../../tests/fixtures/tiny/muse_glimmer/config.json"]);

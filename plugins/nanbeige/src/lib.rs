@@ -126,4 +126,4 @@ impl Model for Nanbeige {
     }
 }
 
-export_plugin!(Nanbeige);
+export_plugin!(Nanbeige, examples = ["../../tests/fixtures/tiny/nanbeige/config.json"]);

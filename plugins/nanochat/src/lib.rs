@@ -105,4 +105,4 @@ impl Model for NanoChat {
     }
 }
 
-export_plugin!(NanoChat);
+export_plugin!(NanoChat, examples = ["../../tests/fixtures/tiny/nanochat/config.json"]);

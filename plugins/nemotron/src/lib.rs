@@ -67,4 +67,4 @@ impl Architecture for Nemotron {
     }
 }
 
-export_plugin!(Nemotron);
+export_plugin!(Nemotron, examples = ["../../tests/fixtures/tiny/nemotron/config.json"]);

@@ -156,4 +156,4 @@ impl Architecture for NemotronH {
     }
 }
 
-export_plugin!(NemotronH);
+export_plugin!(NemotronH, examples = ["../../tests/fixtures/tiny/nemotron_h/config.json"]);

@@ -177,4 +177,4 @@ impl Model for NemotronNas {
     }
 }
 
-export_plugin!(NemotronNas);
+export_plugin!(NemotronNas, examples = ["../../tests/fixtures/tiny/nemotron-nas/config.json"]);

@@ -61,4 +61,4 @@ impl Architecture for Olmo {
     }
 }
 
-export_plugin!(Olmo);
+export_plugin!(Olmo, examples = ["../../tests/fixtures/tiny/olmo/config.json"]);

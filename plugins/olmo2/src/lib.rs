@@ -114,4 +114,4 @@ impl Architecture for Olmo2 {
     }
 }
 
-export_plugin!(Olmo2);
+export_plugin!(Olmo2, examples = ["../../tests/fixtures/tiny/olmo2/config.json"]);

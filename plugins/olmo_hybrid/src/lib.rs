@@ -143,4 +143,4 @@ impl Architecture for OlmoHybrid {
     }
 }
 
-export_plugin!(OlmoHybrid);
+export_plugin!(OlmoHybrid, examples = ["../../tests/fixtures/tiny/olmo_hybrid/config.json"]);

@@ -73,4 +73,4 @@ impl Architecture for Olmoe {
     }
 }
 
-export_plugin!(Olmoe);
+export_plugin!(Olmoe, examples = ["../../tests/fixtures/tiny/olmoe/config.json"]);

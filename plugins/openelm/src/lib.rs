@@ -86,4 +86,4 @@ impl Architecture for OpenElm {
     }
 }
 
-export_plugin!(OpenElm);
+export_plugin!(OpenElm, examples = ["../../tests/fixtures/tiny/openelm/config.json"]);

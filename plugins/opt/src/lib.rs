@@ -142,4 +142,4 @@ impl Model for Opt {
     }
 }
 
-export_plugin!(Opt);
+export_plugin!(Opt, examples = ["../../tests/fixtures/tiny/opt/config.json"]);

@@ -64,4 +64,4 @@ impl Architecture for Persimmon {
     }
 }
 
-export_plugin!(Persimmon);
+export_plugin!(Persimmon, examples = ["../../tests/fixtures/tiny/persimmon/config.json"]);

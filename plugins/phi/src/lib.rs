@@ -66,4 +66,4 @@ impl Architecture for Phi {
     }
 }
 
-export_plugin!(Phi);
+export_plugin!(Phi, examples = ["../../tests/fixtures/tiny/phi/config.json"]);

@@ -58,4 +58,4 @@ impl Architecture for Phi3 {
     }
 }
 
-export_plugin!(Phi3);
+export_plugin!(Phi3, examples = ["../../tests/fixtures/tiny/phi3/config.json"]);

@@ -107,4 +107,4 @@ impl Architecture for Phi3Small {
     }
 }
 
-export_plugin!(Phi3Small);
+export_plugin!(Phi3Small, examples = ["../../tests/fixtures/tiny/phi3small/config.json"]);

@@ -108,4 +108,4 @@ impl Architecture for PhiMoe {
     }
 }
 
-export_plugin!(PhiMoe);
+export_plugin!(PhiMoe, examples = ["../../tests/fixtures/tiny/phimoe/config.json"]);

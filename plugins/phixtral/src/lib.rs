@@ -88,4 +88,4 @@ impl Model for Phixtral {
     }
 }
 
-export_plugin!(Phixtral);
+export_plugin!(Phixtral, examples = ["../../tests/fixtures/tiny/phi-msft/config.json"]);

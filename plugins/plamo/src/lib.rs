@@ -99,4 +99,4 @@ impl Architecture for Plamo {
     }
 }
 
-export_plugin!(Plamo);
+export_plugin!(Plamo, examples = ["../../tests/fixtures/tiny/plamo/config.json"]);

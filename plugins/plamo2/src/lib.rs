@@ -148,4 +148,4 @@ impl Architecture for Plamo2 {
     }
 }
 
-export_plugin!(Plamo2);
+export_plugin!(Plamo2, examples = ["../../tests/fixtures/tiny/plamo2/config.json"]);

@@ -77,4 +77,4 @@ impl Architecture for Plamo3 {
     }
 }
 
-export_plugin!(Plamo3);
+export_plugin!(Plamo3, examples = ["../../tests/fixtures/tiny/plamo3/config.json"]);

@@ -56,4 +56,4 @@ impl Architecture for Qwen {
     }
 }
 
-export_plugin!(Qwen);
+export_plugin!(Qwen, examples = ["../../tests/fixtures/tiny/qwen/config.json"]);

@@ -86,4 +86,4 @@ impl Architecture for Qwen {
     }
 }
 
-export_plugin!(Qwen);
+export_plugin!(Qwen, examples = ["../../tests/fixtures/tiny/qwen2/config.json"]);

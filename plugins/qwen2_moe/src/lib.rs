@@ -97,4 +97,4 @@ impl Architecture for Qwen2Moe {
     }
 }
 
-export_plugin!(Qwen2Moe);
+export_plugin!(Qwen2Moe, examples = ["../../tests/fixtures/tiny/qwen2_moe/config.json"]);

@@ -91,4 +91,4 @@ impl Architecture for Qwen3Moe {
     }
 }
 
-export_plugin!(Qwen3Moe);
+export_plugin!(Qwen3Moe, examples = ["../../tests/fixtures/tiny/qwen3_moe/config.json"]);

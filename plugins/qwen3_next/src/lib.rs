@@ -251,4 +251,4 @@ impl Architecture for Qwen3Next {
     }
 }
 
-export_plugin!(Qwen3Next);
+export_plugin!(Qwen3Next, examples = ["../../tests/fixtures/tiny/qwen3_next/config.json"]);

@@ -164,4 +164,4 @@ impl Architecture for RecurrentGemma {
     }
 }
 
-export_plugin!(RecurrentGemma);
+export_plugin!(RecurrentGemma, examples = ["../../tests/fixtures/tiny/recurrent_gemma/config.json"]);

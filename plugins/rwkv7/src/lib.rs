@@ -218,4 +218,4 @@ impl Model for Rwkv7 {
     }
 }
 
-export_plugin!(Rwkv7);
+export_plugin!(Rwkv7, examples = ["../../tests/fixtures/tiny/rwkv7/config.json"]);

@@ -68,4 +68,4 @@ impl Architecture for Spark {
     }
 }
 
-export_plugin!(Spark);
+export_plugin!(Spark, examples = ["../../tests/fixtures/tiny/spark2_5/config.json"]);

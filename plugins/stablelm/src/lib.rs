@@ -82,4 +82,4 @@ impl Architecture for StableLm {
     }
 }
 
-export_plugin!(StableLm);
+export_plugin!(StableLm, examples = ["../../tests/fixtures/tiny/stablelm/config.json"]);

@@ -63,4 +63,4 @@ impl Architecture for Starcoder2 {
     }
 }
 
-export_plugin!(Starcoder2);
+export_plugin!(Starcoder2, examples = ["../../tests/fixtures/tiny/starcoder2/config.json"]);

@@ -239,4 +239,4 @@ impl Architecture for Step3p5 {
     }
 }
 
-export_plugin!(Step3p5);
+export_plugin!(Step3p5, examples = ["../../tests/fixtures/tiny/step3p5/config.json"]);

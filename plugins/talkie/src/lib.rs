@@ -116,4 +116,4 @@ impl Model for Talkie {
     }
 }
 
-export_plugin!(Talkie);
+export_plugin!(Talkie, examples = ["../../tests/fixtures/tiny/talkie/config.json"]);

@@ -36,9 +36,11 @@ const PLAIN: Scores = Scores {
     chunk: None,
     sinks: None,
     selection: None,
+    selection_block: 1,
     blocks: None,
     lanes: None,
     pooled: None,
+    slopes: None,
 };
 
 /// q over k and v `[TOKENS, 1, _]`, where `sees` says (token, head, key).
@@ -137,15 +139,90 @@ fn a_selection_hides_all_other_keys() {
 }
 
 #[test]
+fn each_group_of_heads_sees_the_blocks_of_its_own_list() {
+    // Two lists for four heads, of blocks of 4 keys.
+    let chosen = |p: usize| [[p / 4, 0, 7], [p / 8, indexer::NONE as usize, p / 4 + 1]];
+    let how = |start: usize, count: usize| {
+        let list: Vec<u32> = (start..start + count).flat_map(chosen).flatten().map(|b| b as u32).collect();
+        let selection = Some(Tensor::from_vec(list, (count, 2, 3), &Device::Cpu).unwrap());
+        Scores { selection, selection_block: 4, ..PLAIN }
+    };
+    check("blocks by group", spec(0, 0), how, |p, h, k| chosen(p)[h / 2].contains(&(k / 4)));
+}
+
+#[test]
+fn scores_fall_with_distance_by_each_heads_slope() {
+    let (q, k, v) = (numbers(1, [TOKENS, HEADS, DIM]), numbers(2, [TOKENS, 1, DIM]), numbers(3, [TOKENS, 1, 17]));
+    let slopes = [0.5, 0.25, 0.0, 0.03125f32];
+    // One more lane a slope: q · k gains slope * position of the key, and the query's own share drops out of the softmax.
+    let lane = |f: &dyn Fn(usize, usize) -> f32, heads: usize| {
+        let list: Vec<f32> = (0..TOKENS).flat_map(|p| (0..heads).map(move |h| (p, h))).map(|(p, h)| f(p, h)).collect();
+        Tensor::from_vec(list, (TOKENS, heads, 1), &Device::Cpu).unwrap()
+    };
+    let long_q = Tensor::cat(&[&q, &lane(&|_, h| slopes[h] / PLAIN.scale, HEADS)], 2).unwrap();
+    let long_k = Tensor::cat(&[&k, &lane(&|p, _| p as f32, 1)], 2).unwrap();
+    let want = naive(&long_q, &long_k, &v, |_, _, _| true);
+    for place in places() {
+        for size in [1, 7, TOKENS] {
+            let got = in_steps(&place, size, [spec(0, 0); 2], |parts, start, count| {
+                let cut = |t: &Tensor| t.narrow(0, start, count).unwrap();
+                let new = New { k: Some(cut(&k)), v: Some(cut(&v)) };
+                let how = Scores { slopes: Some(Tensor::new(&slopes, &Device::Cpu).unwrap()), ..PLAIN };
+                attend(0, &cut(&q), &new, &how, parts, &place).unwrap()
+            });
+            near(&format!("slopes in steps of {size}, native {}", place.native), &got, &want);
+        }
+    }
+}
+
+/// The dot product of a query's head and a key, as lists have them.
+fn dot(q: &[Vec<Vec<f32>>], k: &[Vec<Vec<f32>>], p: usize, h: usize, key: usize) -> f32 {
+    q[p][h].iter().zip(&k[key][0]).map(|(a, b)| a * b).sum()
+}
+
+#[test]
+fn each_head_of_an_indexer_chooses_the_blocks_of_the_best_keys_and_the_last_ones() {
+    let (q, k) = (numbers(4, [TOKENS, HEADS, DIM]), numbers(5, [TOKENS, 1, DIM]));
+    let (ql, kl) = (q.to_vec3::<f32>().unwrap(), k.to_vec3::<f32>().unwrap());
+    for (local, place) in (0..3).flat_map(|local| places().map(|place| (local, place))) {
+        let how = indexer::Choice { size: 4, count: 3, local };
+        for size in [1, 7, TOKENS] {
+            let got = in_steps(&place, size, [spec(0, 0); 2], |parts, start, count| {
+                let cut = |t: &Tensor| t.narrow(0, start, count).unwrap();
+                indexer::index_blocks(1, &cut(&q), &cut(&k), how, parts, &place).unwrap()
+            });
+            for (p, heads) in got.to_vec3::<u32>().unwrap().into_iter().enumerate() {
+                for (h, mut chosen) in heads.into_iter().enumerate() {
+                    let score = |block: usize| match p / 4 - block < local {
+                        true => f32::INFINITY,
+                        false => (block * 4..=p.min(block * 4 + 3))
+                            .map(|key| dot(&ql, &kl, p, h, key))
+                            .fold(f32::MIN, f32::max),
+                    };
+                    let mut best: Vec<u32> = (0..=p as u32 / 4).collect();
+                    best.sort_by(|&a, &b| score(b as usize).total_cmp(&score(a as usize)));
+                    best.truncate(3);
+                    best.sort_unstable();
+                    chosen.retain(|&block| block != indexer::NONE);
+                    chosen.sort_unstable();
+                    assert_eq!(
+                        chosen, best,
+                        "token {p}, head {h}, steps of {size}, {local} local, native {}",
+                        place.native
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn an_indexer_chooses_the_keys_with_the_best_scores() {
     let (q, k, weights) =
         (numbers(4, [TOKENS, HEADS, DIM]), numbers(5, [TOKENS, 1, DIM]), numbers(6, [TOKENS, 1, HEADS]));
     let weights = weights.squeeze(1).unwrap();
     let (ql, kl, wl) = (q.to_vec3::<f32>().unwrap(), k.to_vec3::<f32>().unwrap(), weights.to_vec2::<f32>().unwrap());
-    let score = |p: usize, key: usize| {
-        let dot = |h: usize| ql[p][h].iter().zip(&kl[key][0]).map(|(a, b)| a * b).sum::<f32>();
-        (0..HEADS).map(|h| wl[p][h] * dot(h).max(0.0)).sum::<f32>()
-    };
+    let score = |p: usize, key: usize| (0..HEADS).map(|h| wl[p][h] * dot(&ql, &kl, p, h, key).max(0.0)).sum::<f32>();
     for place in places() {
         for size in [1, 7, TOKENS] {
             let got = in_steps(&place, size, [spec(0, 0); 2], |parts, start, count| {

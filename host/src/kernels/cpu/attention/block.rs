@@ -45,6 +45,14 @@ impl State {
     }
 }
 
+/// Scores that fall with the distance of the key.
+pub(super) struct Slopes<'a> {
+    /// Of each row: by how much a position, and where its query stands.
+    pub(super) rows: &'a [(f32, u32)],
+    /// Where the keys stand.
+    pub(super) keys: &'a [u32],
+}
+
 /// One step over up to [`KEYS`] keys.
 pub(super) struct Step<'a> {
     /// Queries, scaled; rows padded with zeros to `len`.
@@ -60,6 +68,7 @@ pub(super) struct Step<'a> {
     /// Rows that see the same keys: heads of a token.
     pub(super) alike: usize,
     pub(super) softcap: Option<f32>,
+    pub(super) slopes: Option<Slopes<'a>>,
     /// Room for `[rows, KEYS]` scores.
     pub(super) scores: &'a mut [f32],
     pub(super) state: &'a mut State,
@@ -122,6 +131,12 @@ impl Step<'_> {
                     let e = exp::<L>(L::mul(L::load(p.add(i)), L::splat(2.0 / cap)));
                     let ratio = L::div(L::splat(2.0), L::add(e, L::splat(1.0)));
                     L::store(p.add(i), L::mul(L::splat(cap), L::sub(L::splat(1.0), ratio)));
+                }
+            }
+            if let Some(Slopes { rows, keys }) = &self.slopes {
+                let (slope, query) = rows[row];
+                for (score, &key) in scores.iter_mut().zip(*keys) {
+                    *score += slope * (key as f32 - query as f32);
                 }
             }
             if visible != u64::MAX {

@@ -7,13 +7,13 @@ mod rows;
 mod sight;
 
 pub use rows::Rows;
-pub use sight::{Attend, Blocks};
+pub use sight::{Attend, Blocks, Selection};
 
 use super::{
     lanes::{Isa, dispatch},
     tile::Block,
 };
-use block::{KEYS, State, Step};
+use block::{KEYS, Slopes, State, Step};
 use rayon::prelude::*;
 use rows::Widen;
 
@@ -109,7 +109,9 @@ pub fn attend_all(
             None => v_dim <= dim,
         };
         assert!(held && keys.holds(entries * kv_heads, dim), "attend: {entries} entries");
-        assert!(how.selection.is_none_or(|chosen| chosen.len() == tokens), "attend: one selection a token");
+        let covered = |s: sight::Selection| s.groups * s.heads == q_heads && s.lists.len() == tokens * s.groups;
+        assert!(how.selection.is_none_or(covered), "attend: one selection a token and group of heads");
+        assert!(how.slopes.is_none_or(|slopes| slopes.len() == q_heads), "attend: one slope a query head");
     }
     let sinks = caches.first().and_then(|cache| cache.how.sinks);
     assert!(sinks.is_none_or(|sinks| sinks.len() == q_heads), "attend: one sink a query head");
@@ -176,14 +178,21 @@ impl Call<'_> {
         // Keys that double as values are widened once.
         let pitch = if values.is_some() { width } else { len };
         // Block-sparse heads see different keys, others the same ones.
-        let alike = if how.blocks.is_some() { 1 } else { group };
+        let alike = if how.alike(group) { group } else { 1 };
+        let at = |row: usize| (block.first + row / group, block.head * group + row % group);
+        let slopes: Vec<(f32, u32)> = match how.slopes {
+            Some(slopes) => {
+                (0..rows).map(at).map(|(token, head)| (slopes[head], self.query_positions[token])).collect()
+            }
+            None => Vec::new(),
+        };
         let mut scratch = Vec::new();
         let mut visible = vec![0u64; rows / alike];
         for first in (stretch.first..end).step_by(KEYS) {
             let keys = KEYS.min(end - first);
             let positions = &key_positions[first..first + keys];
             for (row, seen) in visible.iter_mut().enumerate().map(|(i, seen)| (i * alike, seen)) {
-                let (token, head) = (block.first + row / group, block.head * group + row % group);
+                let (token, head) = at(row);
                 let p = self.query_positions[token];
                 let bits = positions.iter().enumerate().map(|(i, &k)| u64::from(how.sees(token, head, p, k)) << i);
                 *seen = bits.fold(0, |all, bit| all | bit);
@@ -225,6 +234,7 @@ impl Call<'_> {
                         visible: &visible,
                         alike,
                         softcap: how.softcap,
+                        slopes: how.slopes.map(|_| Slopes { rows: &slopes, keys: positions }),
                         scores,
                         state: &mut state,
                     },
