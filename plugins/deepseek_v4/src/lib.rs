@@ -319,4 +319,4 @@ impl Model for DeepseekV4 {
     }
 }
 
-export_plugin!(DeepseekV4);
+export_plugin!(DeepseekV4, examples = ["../../tests/fixtures/tiny/deepseek_v4/config.json"]);
