@@ -49,11 +49,13 @@ pub mod processors;
 mod progress;
 pub mod repo;
 pub mod sampler;
+pub mod scaffold;
 pub mod source;
 pub mod speculate;
 pub mod statistics;
 pub mod stop;
 pub mod template;
+pub mod tiny;
 pub mod tokenizer;
 pub mod weights;
 

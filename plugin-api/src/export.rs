@@ -15,7 +15,7 @@ use crate::{
 };
 use abi_stable::{
     StableAbi,
-    abi_stability::abi_checking::exported_check_layout_compatibility,
+    abi_stability::abi_checking::{CheckingGlobals, check_layout_compatibility_with_globals},
     library::{CheckTypeLayout, LibHeader, RootModuleResult},
     prefix_type::PrefixTypeTrait,
     std_types::{RErr, RResult, RSlice, RStr, RString, RVec},
@@ -89,12 +89,16 @@ pub(crate) fn caught<T>(f: impl FnOnce() -> T) -> Result<T, String> {
     }
 }
 
-/// The host must have at least the ops that this plugin was compiled with, of the same types and in the same order.
+/// Of the host's ops and those that this plugin was compiled with, either must be the beginning of the other, of the same types and in the
+/// same order. Whether the host has enough of them it has read from the plugin's file; what is missing all the same fails when called.
 fn check_ops(name: &str, host: &Host) -> Result<(), PluginError> {
-    exported_check_layout_compatibility(<OpsRef as StableAbi>::LAYOUT, host.layout).into_result().map_err(|long| PluginError {
+    let (theirs, ours) = (host.layout, <OpsRef as StableAbi>::LAYOUT);
+    // With a memory of its own: the one that all of the process shares takes two plugins of different minors for a contradiction.
+    let begins = |of, with| check_layout_compatibility_with_globals(with, of, &CheckingGlobals::new());
+    begins(theirs, ours).or_else(|long| begins(ours, theirs).map_err(|_| long)).map_err(|long| PluginError {
         code: ERROR_ABI,
         message: format!(
-            "the plugin {name} expects ops that this dylm (ABI {}.{}) lacks or has in another form; update dylm, or rebuild the plugin",
+            "the plugin {name} knows ops in another form or order than this dylm; rebuild it with plugin-api {}.{}",
             abi::MAJOR,
             abi::MINOR
         )

@@ -84,6 +84,7 @@ pub mod step;
 pub mod tensor;
 pub mod weights;
 
+pub use abi::ops::have;
 pub use architecture::{Architecture, Error, Model, Result};
 pub use blocks::*;
 pub use cache::Cache;
@@ -103,6 +104,6 @@ pub mod prelude {
     pub use crate::{
         Architecture, Attend, BlockChoice, Cache, Conv1d, Embedding, ExpertKind, Experts, ExpertsShape, Layer,
         LayerNorm, Linear, Model, MultiLinear, Norm, Op, OwnOp, Parameter, Pooled, Result, RmsNorm, Rope, RopeScaling,
-        Source, SparseBlocks, Step, Tensor, View, Weights, blocks::*, config, decoder_shape, export_plugin,
+        Source, SparseBlocks, Step, Tensor, View, Weights, blocks::*, config, decoder_shape, export_plugin, have,
     };
 }

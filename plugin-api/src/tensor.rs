@@ -54,6 +54,11 @@ impl Call {
         Self::swap(None, f)
     }
 
+    /// The thread's current call, if there is one.
+    pub fn running() -> Option<Self> {
+        CALL.try_with(Cell::get).ok().flatten()
+    }
+
     /// The thread's current call. Panics outside of one, with the author's place, which the export macro turns into an error.
     #[inline]
     #[track_caller]
@@ -130,7 +135,7 @@ impl Clone for Tensor {
 impl Drop for Tensor {
     fn drop(&mut self) {
         // Outside of a call there is nothing left to release: the host ends a step's tensors with the step.
-        if let Some(call) = CALL.try_with(Cell::get).ok().flatten() {
+        if let Some(call) = Call::running() {
             call.ops.release()(call.ctx, self.handle, At { file: "".into(), line: 0 });
         }
     }

@@ -1,13 +1,13 @@
 //! What the end-to-end tests share: checkpoints small enough to be generated on the spot, the real one, the real binary, and plugins built
 //! by strangers.
 
+pub mod another_api;
 pub mod binary;
 pub mod models;
 pub mod outside;
 pub mod packing;
 pub mod smollm2;
 pub mod tiny;
-mod tiny_tokenizer;
 pub mod trap;
 pub mod variant;
 

@@ -28,17 +28,26 @@ pub fn file_name(name: &str) -> String {
 /// # Panics
 /// With cargo's words if it does not build.
 pub fn build(workspace: &Path, package: &str, library: &str, toolchain: Option<&str>) -> PathBuf {
+    build_as("dev", workspace, package, library, toolchain)
+}
+
+/// The same with a profile of the workspace.
+///
+/// # Panics
+/// With cargo's words if it does not build.
+pub fn build_as(profile: &str, workspace: &Path, package: &str, library: &str, toolchain: Option<&str>) -> PathBuf {
     let target = crate::binary::target().with_file_name("outside").join(toolchain.unwrap_or("default"));
     let mut cargo = Command::new("cargo");
     cargo.args(toolchain.map(|t| format!("+{t}")));
-    cargo.args(["build", "--quiet", "--package", package]).current_dir(workspace).env("CARGO_TARGET_DIR", &target);
+    cargo.args(["build", "--quiet", "--profile", profile, "--package", package]).current_dir(workspace);
+    cargo.env("CARGO_TARGET_DIR", &target);
     // What cargo told this test about itself is not meant for a build of another toolchain.
     for name in ["RUSTC", "RUSTDOC", "RUSTFLAGS", "CARGO_ENCODED_RUSTFLAGS", "CARGO_BUILD_TARGET"] {
         cargo.env_remove(name);
     }
     let output = cargo.output().unwrap_or_else(|e| panic!("cargo: {e}"));
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    target.join("debug").join(file_name(library))
+    target.join(if profile == "dev" { "debug" } else { profile }).join(file_name(library))
 }
 
 /// A folder for `--plugins` that has this library alone.

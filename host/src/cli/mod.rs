@@ -12,6 +12,7 @@ pub mod generate;
 pub mod inspect;
 pub mod interrupt;
 pub mod lines;
+pub mod new_plugin;
 pub mod plugins;
 pub mod printing;
 pub mod pull;
@@ -54,6 +55,8 @@ enum Command {
     Check(Box<check::Check>),
     #[command(name = crate::plugin::check::catalog::COMMAND, hide = true)]
     CheckChild(check::Child),
+    /// Write a crate with a plugin of your own, which builds and generates at once
+    NewPlugin(new_plugin::NewPlugin),
     /// Measure the speed of a model, or of the boundary between dylm and plugins
     #[command(alias = "benchmark")]
     Bench(Box<bench::Bench>),
@@ -71,6 +74,7 @@ pub fn main() -> ExitCode {
         Command::Plugins(plugins) => plugins.run(),
         Command::Check(check) => check.run(),
         Command::CheckChild(child) => child.run(),
+        Command::NewPlugin(new_plugin) => new_plugin.run(),
         Command::Bench(bench) => bench.run(),
     };
     match result {

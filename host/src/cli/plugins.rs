@@ -30,12 +30,13 @@ use std::{
 /// Flags of `dylm plugins`.
 #[derive(Args)]
 #[command(after_help = "\
-Folders are searched in this order, and the first plugin that serves a model_type is used: --plugins, DYLM_PLUGINS, the folder
-`plugins` beside the executable, the executable's own folder, the user's data folder. A plugin says what it is in a section of its
+Folders are searched in this order, and the first plugin that serves a model_type is used: --plugins, DYLM_PLUGINS, the folder \
+`plugins` beside the executable, the executable's own folder, the user's data folder. A plugin says what it is in a section of its \
 file, which is read without running it.
 
-Plugins beside the executable are dylm's own. Any other is opened only once you have agreed to it, on a terminal or with
---trust-plugin, and asks again when a byte of it has changed. What you agreed to is kept in trust.toml (DYLM_TRUST).")]
+Plugins beside the executable are dylm's own. Any other is opened only once you have agreed to it, on a terminal or with \
+--trust-plugin, and asks again when a byte of it has changed. What you agreed to is kept in trust.toml, in your settings folder or \
+where DYLM_TRUST says.")]
 pub struct Plugins {
     /// Folder with plugins, searched before all others (may be repeated)
     #[arg(long, value_name = "DIR")]
@@ -128,7 +129,7 @@ pub(super) fn list(registry: &Registry) -> Vec<Listed> {
     let mut listed = Vec::new();
     for folder in registry.folders() {
         let mut here: Vec<Listed> = Registry::in_folder(folder)
-            .into_iter()
+            .into_par_iter()
             .map(|(path, note)| match note {
                 Ok(note) => {
                     let writable = || refuse_others(&path, "no plugin is opened from it").err().map(|e| e.to_string());

@@ -18,16 +18,17 @@ use abi_stable::{
 };
 use plugin_api::abi::{
     At, Ctx, Handle, Pair, Slot, SourceId, SpecRef,
-    ops::{OpsRef, appended},
+    ops::{OpsRef, newer, oldest},
     root::Host,
 };
 use std::{
     cell::{Cell, RefCell},
+    mem::transmute,
     panic::{AssertUnwindSafe, catch_unwind},
     rc::Rc,
     sync::{
         OnceLock,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        atomic::{AtomicU8, AtomicUsize, Ordering},
     },
 };
 
@@ -287,25 +288,28 @@ extern "C" fn topk(ctx: Ctx, x: Handle, k: u64, at: At) -> Pair {
     Pair { first, second }
 }
 
-/// Every op into its table, in a module of tables: today's, or those of a host to come, which has one op more.
+/// Every op into its table, in a module of tables; after the oldest ones what came later, table by table.
 macro_rules! tables {
-    ($($module:ident)::+ $(, $newer:ident)?) => {{
+    ($($module:ident)::+, build { $($build:tt)* } layers { $($layers:tt)* } tensors { $($tensors:tt)* }) => {{
         use plugin_api::abi::$($module)::+::{BuildOps, LayerOps, Ops, OpsRef, TensorOps};
         static TABLES: OnceLock<OpsRef> = OnceLock::new();
         *TABLES.get_or_init(|| {
             let build = BuildOps {
                 has, source, transform, stack, ignore, join, complain, linear_layer, fuse, embedding_layer, norm_layer,
                 experts_layer, experts_from, multi_linear_layer, conv1d_layer, parameter_layer, rope_layer, has_shape, numbers,
+                $($build)*
             };
             let layers = LayerOps {
                 embed, unembed, linear, norm, experts, multi_linear, parameter, rotate, positions, ngrams, attend, index,
                 conv1d, shift, ssd, selective_scan, gated_delta, linear_attention, wkv7, rg_lru, scan, index_blocks, pool,
+                $($layers)*
             };
             let tensors = TensorOps {
                 retain, release, fail, split_heads, merge_heads, narrow, concat, unflatten, flatten, transpose, add, sub,
                 mul, div, maximum, minimum, greater, affine, clamp, matmul, neg, floor, round, abs, exp, log, sqrt, rsqrt,
                 square, sigmoid, tanh, relu, silu, gelu, gelu_tanh, softplus, swiglu, geglu, softmax, sum, mean, max, topk,
-                top_mask, gather, sinkhorn, $($newer: neg,)?
+                top_mask, gather, sinkhorn,
+                $($tensors)*
             };
             let (build, layers) = (build.leak_into_prefix(), layers.leak_into_prefix());
             Ops { build, layers, tensors: tensors.leak_into_prefix() }.leak_into_prefix()
@@ -314,26 +318,56 @@ macro_rules! tables {
 }
 
 fn ops() -> OpsRef {
-    tables!(ops)
+    tables!(ops, build {} layers {} tensors {})
 }
 
-static NEWER: AtomicBool = AtomicBool::new(false);
-
-/// From here on this process serves a table with one op more than plugins know, as a later dylm will: for the test that they do not notice.
+/// Which of its ops this process serves: for the tests of plugins that are older or newer than their host.
 #[doc(hidden)]
-pub fn play_newer_host(newer: bool) {
-    NEWER.store(newer, Ordering::SeqCst);
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tables {
+    /// All of them.
+    Today,
+    /// Those of ABI 1.0.
+    Oldest,
+    /// Two more, as a later dylm will.
+    Newer,
+}
+
+static TABLES: AtomicU8 = AtomicU8::new(Tables::Today as u8);
+
+/// From here on this process, all threads of it, serves these tables.
+#[doc(hidden)]
+pub fn play_host(tables: Tables) {
+    TABLES.store(tables as u8, Ordering::SeqCst);
+}
+
+fn played() -> Tables {
+    [Tables::Today, Tables::Oldest, Tables::Newer][TABLES.load(Ordering::Relaxed) as usize]
+}
+
+/// The names of the ops that a plugin may need.
+pub fn names() -> &'static [&'static str] {
+    match played() {
+        Tables::Today => plugin_api::abi::ops::NAMES,
+        Tables::Oldest => oldest::NAMES,
+        Tables::Newer => newer::NAMES,
+    }
 }
 
 /// What every call of a plugin gets to see of the host.
 pub fn host() -> Host {
-    let (ops, layout) = match NEWER.load(Ordering::Relaxed) {
-        false => (ops(), <OpsRef as StableAbi>::LAYOUT),
-        // SAFETY: both are pointers to a table of the same ops in the same order; that the second is longer its header says.
-        true => (
-            unsafe { std::mem::transmute::<appended::OpsRef, OpsRef>(tables!(ops::appended, newer_than_the_plugin)) },
-            <appended::OpsRef as StableAbi>::LAYOUT,
+    let (ops, layout) = match played() {
+        Tables::Today => (ops(), <OpsRef as StableAbi>::LAYOUT),
+        // SAFETY: both are pointers to tables that begin alike; how long they are their headers say, and the accessors of later ops look.
+        Tables::Oldest => (
+            unsafe { transmute::<oldest::OpsRef, OpsRef>(tables!(ops::oldest, build {} layers {} tensors {})) },
+            <oldest::OpsRef as StableAbi>::LAYOUT,
         ),
+        // SAFETY: as above.
+        Tables::Newer => {
+            let tables = tables!(ops::newer, build { later_has: has } layers {} tensors { later_neg: neg });
+            (unsafe { transmute::<newer::OpsRef, OpsRef>(tables) }, <newer::OpsRef as StableAbi>::LAYOUT)
+        }
     };
     Host { ops, layout, extension: extension::of_host }
 }

@@ -283,6 +283,9 @@ impl Value {
 
 /// The shape of two tensors computed with each other: axes from the right, 1 stretches.
 fn broadcast(a: &[usize], b: &[usize]) -> Outcome<Dims> {
+    if a == b {
+        return Ok(Dims::from_slice(a));
+    }
     let n = a.len().max(b.len());
     let axis = |d: &[usize], i: usize| (i + d.len()).checked_sub(n).map_or(1, |i| d[i]);
     (0..n)

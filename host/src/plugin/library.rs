@@ -26,7 +26,7 @@ const MOST_CACHES: usize = 100_000;
 const MOST_NUMBERS: usize = 1 << 32;
 
 #[doc(hidden)]
-pub use crate::ops::table::play_newer_host;
+pub use crate::ops::table::{Tables, play_host};
 
 /// An opened plugin.
 #[derive(Clone)]
@@ -74,6 +74,8 @@ impl Library {
             }
         };
         let inside = Note::parse(factory.note().as_bytes()).ok();
+        // Which ops the code calls only the linker knew, so the note inside does not say it.
+        let inside = inside.map(|inside| inside.with_ops(note.needs.clone(), note.asks.clone()));
         if factory.major() != abi::MAJOR || inside.as_ref() != Some(note) {
             return Err(Error::plugin(format!(
                 "{}: its note and its code disagree about what it is; build it again",

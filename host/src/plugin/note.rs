@@ -2,9 +2,11 @@
 
 use super::file::PluginFile;
 use crate::error::{Error, Result};
+use crate::ops::table;
 use object::{Object, ObjectSection};
 use plugin_api::abi::{
     self,
+    later::{ASKS_ELF, ASKS_MACHO, ASKS_PE, NEEDS_ELF, NEEDS_MACHO, NEEDS_PE},
     note::{HEADER_ELF, SECTION_ELF, SECTION_MACHO, SECTION_PE, VENDOR},
 };
 use serde::{Deserialize, Serialize};
@@ -17,9 +19,12 @@ pub struct Note {
     pub abi: String,
     /// The `model_type`s of config.json that it serves.
     pub model_types: Vec<String>,
-    /// Ops beyond those of `abi` that it cannot do without.
+    /// Ops that came after ABI 1.0 and that it cannot do without.
     #[serde(default)]
     pub needs: Vec<String>,
+    /// Ops that came after ABI 1.0 and for which it has a way around.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub asks: Vec<String>,
     /// Its package's name.
     pub name: String,
     /// Its package's version.
@@ -68,7 +73,16 @@ impl Note {
             if text.len() > LONGEST {
                 return Err(unreadable(&format_args!("it has {} bytes", text.len())));
             }
-            let note = Note::parse(text).map_err(|e| unreadable(&e))?;
+            let mut note = Note::parse(text).map_err(|e| unreadable(&e))?;
+            // A plugin in another language has no such sections: its author writes the lists into the note.
+            note.needs.extend(stamped(file, [NEEDS_ELF, NEEDS_MACHO, NEEDS_PE]));
+            note.asks.extend(stamped(file, [ASKS_ELF, ASKS_MACHO, ASKS_PE]));
+            let Note { needs, asks, .. } = &mut note;
+            for list in [&mut *needs, &mut *asks] {
+                list.sort();
+                list.dedup();
+            }
+            needs.retain(|op| !asks.contains(op));
             // A note is shown on terminals, where these would say something else than what is trusted.
             let unseen = note.texts().any(|text| text.contains(is_unseen));
             if unseen { Err(unreadable(&"it has control characters")) } else { Ok(note) }
@@ -76,9 +90,14 @@ impl Note {
     }
 
     fn texts(&self) -> impl Iterator<Item = &str> {
-        let Note { abi, model_types, needs, name, version, license, url, rustc, target, panic } = self;
+        let Note { abi, model_types, needs, asks, name, version, license, url, rustc, target, panic } = self;
         let single = [abi, name, version, license, url, rustc, target, panic];
-        model_types.iter().chain(needs).chain(single).map(String::as_str)
+        model_types.iter().chain(needs).chain(asks).chain(single).map(String::as_str)
+    }
+
+    /// The same plugin with these ops that came after ABI 1.0.
+    pub(super) fn with_ops(self, needs: Vec<String>, asks: Vec<String>) -> Self {
+        Note { needs, asks, ..self }
     }
 
     /// From the section's bytes, which a linker may have padded.
@@ -89,8 +108,10 @@ impl Note {
 
     /// Why this dylm will not open the plugin, judged by the note alone.
     pub fn refusal(&self, path: &Path) -> Option<String> {
-        let (file, major) = (path.display(), self.abi.split('.').next().and_then(|n| n.parse::<u32>().ok()));
-        if major != Some(abi::MAJOR) {
+        let file = path.display();
+        let (major, minor) = self.abi.split_once('.').unwrap_or((&self.abi, "0"));
+        let [major, minor] = [major, minor].map(|n| n.parse::<u32>().ok());
+        if major != Some(abi::MAJOR) || minor.is_none_or(|minor| minor > abi::MINOR) {
             let older = major.is_some_and(|m| m < abi::MAJOR);
             let cure = if older { "rebuild the plugin" } else { "update dylm" };
             return Some(format!(
@@ -100,8 +121,9 @@ impl Note {
                 abi::MINOR
             ));
         }
-        if let Some(op) = self.needs.iter().find(|op| !abi::ops::NAMES.contains(&op.as_str())) {
-            return Some(format!("{file}: needs the op {op}, which this dylm does not have; update dylm"));
+        if let Some(op) = self.needs.iter().find(|op| !table::names().contains(&op.as_str())) {
+            let cure = "update dylm, or use an older version of the plugin";
+            return Some(format!("{file}: needs the op {op}, which this dylm does not have; {cure}"));
         }
         if self.panic == "abort" {
             return Some(format!(
@@ -110,6 +132,14 @@ impl Note {
         }
         None
     }
+}
+
+/// The names in the sections that begin with one of these: see `plugin_api::abi::later`.
+fn stamped<'a, R: object::ReadRef<'a>>(file: &object::File<'a, R>, sections: [&str; 3]) -> Vec<String> {
+    let carries = |name: &str| sections.iter().any(|section| name.starts_with(section));
+    let sections = file.sections().filter(|s| s.name().is_ok_and(carries));
+    let names = sections.filter_map(|s| String::from_utf8(s.data().ok()?.to_vec()).ok());
+    names.flat_map(|names| names.split('\0').filter(|n| !n.is_empty()).map(str::to_owned).collect::<Vec<_>>()).collect()
 }
 
 /// The text of an ELF note: see `plugin_api::abi::note::Note`.

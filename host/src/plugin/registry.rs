@@ -145,13 +145,9 @@ impl Registry {
         let mut known: Vec<String> = self.list().into_iter().flat_map(|f| f.note.model_types).collect();
         known.sort();
         known.dedup();
-        known.sort_by_key(|t| distance(t, model_type));
-        let nearest = match known.as_slice() {
-            [] => "no plugin is installed".to_owned(),
-            some => format!(
-                "the nearest of those that have one are {}",
-                some.iter().take(3).cloned().collect::<Vec<_>>().join(", ")
-            ),
+        let nearest = match known.is_empty() {
+            true => "no plugin is installed".to_owned(),
+            false => format!("the nearest of those that have one are {}", nearest(known, model_type)),
         };
         let folders: Vec<String> = self.folders.iter().map(|f| f.display().to_string()).collect();
         let name = format!("{}{}{}", consts::DLL_PREFIX, file_stem(model_type), consts::DLL_SUFFIX);
@@ -183,6 +179,13 @@ pub fn data_folder() -> Option<PathBuf> {
         None => home.join(".local/share"),
     };
     Some(data.join("dylm/plugins"))
+}
+
+/// The three names that are most like `name`, for a message.
+pub(crate) fn nearest(mut names: Vec<String>, name: &str) -> String {
+    names.sort_by_key(|other| distance(other, name));
+    names.truncate(3);
+    names.join(", ")
 }
 
 /// Single-character edits between two names.

@@ -3,6 +3,7 @@
 
 pub mod checking;
 pub mod extension;
+pub mod later;
 pub mod note;
 pub mod ops;
 pub mod own_op;

@@ -1,13 +1,18 @@
 //! The op tables: everything a plugin can ask of the host, one line an op. Append-only: the order below is the ABI.
-//! (abi_stable counts a table's fields in 64 bits, so there is more than one.)
+//! (abi_stable counts a table's fields in 64 bits, so there is more than one.) What ends with `last` is ABI 1.0, which every host has;
+//! later ops are appended in `ops_today`, and a plugin's file says which of those it calls: see `abi::later`.
 //!
 //! The table belongs to the host, so a newer host's table is longer than the one an old plugin knows. abi_stable would call that an
 //! error (it expects the *library* to be the newer side), so the table is hidden from the host's check and the plugin checks it
-//! instead, in `export_plugin!`, where "the host has at least the ops that I know" is exactly the question.
+//! instead, in `export_plugin!`: one of the two tables must be the beginning of the other.
 //!
 //! Threads: a building op may be called while `create` runs, a running op while `forward` or `head` runs, on that thread only.
 
-use super::{At, Ctx, Handle, Pair, ScanStep, Slot, SourceId, SpecRef};
+use super::{
+    At, Ctx, Handle, Pair, ScanStep, Slot, SourceId, SpecRef,
+    later::{Absent, stamp},
+};
+use crate::tensor::Call;
 use abi_stable::{
     StableAbi,
     std_types::{RSlice, RStr},
@@ -18,7 +23,7 @@ macro_rules! op_tables {
     ($($table:ident = $(#[$tdoc:meta])* $struct:ident $ref:ident {
         $($(#[$doc:meta])* fn $name:ident($($arg:ident: $ty:ty),*) $(-> $ret:ty)?;)*
         last fn $lname:ident($($larg:ident: $lty:ty),*) $(-> $lret:ty)?;
-        $(appended $aname:ident;)?
+        $($(#[$adoc:meta])* later fn $aname:ident($($aarg:ident: $aty:ty),*) $(-> $aret:ty)?;)*
     })*) => {
         $(
             $(#[$tdoc])*
@@ -30,7 +35,7 @@ macro_rules! op_tables {
                 $($(#[$doc])* pub $name: extern "C" fn(Ctx, $($ty,)* At) $(-> $ret)?,)*
                 #[sabi(last_prefix_field)]
                 pub $lname: extern "C" fn(Ctx, $($lty,)* At) $(-> $lret)?,
-                $(pub $aname: extern "C" fn(Ctx, Handle, At) -> Handle,)?
+                $($(#[$adoc])* pub $aname: extern "C" fn(Ctx, $($aty,)* At) $(-> $aret)?,)*
             }
         )*
 
@@ -53,17 +58,49 @@ macro_rules! op_tables {
             $(
                 $(#[inline] pub fn $name(self) -> extern "C" fn(Ctx, $($ty,)* At) $(-> $ret)? { self.$table().$name() })*
                 #[inline] pub fn $lname(self) -> extern "C" fn(Ctx, $($lty,)* At) $(-> $lret)? { self.$table().$lname() }
+                $(pub fn $aname(self) -> extern "C" fn(Ctx, $($aty,)* At) $(-> $aret)? {
+                    extern "C" fn missing(_: Ctx, $(_: $aty,)* at: At) $(-> $aret)? { Absent::absent(stringify!($aname), at) }
+                    stamp!(needs $aname);
+                    self.$table().$aname().unwrap_or(missing)
+                })*
             )*
+
+            /// Whether the table has an op of this name.
+            pub fn offers(self, name: &str) -> bool {
+                match name {
+                    $($(stringify!($aname) => self.$table().$aname().is_some(),)*)*
+                    _ => NAMES.contains(&name),
+                }
+            }
+        }
+
+        /// Whether the host has an op that was appended after ABI 1.0: `if have::newer() { x.newer() } else { .. }`. Asking, anywhere in a
+        /// plugin, tells hosts that the plugin can do without that op. Thread: the call's.
+        pub mod have {
+            #[allow(unused_imports)] // in tables without later ops
+            use super::{Call, stamp};
+            $($($(#[$adoc])* pub fn $aname() -> bool {
+                stamp!(asks $aname);
+                Call::running().is_some_and(|call| call.ops.offers(stringify!($aname)))
+            })*)*
         }
 
         /// The ops' names, in ABI order, table by table.
-        pub const NAMES: &[&str] = &[$($(stringify!($name),)* stringify!($lname),)*];
+        pub const NAMES: &[&str] = &[$($(stringify!($name),)* stringify!($lname), $(stringify!($aname),)*)*];
+
+        /// What the parameters of each op are called, between the context, which comes first, and the place, which comes last.
+        #[doc(hidden)]
+        pub const PARAMETERS: &[(&str, &[&str])] = &[$(
+            $((stringify!($name), &[$(stringify!($arg)),*]),)*
+            (stringify!($lname), &[$(stringify!($larg)),*]),
+            $((stringify!($aname), &[$(stringify!($aarg)),*]),)*
+        )*];
     };
 }
 
-/// All tables; a macro so that `appended` below can declare them a second time with one op more.
+/// The tables of ABI 1.0, with what is appended to each.
 macro_rules! ops_1_0 {
-    ($($appended:tt)*) => { op_tables! {
+    (build { $($build:tt)* } layers { $($layers:tt)* } tensors { $($tensors:tt)* }) => { op_tables! {
         build = /// What a plugin asks for while it describes a model: during `create`.
         BuildOps BuildOpsRef {
             // ---- building: during `create` ----
@@ -105,6 +142,7 @@ macro_rules! ops_1_0 {
             fn has_shape(name: RStr<'_>, dims: RSlice<'_, u64>) -> u8;
             // Numbers `[len]` that no checkpoint stores, since a formula gives them.
             last fn numbers(values: RSlice<'_, f32>) -> SourceId;
+            $($build)*
         }
         layers = /// What stands on weights or on the sequence: during `forward` and `head`.
         LayerOps LayerOpsRef {
@@ -170,6 +208,7 @@ macro_rules! ops_1_0 {
             // ends `Σ softmax(gate + bias) x` for each lane, elsewhere 0; the last d lanes of a token count for its own window, the d before
             // them for the next one, and so on; state `[n, 3, d]`.
             last fn pool(cache: u32, x: Handle, gate: Handle, bias: Handle) -> Handle;
+            $($layers)*
         }
         tensors = /// What needs only its arguments: during `forward` and `head`.
         TensorOps TensorOpsRef {
@@ -255,16 +294,42 @@ macro_rules! ops_1_0 {
             // Matrices `[.., n, n]` made nearly doubly stochastic, in f32: columns by their sums plus `eps`, then `rounds - 1` times rows and
             // columns. <https://projecteuclid.org/euclid.pjm/1102992505>
             last fn sinkhorn(x: Handle, rounds: u64, eps: f64) -> Handle;
-            $($appended)*
+            $($tensors)*
         }
     } };
 }
 
-ops_1_0! {}
+/// Today's tables: ABI 1.0 and what came later, each op in front of the dots of its table. A macro, so that `newer` can go on.
+macro_rules! ops_today {
+    (build { $($build:tt)* } layers { $($layers:tt)* } tensors { $($tensors:tt)* }) => { ops_1_0! {
+        build { $($build)* }
+        layers { $($layers)* }
+        tensors { $($tensors)* }
+    } };
+}
 
-/// The table as a later host might have it, one op longer: what the test of "an old plugin never notices" hands to a plugin.
+ops_today! { build {} layers {} tensors {} }
+
+/// The tables of ABI 1.0 alone: what the tests of "a new plugin on an old host" hand to a plugin.
 #[doc(hidden)]
-pub mod appended {
+pub mod oldest {
     use super::*;
-    ops_1_0! { appended newer_than_the_plugin; }
+    ops_1_0! { build {} layers {} tensors {} }
+}
+
+/// The tables as a later host might have them: what the tests of "an old plugin never notices" hand to a plugin.
+#[doc(hidden)]
+pub mod newer {
+    use super::*;
+    ops_today! {
+        build {
+            /// `has`, once more.
+            later fn later_has(name: RStr<'_>) -> u8;
+        }
+        layers {}
+        tensors {
+            /// `neg`, once more.
+            later fn later_neg(x: Handle) -> Handle;
+        }
+    }
 }

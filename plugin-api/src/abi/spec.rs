@@ -47,7 +47,7 @@ impl<'a> SpecRef<'a> {
 
 /// How `attend` scores and which keys it sees.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(StableAbi, Clone, Copy, Debug, PartialEq)]
 pub struct AttendSpec {
     /// 1 sees later tokens of the same step too (a bidirectional block); 0 is causal.
     pub flags: u32,
@@ -106,7 +106,7 @@ pub struct BlockChoiceSpec {
 
 /// The shape of a block of routed experts.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(StableAbi, Clone, Copy, Debug, PartialEq)]
 pub struct ExpertsSpec {
     /// How gate and up are joined, one of the `EXPERTS_*` constants.
     pub activation: u32,

@@ -44,6 +44,7 @@ pub enum GroupScore {
 pub struct Router {
     gate: Linear,
     top_k: usize,
+    logit_scale: f32,
     score: Score,
     softcap: Option<f32>,
     correction: Option<Parameter>,
@@ -63,6 +64,7 @@ impl Router {
         Self {
             gate,
             top_k,
+            logit_scale: 1.0,
             score: Score::Softmax,
             softcap: None,
             correction: None,
@@ -87,7 +89,12 @@ impl Router {
         Self::by(Score::SqrtSoftplus, gate, top_k)
     }
 
-    /// `softcap * tanh(logits / softcap)`, before anything else.
+    /// Multiplies the logits, before anything else.
+    pub fn logit_scale(self, logit_scale: f32) -> Self {
+        Self { logit_scale, ..self }
+    }
+
+    /// `softcap * tanh(logits / softcap)`, before they become scores.
     pub fn softcap(self, softcap: Option<f32>) -> Self {
         Self { softcap, ..self }
     }
@@ -138,11 +145,14 @@ impl Router {
     }
 
     fn scores(&self, logits: &Tensor) -> Tensor {
-        let capped = self.softcap.map(|cap| (logits / cap).tanh() * cap);
-        let logits = capped.as_ref().unwrap_or(logits);
+        let logits = if self.logit_scale == 1.0 { logits.clone() } else { logits * self.logit_scale };
+        let logits = match self.softcap {
+            Some(cap) => (logits / cap).tanh() * cap,
+            None => logits,
+        };
         match self.score {
             Score::Softmax => logits.softmax(),
-            Score::ChosenSoftmax => logits.clone(),
+            Score::ChosenSoftmax => logits,
             Score::Sigmoid => logits.sigmoid(),
             Score::SqrtSoftplus => logits.softplus().sqrt(),
         }

@@ -1,10 +1,13 @@
-//! Falcon 7B, 40B and 180B: few key heads, attention and feed-forward side by side. <https://arxiv.org/abs/2311.16867>
+//! Falcon: few key heads, attention and feed-forward side by side, and RW, whose layers are plain ones with linear biases in place of
+//! turned queries and keys. <https://arxiv.org/abs/2311.16867>, <https://arxiv.org/abs/2306.01116>
 //!
 //! ```text
 //! y = x + Attention(LayerNorm₁(x)) + gelu(LayerNorm₂(x) W₁) · W₂       per layer; in 7B both norms are one
+//!   in RW: h = x + Attention(LayerNorm₁(x)), y = h + gelu(LayerNorm₂(h) W₁) · W₂
 //! logits = LayerNorm(y) · Eᵀ
 //!
 //! Attention(x) = softmax(rope(q) · rope(k)ᵀ / √d) · v · Wdense         q, k, v: group by group in x Wqkv
+//!   in RW: softmax((q · kᵀ - m · distance) / √d) · v · Wdense          m by head
 //! ```
 
 use plugin_api::prelude::*;
@@ -46,8 +49,15 @@ impl Config {
             (false, false) => heads,
         };
         let shape = Heads { dim, heads, kv_heads, head_dim: dim / heads };
-        SelfAttention::grouped(w, "query_key_value", shape, self.bias, w.linear("dense", dim, dim, self.bias))
-            .rope(w.rope(shape.head_dim, self.rope_theta, &self.rope_scaling))
+        let dense = w.linear("dense", dim, dim, self.bias);
+        let attention = SelfAttention::grouped(w, "query_key_value", shape, self.bias, dense);
+        if !self.alibi {
+            return attention.rope(w.rope(shape.head_dim, self.rope_theta, &self.rope_scaling));
+        }
+        // The biases are scaled like q·k, which they are added to.
+        let scale = (shape.head_dim as f32).powf(-0.5);
+        let slopes: Vec<f32> = alibi_slopes(heads, 8.0).into_iter().map(|slope| slope * scale).collect();
+        attention.slopes(Parameter::of(Source::numbers(&slopes), &[heads]))
     }
 
     fn block(&self, w: &Weights) -> Layers {
@@ -70,11 +80,6 @@ impl Architecture for Falcon {
     type Model = Decoder<Layers>;
 
     fn new(c: Config, w: &Weights) -> Result<Self::Model> {
-        if c.alibi {
-            return Err(
-                "config.json: alibi is true; of Falcon's models only those with rotary positions are known".into()
-            );
-        }
         if !c.num_attention_heads.is_multiple_of(c.num_kv_heads) {
             let (heads, groups) = (c.num_attention_heads, c.num_kv_heads);
             return Err(format!("config.json: {heads} heads do not split into num_kv_heads {groups} groups").into());

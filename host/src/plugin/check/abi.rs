@@ -11,7 +11,7 @@ use crate::{
         building::Building,
         table::{self, Call},
     },
-    plugin::library::play_newer_host,
+    plugin::library::{Tables, play_host},
     weights::{checkpoint::Checkpoint, recipe::Pantry},
 };
 use abi_stable::StableAbi;
@@ -75,9 +75,9 @@ pub fn newer_host(subject: &Subject) -> Outcome {
         let model = subject.model(example)?;
         let text = text(&model, subject.job.seed, 5);
         let today = whole(&model, &text)?;
-        play_newer_host(true);
+        play_host(Tables::Newer);
         let later = subject.model(example).and_then(|model| whole(&model, &text));
-        play_newer_host(false);
+        play_host(Tables::Today);
         near("with a later dylm, whose op table is longer", &later?, &today, BOUND)?;
         Ok(String::new())
     })

@@ -21,6 +21,7 @@ const LIST: &str = "plugin";
 const PREFACE: &str = "\
 # Plugins that dylm may open, besides its own, by the SHA-256 of their bytes. Written when you agree to one;
 # `dylm plugins` compares it with what is there, `dylm plugins --forget FILE` takes a plugin out.
+
 ";
 
 /// A plugin that the user has agreed to.

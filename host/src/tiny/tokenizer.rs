@@ -7,7 +7,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use crate::tiny::Result;
+use crate::error::{Error, Result};
 
 const SPECIAL: [&str; 5] = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"];
 /// Ids of single characters end here.
@@ -25,9 +25,11 @@ const CHAT_TEMPLATE: &str = "{% for message in messages %}{{ '<|im_start|>' + me
     '<|im_end|>' + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}";
 
 /// Writes `tokenizer.json` and `tokenizer_config.json` for a model with this `config.json`.
-pub(crate) fn write(config: &Value, out: &Path) -> Result<()> {
+pub fn write(config: &Value, out: &Path) -> Result<()> {
     let text = config.get("text_config").unwrap_or(config);
-    let size = vocab_size(text).or(vocab_size(config)).ok_or("config.json: no vocab_size")?;
+    let size = vocab_size(text)
+        .or(vocab_size(config))
+        .ok_or_else(|| Error::Config("config.json: vocab_size is missing".into()))?;
     // Gemma has eos before bos; a config without the keys has transformers' default, or, as here, the usual order.
     let mut special = SPECIAL;
     let wrapper = config.get("text_config").is_some();
@@ -59,8 +61,10 @@ pub(crate) fn write(config: &Value, out: &Path) -> Result<()> {
         "pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "chat_template": CHAT_TEMPLATE,
         "model_max_length": text["max_position_embeddings"].as_u64().unwrap_or(2048),
     });
-    std::fs::write(out.join("tokenizer.json"), serde_json::to_string_pretty(&tokenizer)?)?;
-    std::fs::write(out.join("tokenizer_config.json"), serde_json::to_string_pretty(&settings)?)?;
+    for (name, json) in [("tokenizer.json", tokenizer), ("tokenizer_config.json", settings)] {
+        let path = out.join(name);
+        std::fs::write(&path, format!("{json:#}\n")).map_err(Error::io(&path))?;
+    }
     Ok(())
 }
 
