@@ -2,7 +2,7 @@
 
 use crate::{
     adapter::Adapters,
-    cache::{CacheOptions, State, memory},
+    cache::{CacheOptions, State, kv::pooled_by, memory},
     config::Config,
     device::{DeviceChoice, DtypeChoice, Placement},
     error::{Error, Result},
@@ -80,7 +80,7 @@ pub enum Want {
 /// What one layer remembers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CacheShape {
-    /// Numbers of a token: its keys and values together.
+    /// Numbers of a token: its keys and values together, or its share of them where they stand for several tokens.
     pub values: usize,
     /// Tokens that are kept, where it is not all of them.
     pub window: Option<usize>,
@@ -125,6 +125,7 @@ impl Plan {
         let specs = (0u32..).zip(&self.object.caches);
         let shape = |(cache, spec): (u32, &CacheSpec)| {
             let values = shapes.get(&cache).map_or(0, |[heads, dim, v_heads, v_dim]| heads * dim + v_heads * v_dim);
+            let values = values.div_ceil(pooled_by(spec));
             let state = memory::count(&memory::dims(spec));
             CacheShape { values, window: (spec.window > 0).then_some(spec.window as usize), state }
         };

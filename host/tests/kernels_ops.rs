@@ -1,6 +1,6 @@
 //! Norms, rotary positions, gates, softmax and argmax against f64.
 
-use dylm::kernels::cpu::{argmax, gelu_tanh_mul, layer_norm, rms_norm, rope, silu_mul, softmax_rows};
+use dylm::kernels::cpu::{Angles, Turn, argmax, gelu_tanh_mul, layer_norm, rms_norm, rope, silu_mul, softmax_rows};
 
 fn numbers(n: usize, seed: u64) -> Vec<f32> {
     let mut state = seed;
@@ -76,6 +76,26 @@ fn rope_turns_the_first_lanes_of_each_head_and_leaves_the_rest() {
             rope(&mut still, &positions, heads, head_dim, &[], interleaved, 1.5);
             assert_eq!(still, x);
         }
+    }
+}
+
+#[test]
+fn rope_turns_the_last_lanes_where_it_is_asked_to_and_back_again() {
+    let (heads, head_dim, pairs, tokens) = (3, 44, 18, 4);
+    let angles = Angles::new(&[0.0, 3.0, 70.0, 4099.0], &numbers(pairs, 3), 1.0);
+    let x = numbers(tokens * heads * head_dim, 5);
+    for neighbours in [false, true] {
+        // As the first lanes of heads whose lanes have gone round.
+        let round = |x: &[f32], by: usize| -> Vec<f32> {
+            x.chunks(head_dim).flat_map(|head| [&head[by..], &head[..by]].concat()).collect()
+        };
+        let mut want = round(&x, head_dim - 2 * pairs);
+        angles.rotate(&mut want, heads, head_dim, Turn { neighbours, ..Turn::default() });
+        let (mut got, turn) = (x.clone(), Turn { neighbours, last: true, back: false });
+        angles.rotate(&mut got, heads, head_dim, turn);
+        assert_eq!(got, round(&want, 2 * pairs));
+        angles.rotate(&mut got, heads, head_dim, Turn { back: true, ..turn });
+        assert_close(&got, x.iter().map(|&x| x.into()), 2e-6, "there and back");
     }
 }
 

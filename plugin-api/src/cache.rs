@@ -1,7 +1,7 @@
 //! What a layer remembers between steps, as an author declares it. The host stores, trims, shares, quantizes and saves it; the ops of a
 //! running layer take these memories in the order of their declaration, each kind on its own.
 
-use crate::abi::{CACHE_IN_CHUNKS, CACHE_KEY_VALUE, CACHE_STATE, CacheSpec};
+use crate::abi::{CACHE_IN_CHUNKS, CACHE_KEY_VALUE, CACHE_POOLED, CACHE_STATE, CacheSpec};
 use std::sync::Arc;
 
 /// What one layer remembers: nothing, keys and values, states of recurrences, or several of these.
@@ -23,6 +23,16 @@ impl Cache {
     /// Keys and values that matter within their chunk only: the tokens from one multiple of `size` to the next.
     pub fn chunked(size: usize) -> Self {
         Cache(vec![CacheSpec { kind: CACHE_KEY_VALUE, flags: CACHE_IN_CHUNKS, window: size as u64, dims: [0; 6] }])
+    }
+
+    /// Keys and values of which each stands for `rate` tokens: of what an op brings, the rows of tokens that end such a window.
+    pub fn pooled(rate: usize) -> Self {
+        Cache(vec![CacheSpec { kind: CACHE_POOLED, flags: 0, window: 0, dims: [rate as u64, 0, 0, 0, 0, 0] }])
+    }
+
+    /// The state of [`Layer::pool`](crate::Layer::pool): entries of `dim` lanes, each made of this many windows.
+    pub fn pooling(windows: usize, dim: usize) -> Self {
+        Self::state(&[windows, 3, dim])
     }
 
     /// Numbers of this shape, at most six axes: what an op with a state asks for.

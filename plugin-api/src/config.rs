@@ -88,6 +88,17 @@ impl RopeScaling {
         serde_json::from_str::<Value>(&self.0).ok()?.get(key).and_then(f32::read)
     }
 
+    /// The same, with a number where it says nothing.
+    pub fn or(self, key: &str, number: f32) -> Self {
+        match serde_json::from_str(&self.0) {
+            Ok(Value::Object(mut all)) => {
+                all.entry(key).or_insert(number.into());
+                RopeScaling(Value::Object(all).to_string())
+            }
+            _ => self,
+        }
+    }
+
     /// What config.json would say, for architectures that fix it or say it elsewhere: a `rope_type` and its numbers.
     pub fn of(rope_type: &str, numbers: &[(&str, f32)]) -> Self {
         let numbers = numbers.iter().map(|&(key, number)| (key.to_owned(), Value::from(number)));

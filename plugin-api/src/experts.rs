@@ -27,6 +27,11 @@ pub enum ExpertKind {
         /// Bounds both.
         limit: f32,
     },
+    /// `down(silu(g) * u)`, with g up to `limit` and u within ± `limit`
+    BoundedSwiglu {
+        /// Bounds both.
+        limit: f32,
+    },
     /// `down(beta tanh(g / beta) sigmoid(g) * linear_beta tanh(u / linear_beta))`; without `linear_beta`, u as it is
     Situ {
         /// Bounds the gate.
@@ -81,6 +86,7 @@ impl ExpertsShape {
             ExpertKind::Geglu => (abi::EXPERTS_GEGLU, 0.0, 0.0),
             ExpertKind::ClampedSwiglu { alpha, limit } => (abi::EXPERTS_CLAMPED_SWIGLU, alpha, limit),
             ExpertKind::LimitedSwiglu { limit } => (abi::EXPERTS_LIMITED_SWIGLU, 0.0, limit),
+            ExpertKind::BoundedSwiglu { limit } => (abi::EXPERTS_BOUNDED_SWIGLU, 0.0, limit),
             ExpertKind::Situ { beta, linear_beta } => (abi::EXPERTS_SITU, beta, linear_beta.unwrap_or(0.0)),
             ExpertKind::Relu2 => (abi::EXPERTS_RELU2, 0.0, 0.0),
             ExpertKind::GeluTanh => (abi::EXPERTS_GELU_TANH, 0.0, 0.0),

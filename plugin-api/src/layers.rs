@@ -3,7 +3,7 @@
 
 use crate::{
     Cache,
-    abi::{At, Slot},
+    abi::{self, At, Slot},
     tensor::{Call, Tensor},
 };
 
@@ -27,7 +27,7 @@ layers! {
         /// `[.., inputs]` -> `[.., outputs]`
         fn forward = linear;
     }
-    /// A table of vectors, one per token id.
+    /// A table of vectors, one per token id; or of ids, where the checkpoint has whole numbers.
     Embedding {
         /// ids `[tokens]` -> `[tokens, dim]`
         fn forward = embed;
@@ -97,7 +97,7 @@ impl Parameter {
 }
 
 /// Rotary position angles. <https://arxiv.org/abs/2104.09864>
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 pub struct Rope {
     pub(crate) slot: Slot,
     pub(crate) flags: u32,
@@ -106,7 +106,27 @@ pub struct Rope {
 impl Rope {
     /// Neighbouring lanes (2i, 2i + 1) turn together, as in the paper; without it lane i turns with lane i + dims / 2.
     pub fn interleaved(mut self) -> Self {
-        self.flags |= 1;
+        self.flags |= abi::ROTATE_NEIGHBOURS;
+        self
+    }
+
+    /// The last lanes of a head turn; without it the first.
+    pub fn at_the_end(mut self) -> Self {
+        self.flags |= abi::ROTATE_LAST;
+        self
+    }
+
+    /// Turns back what the same rope has turned: the values that attention took from keys.
+    pub fn back(mut self) -> Self {
+        self.flags ^= abi::ROTATE_BACK;
+        self
+    }
+
+    /// Every token turns as the first of its block of `size` tokens (at most 2^24 - 1; 0 for no blocks): what stands for a block has one
+    /// position.
+    pub fn in_blocks(mut self, size: usize) -> Self {
+        let size = (size as u32).min(u32::MAX >> abi::ROTATE_BLOCK_SHIFT);
+        self.flags = self.flags & ((1 << abi::ROTATE_BLOCK_SHIFT) - 1) | size << abi::ROTATE_BLOCK_SHIFT;
         self
     }
 }

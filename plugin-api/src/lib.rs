@@ -92,7 +92,7 @@ pub use config::RopeScaling;
 pub use experts::{ExpertKind, Experts, ExpertsShape};
 pub use layers::{Conv1d, Embedding, LayerNorm, Linear, MultiLinear, Norm, Parameter, RmsNorm, Rope};
 pub use own_op::{Op, OwnOp, View};
-pub use step::{Attend, BlockChoice, Layer, SparseBlocks, Step};
+pub use step::{Attend, BlockChoice, Layer, Pooled, SparseBlocks, Step};
 pub use tensor::Tensor;
 pub use weights::{Source, Weights};
 
@@ -103,7 +103,7 @@ pub use abi_stable;
 pub mod prelude {
     pub use crate::{
         Architecture, Attend, BlockChoice, Cache, Conv1d, Embedding, ExpertKind, Experts, ExpertsShape, Layer,
-        LayerNorm, Linear, Model, MultiLinear, Norm, Op, OwnOp, Parameter, Result, RmsNorm, Rope, RopeScaling, Source,
-        SparseBlocks, Step, Tensor, View, Weights, blocks::*, config, decoder_shape, export_plugin, have,
+        LayerNorm, Linear, Model, MultiLinear, Norm, Op, OwnOp, Parameter, Pooled, Result, RmsNorm, Rope, RopeScaling,
+        Source, SparseBlocks, Step, Tensor, View, Weights, blocks::*, config, decoder_shape, export_plugin, have,
     };
 }

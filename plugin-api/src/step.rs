@@ -29,6 +29,20 @@ pub struct Attend<'a> {
     pub blocks: Option<SparseBlocks>,
     /// ALiBi: `[heads]`, by how much a score falls for each position between query and key. <https://arxiv.org/abs/2108.12409>
     pub slopes: Option<&'a Tensor>,
+    /// Keys that share the softmax and stand for many tokens each.
+    pub pooled: Option<Pooled<'a>>,
+}
+
+/// Keys beside a layer's own, one for every few tokens: what remains of those that the window has left behind. They join a memory that
+/// [`Cache::pooled`](crate::Cache::pooled) declares, and are seen from the last of their tokens on, whatever the window.
+/// <https://huggingface.co/deepseek-ai/DeepSeek-V4-Flash>
+pub struct Pooled<'a> {
+    /// `[tokens, kv_heads, d]`; the rows of tokens that end a window count, as [`Layer::pool`] gives them.
+    pub keys: &'a Tensor,
+    /// `[tokens, kv_heads, e]`; without, a key's first lanes are its value, as in [`Layer::attend_latent`].
+    pub values: Option<&'a Tensor>,
+    /// The only ones that are seen, as [`Layer::index`] over pooled keys chose them.
+    pub selection: Option<&'a Tensor>,
 }
 
 /// How [`Layer::index_blocks`] chooses.
@@ -101,6 +115,10 @@ impl Layer {
         self.places.place(self.index, false, self.attended - 1)
     }
 
+    fn next_pooled(&mut self, how: &Attend) -> Option<u32> {
+        how.pooled.as_ref().map(|_| self.next_keys())
+    }
+
     pub(crate) fn next_state(&mut self) -> u32 {
         self.recurred += 1;
         self.places.place(self.index, true, self.recurred - 1)
@@ -123,20 +141,23 @@ impl Layer {
     /// cache first. Grouped heads share keys. Gives `[tokens, heads, e]`.
     #[track_caller]
     pub fn attend(&mut self, q: Tensor, k: Tensor, v: Tensor, how: &Attend) -> Tensor {
-        attend(self.next_keys(), q, k.handle(), v.handle(), 0, how)
+        let (cache, pooled) = (self.next_keys(), self.next_pooled(how));
+        attend(cache, pooled, q, [k.handle(), v.handle()], 0, how)
     }
 
     /// Attention where the first `lanes` lanes of a key are its value, as in MLA over latents: k `[tokens, kv_heads, d]` alone joins the
     /// cache. Gives `[tokens, heads, lanes]`.
     #[track_caller]
     pub fn attend_latent(&mut self, q: Tensor, k: Tensor, lanes: usize, how: &Attend) -> Tensor {
-        attend(self.next_keys(), q, k.handle(), Handle::NONE, lanes, how)
+        let (cache, pooled) = (self.next_keys(), self.next_pooled(how));
+        attend(cache, pooled, q, [k.handle(), Handle::NONE], lanes, how)
     }
 
     /// Attention over the keys and values of another layer (from 0, and earlier in this step): those of its first `attend`.
     #[track_caller]
     pub fn attend_to(&mut self, layer: usize, q: Tensor, how: &Attend) -> Tensor {
-        attend(self.places.place(layer, false, 0), q, Handle::NONE, Handle::NONE, 0, how)
+        let (cache, pooled) = (self.places.place(layer, false, 0), self.next_pooled(how));
+        attend(cache, pooled, q, [Handle::NONE; 2], 0, how)
     }
 
     /// The `count` keys worth attending to, by an indexer of its own: q `[tokens, heads, d]`, k `[tokens, 1, d]` (which joins a key cache
@@ -203,27 +224,38 @@ recurrences! {
     /// The real-gated linear recurrent unit: x and log_a `[tokens, dim]` -> `[tokens, dim]` by `h = a h + √(1 - a²) x`, with `h = x` at a
     /// sequence's first token. State `[dim]`. <https://arxiv.org/abs/2402.19427>
     rg_lru(x, log_a);
+    /// Windows of `rate` tokens, each made one entry: x and gate `[tokens, n * d]`, bias `[rate, n * d]` -> `[tokens, d]`, in the row of a
+    /// window's last token `Σ softmax(gate + bias) x`, lane by lane over the window's tokens, elsewhere 0. With n > 1 entries overlap: the
+    /// last d lanes of a token count for its own window, those before them for the next one, and so on. State
+    /// [`Cache::pooling`](crate::Cache::pooling)`(n, d)`. <https://huggingface.co/deepseek-ai/DeepSeek-V4-Flash>
+    pool(x, gate, bias);
 }
 
 #[track_caller]
-fn attend(cache: u32, q: Tensor, k: Handle, v: Handle, value_lanes: usize, how: &Attend) -> Tensor {
+fn attend(cache: u32, pooled: Option<u32>, q: Tensor, [k, v]: [Handle; 2], value_lanes: usize, how: &Attend) -> Tensor {
     let call = Call::current();
     let blocks = how.blocks.unwrap_or(SparseBlocks { size: 0, local: 0, stride: 0 });
+    let handle = |tensor: Option<&Tensor>| tensor.map_or(Handle::NONE, Tensor::handle);
+    let pools = how.pooled.as_ref();
     let spec = AttendSpec {
         flags: 0,
         scale: how.scale,
         softcap: how.softcap.unwrap_or(0.0),
         reserved: 0,
         window: how.window.unwrap_or(0) as u64,
-        sinks: how.sinks.map_or(Handle::NONE, Tensor::handle),
-        selection: how.selection.map_or(Handle::NONE, Tensor::handle),
+        sinks: handle(how.sinks),
+        selection: handle(how.selection),
         chunk: how.chunk.unwrap_or(0) as u64,
         value_lanes: value_lanes as u64,
         block: blocks.size as u64,
         local_blocks: blocks.local as u64,
         stride: blocks.stride as u64,
         selection_block: how.selection_block.unwrap_or(0) as u64,
-        slopes: how.slopes.map_or(Handle::NONE, Tensor::handle),
+        slopes: handle(how.slopes),
+        pooled_cache: pooled.map_or(0, |cache| cache as u64 + 1),
+        pooled_keys: handle(pools.map(|p| p.keys)),
+        pooled_values: handle(pools.and_then(|p| p.values)),
+        pooled_selection: handle(pools.and_then(|p| p.selection)),
     };
     Tensor::own(call.ops.attend()(call.ctx, cache, q.handle(), k, v, SpecRef::new(&spec), At::caller()))
 }

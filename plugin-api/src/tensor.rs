@@ -221,6 +221,8 @@ words! {
     max();
     /// 1 for the k largest entries of the last axis, 0 for the rest.
     top_mask(k: usize => k as u64);
+    /// Matrices `[.., n, n]`, nearly doubly stochastic: columns divided by their sums plus `eps`, then `rounds - 1` times rows and columns.
+    sinkhorn(rounds: usize => rounds as u64, eps: f32 => eps.into());
     /// Entries of the last axis by index: x `[.., n]`, indices `[.., k]` -> `[.., k]`.
     gather(indices: &Tensor => indices.handle);
 }

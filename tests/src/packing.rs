@@ -92,7 +92,7 @@ fn stream(numbers: impl Iterator<Item = u32>, bits: usize, len: usize) -> Vec<u3
 }
 
 /// The byte that E4M3 has for the number nearest below |x|, and that number: found among all of them.
-fn e4m3(x: f32) -> (u8, f32) {
+pub fn e4m3(x: f32) -> (u8, f32) {
     let value = |b: u8| {
         let (e, m) = (i32::from(b >> 3 & 15), f32::from(b & 7));
         if e == 0 { m / 8.0 * 2f32.powi(-6) } else { (1.0 + m / 8.0) * 2f32.powi(e - 7) }

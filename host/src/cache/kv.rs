@@ -7,7 +7,7 @@
 use super::{CacheOptions, KEEP, rows::Table};
 use crate::device::Placement;
 use candle_core::{Result, Tensor};
-use plugin_api::abi::{CACHE_IN_CHUNKS, CacheSpec};
+use plugin_api::abi::{CACHE_IN_CHUNKS, CACHE_POOLED, CacheSpec};
 
 /// Entries kept beyond what is needed, so that dropping is rare and speculative decoding can take tokens back.
 pub const SLACK: usize = 256;
@@ -23,9 +23,16 @@ pub struct KvCache {
     pub positions: Vec<u32>,
     /// `[heads, dim]` of a key, `[heads, dim]` of a value; known from the first tokens on. No values: their dim is 0.
     pub shape: Option<[usize; 4]>,
+    /// Tokens that an entry stands for: of these the last one has a row, the others have none.
+    pub every: usize,
     window: Option<usize>,
     chunk: Option<usize>,
     options: CacheOptions,
+}
+
+/// Tokens that an entry of a declared cache stands for.
+pub fn pooled_by(spec: &CacheSpec) -> usize {
+    if spec.kind == CACHE_POOLED { (spec.dims[0] as usize).max(1) } else { 1 }
 }
 
 /// Which keys a query sees, beside "none of the future".
@@ -58,6 +65,7 @@ impl KvCache {
             values: Table::new(place),
             positions: Vec::new(),
             shape: None,
+            every: pooled_by(spec),
             window,
             chunk,
             options,
@@ -80,9 +88,24 @@ impl KvCache {
 
     /// Appends keys `[tokens, heads, dim]` and values (or none) given as f32 slices (CPU kernels), for tokens from `offset` on.
     pub fn append(&mut self, keys: &[f32], values: &[f32], offset: usize, tokens: usize) {
-        self.keys.extend(keys);
-        self.values.extend(values);
-        self.positions.extend((offset..offset + tokens).map(|p| p as u32));
+        let (k, v) = (keys.len() / tokens.max(1), values.len() / tokens.max(1));
+        match self.every {
+            1 => {
+                self.keys.extend(keys);
+                self.values.extend(values);
+            }
+            _ => self.joining(offset, tokens).for_each(|row| {
+                self.keys.extend(&keys[row * k..(row + 1) * k]);
+                self.values.extend(&values[row * v..(row + 1) * v]);
+            }),
+        }
+        self.positions.extend(self.joining(offset, tokens).map(|row| (offset + row) as u32));
+    }
+
+    /// Those of the rows of `tokens` tokens from `offset` on that are entries.
+    fn joining(&self, offset: usize, tokens: usize) -> impl Iterator<Item = usize> + use<> {
+        let every = self.every;
+        (every - 1 - offset % every..tokens).step_by(every)
     }
 
     /// The same for candle tensors.
@@ -93,9 +116,14 @@ impl KvCache {
         offset: usize,
         tokens: usize,
     ) -> Result<()> {
-        self.keys.extend_tensor(keys)?;
-        values.map_or(Ok(()), |values| self.values.extend_tensor(values))?;
-        self.positions.extend((offset..offset + tokens).map(|p| p as u32));
+        let rows: Vec<u32> = self.joining(offset, tokens).map(|row| row as u32).collect();
+        if !rows.is_empty() {
+            let index = (rows.len() < tokens).then(|| Tensor::new(rows.as_slice(), keys.device())).transpose()?;
+            let of = |t: &Tensor| index.as_ref().map_or(Ok(t.clone()), |index| t.index_select(index, 0));
+            self.keys.extend_tensor(&of(keys)?)?;
+            values.map_or(Ok(()), |values| self.values.extend_tensor(&of(values)?))?;
+        }
+        self.positions.extend(rows.into_iter().map(|row| offset as u32 + row));
         Ok(())
     }
 
@@ -151,7 +179,7 @@ impl KvCache {
         let (keep, oldest) = (self.rule().keep, self.rule().oldest(offset));
         // Dropping leaves one gap, between the kept tokens and the rest: the entry after it tells.
         let rest = self.positions.iter().position(|&p| p as usize >= keep.max(1)).map(|i| self.positions[i] as usize);
-        rest.is_none_or(|first| first <= oldest.max(keep.max(1)))
+        rest.is_none_or(|first| first < oldest.max(keep.max(1)) + self.every)
     }
 
     /// Forgets entries at `offset` and later.
@@ -174,8 +202,11 @@ mod tests {
 
     /// A cache of one number a token, after `tokens` steps.
     fn after(flags: u32, window: usize, max_kv_size: Option<usize>, tokens: usize) -> KvCache {
+        read(CacheSpec { kind: 0, flags, window: window as u64, dims: [0; 6] }, max_kv_size, tokens)
+    }
+
+    fn read(spec: CacheSpec, max_kv_size: Option<usize>, tokens: usize) -> KvCache {
         let place = Placement::new(DeviceChoice::Cpu, DtypeChoice::Float32, candle_core::DType::F32).unwrap();
-        let spec = CacheSpec { kind: 0, flags, window: window as u64, dims: [0; 6] };
         let mut cache = KvCache::new(&spec, &place, CacheOptions { max_kv_size, ..Default::default() });
         cache.shaped([1, 1, 1, 0]).unwrap();
         for p in 0..tokens {
@@ -197,6 +228,24 @@ mod tests {
             assert_eq!(cache.can_trim_to(first.saturating_sub(1)), first == 0, "{tokens}");
         }
         assert!(!after(CACHE_IN_CHUNKS, 700, None, 1500).can_trim_to(1399), "went back into a chunk that has left");
+    }
+
+    #[test]
+    fn keys_that_stand_for_several_tokens_stay_with_the_last_of_them() {
+        let of_four = CacheSpec { kind: CACHE_POOLED, flags: 0, window: 0, dims: [4, 0, 0, 0, 0, 0] };
+        let mut cache = read(of_four, None, 18);
+        assert_eq!((cache.positions.as_slice(), cache.bytes()), (&[3, 7, 11, 15][..], 16));
+        assert_eq!(cache.keys.numbers().unwrap(), [3.0, 7.0, 11.0, 15.0]);
+        assert!((0..=18).all(|offset| cache.can_trim_to(offset)));
+        cache.trim_to(15);
+        assert_eq!(cache.positions, [3, 7, 11]);
+        // Tokens 15 to 20 in one step.
+        cache.append(&[15.0, 16.0, 17.0, 18.0, 19.0, 20.0], &[], 15, 6);
+        assert_eq!(cache.keys.numbers().unwrap(), [3.0, 7.0, 11.0, 15.0, 19.0]);
+        let limited = read(of_four, Some(100), 4000);
+        let first = limited.positions[1] as usize;
+        assert!(limited.positions[0] == 3 && first > 1000 && limited.positions.len() <= 25 + 2 * SLACK);
+        assert!(limited.can_trim_to(first + 92) && !limited.can_trim_to(first + 91));
     }
 
     #[test]

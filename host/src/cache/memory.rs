@@ -2,7 +2,7 @@
 //! however long the text is, is replaced by every step, and so cannot go back by itself (see [`State`](super::State)).
 
 use super::kv::KvCache;
-use plugin_api::abi::CacheSpec;
+use plugin_api::abi::{CACHE_STATE, CacheSpec};
 
 /// One declared cache of one sequence.
 #[derive(Clone)]
@@ -63,8 +63,11 @@ impl Recurrent {
     }
 }
 
-/// The shape of a declared state: its dims up to the first 0.
+/// The shape of a declared state: its dims up to the first 0; none of what is no state.
 pub fn dims(spec: &CacheSpec) -> Vec<usize> {
+    if spec.kind != CACHE_STATE {
+        return Vec::new();
+    }
     spec.dims.iter().take_while(|&&d| d > 0).map(|&d| usize::try_from(d).unwrap_or(usize::MAX)).collect()
 }
 

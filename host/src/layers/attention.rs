@@ -6,10 +6,16 @@ use super::{
     slices::{filled, with_f32},
 };
 use crate::{
-    cache::{kv::KvCache, rows::Table},
+    cache::{
+        kv::{KvCache, Sight},
+        rows::Table,
+    },
     device::Placement,
-    kernels::cpu::attention::{Attend, Blocks, Selection, attend as attend_on_cpu},
-    ops::{attending::memory, running::Part},
+    kernels::cpu::attention::{Attend, Blocks, Keys, Selection, attend_all},
+    ops::{
+        attending::{memory, remembered},
+        running::Part,
+    },
 };
 use candle_core::{D, DType, Device, Result, Tensor, bail};
 
@@ -38,6 +44,18 @@ pub struct Scores {
     pub lanes: Option<usize>,
     /// `[heads]`: a score falls by so much for each position between query and key.
     pub slopes: Option<Tensor>,
+    /// Keys that share the softmax and stand for several tokens each.
+    pub pooled: Option<Pooled>,
+}
+
+/// A cache of such keys.
+pub struct Pooled {
+    /// Its number.
+    pub cache: usize,
+    /// What joins it.
+    pub new: New,
+    /// Positions `[tokens, count]` or `[tokens, groups, count]` of the only ones that are seen.
+    pub selection: Option<Tensor>,
 }
 
 /// What joins the cache: k `[tokens, kv_heads, d]`, and v `[tokens, kv_heads, e]` unless keys hold the values. Nothing where queries look
@@ -65,37 +83,53 @@ pub fn attend(
     for part in parts {
         let (start, count, offset) = (part.tokens.start, part.tokens.len(), part.state.offset);
         let rows = |t: &Tensor| t.narrow(0, start, count);
-        let kv = memory(part, cache)?;
-        if let Some(k) = &new.k {
-            join(kv, &rows(k)?, new.v.as_ref().map(rows).transpose()?.as_ref(), offset, place)?;
+        let pooled = how.pooled.as_ref();
+        for (cache, New { k, v }) in [(cache, new)].into_iter().chain(pooled.map(|p| (p.cache, &p.new))) {
+            if let Some(k) = k {
+                let kv = memory(part, cache)?;
+                join(kv, &rows(k)?, v.as_ref().map(rows).transpose()?.as_ref(), offset, place)?;
+            }
         }
-        let (q, sight) = (rows(q)?, kv.sight(how.window, how.chunk));
-        let selection = how.selection.as_ref().map(|s| sorted(&rows(s)?)).transpose()?;
-        let selection = selection.as_ref().map(|(lists, groups)| {
-            let (groups, block) = (*groups, how.selection_block);
-            Selection { lists, groups, heads: heads / groups.max(1), block }
-        });
-        let attend = Attend {
+        let sorted = |s: &Option<Tensor>| s.as_ref().map(|s| sorted(&rows(s)?)).transpose();
+        let (chosen, pooled_chosen) = (sorted(&how.selection)?, sorted(&pooled.and_then(|p| p.selection.clone()))?);
+        let attend = |sight: Sight| Attend {
             scale: how.scale,
             softcap: how.softcap,
             window: sight.window,
             keep: sight.keep,
             chunk: sight.chunk,
             sinks: sinks.as_deref(),
-            selection,
-            blocks: how.blocks,
+            selection: None,
+            blocks: None,
             slopes: slopes.as_deref(),
         };
-        let queries: Vec<u32> = (offset..offset + count).map(|p| p as u32).collect();
+        let kv = remembered(part, cache)?;
+        let own = Attend {
+            blocks: how.blocks,
+            selection: shared(&chosen, heads, how.selection_block),
+            ..attend(kv.sight(how.window, how.chunk))
+        };
+        let mut seen = vec![(kv, own)];
+        if let Some(pooled) = pooled {
+            let kv = remembered(part, pooled.cache)?;
+            seen.push((kv, Attend { selection: shared(&pooled_chosen, heads, 1), ..attend(kv.sight(None, None)) }));
+        }
+        let (q, queries) = (rows(q)?, (offset..offset + count).map(|p| p as u32).collect::<Vec<_>>());
         outputs.push(match place.native {
-            true => on_cpu(&q, &queries, kv, how.lanes, &attend)?,
-            false => by_candle(&q, &queries, kv, how.lanes, &attend, &place.device)?,
+            true => on_cpu(&q, &queries, &seen, how.lanes)?,
+            false => by_candle(&q, &queries, &seen, how.lanes, &place.device)?,
         });
     }
     match outputs.len() {
         1 => Ok(outputs.remove(0)),
         _ => Tensor::cat(&outputs, 0),
     }
+}
+
+/// Who sees which of the blocks of `size` that lists name: `heads` query heads share a query's lists evenly.
+fn shared(lists: &Option<Lists>, heads: usize, size: usize) -> Option<Selection<'_>> {
+    let (lists, groups) = lists.as_ref()?;
+    Some(Selection { lists, groups: *groups, heads: heads / (*groups).max(1), block: size })
 }
 
 fn join(kv: &mut KvCache, k: &Tensor, v: Option<&Tensor>, offset: usize, place: &Placement) -> Result<()> {
@@ -111,8 +145,11 @@ fn join(kv: &mut KvCache, k: &Tensor, v: Option<&Tensor>, offset: usize, place: 
     }
 }
 
+/// Lists of positions or blocks, and how many of them a query has.
+type Lists = (Vec<Vec<u32>>, usize);
+
 /// The lists of a selection, each in rising order and without what fills it up, and how many a query has.
-fn sorted(selection: &Tensor) -> Result<(Vec<Vec<u32>>, usize)> {
+fn sorted(selection: &Tensor) -> Result<Lists> {
     let groups = if selection.rank() > 2 { selection.dim(1)? } else { 1 };
     let mut rows = selection.to_dtype(DType::U32)?.flatten_to(selection.rank() - 2)?.to_vec2::<u32>()?;
     for row in &mut rows {
@@ -122,63 +159,72 @@ fn sorted(selection: &Tensor) -> Result<(Vec<Vec<u32>>, usize)> {
     Ok((rows, groups))
 }
 
-fn on_cpu(q: &Tensor, queries: &[u32], kv: &KvCache, lanes: Option<usize>, how: &Attend) -> Result<Tensor> {
-    let (tokens, heads) = (q.dim(0)?, q.dim(1)?);
-    let (Some(keys), Some(values), Some([kv_heads, d, _, e])) = (kv.keys.rows(), kv.values.rows(), kv.shape) else {
-        bail!("the cache is not on the cpu")
-    };
-    let (values, e) = lanes.map_or((Some(values), e), |lanes| (None, lanes));
-    with_f32(q, |q| {
-        filled((tokens, heads, e), |out| {
-            attend_on_cpu(q, heads, d, queries, keys, values, kv_heads, e, &kv.positions, how, out);
-        })
-    })?
+fn on_cpu(q: &Tensor, queries: &[u32], seen: &[(&KvCache, Attend)], lanes: Option<usize>) -> Result<Tensor> {
+    let (tokens, heads, d) = q.dims3()?;
+    let Some([kv_heads, _, _, e]) = seen.first().and_then(|(kv, _)| kv.shape) else { bail!("the cache is empty") };
+    let mut caches = Vec::with_capacity(seen.len());
+    for (kv, how) in seen {
+        let (Some(keys), Some(values)) = (kv.keys.rows(), kv.values.rows()) else {
+            bail!("the cache is not on the cpu")
+        };
+        let values = if lanes.is_some() { None } else { Some(values) };
+        caches.push(Keys { keys, values, positions: &kv.positions, how });
+    }
+    let e = lanes.unwrap_or(e);
+    with_f32(q, |q| filled((tokens, heads, e), |out| attend_all(q, heads, d, queries, &caches, kv_heads, e, out)))?
 }
 
 /// The same by matmul, mask, softmax and matmul, for devices without a kernel of ours.
 fn by_candle(
     q: &Tensor,
     queries: &[u32],
-    kv: &KvCache,
+    seen: &[(&KvCache, Attend)],
     lanes: Option<usize>,
-    how: &Attend,
     device: &Device,
 ) -> Result<Tensor> {
-    let values = match (&kv.keys, &kv.values, lanes) {
-        (Table::Tensor(Some(keys)), _, Some(lanes)) => &keys.narrow(2, 0, lanes)?,
-        (_, Table::Tensor(Some(values)), None) => values,
-        _ => bail!("the cache is empty"),
-    };
-    let Table::Tensor(Some(keys)) = &kv.keys else { bail!("the cache is empty") };
     let (tokens, heads, _) = q.dims3()?;
-    let (groups, positions) = (heads / keys.dim(1)?, &kv.positions);
     // [entries, kv_heads, d] -> [heads, entries, d], each kv head repeated for its group of query heads
     let spread = |t: &Tensor| -> Result<Tensor> {
         let (entries, kv_heads, dim) = t.dims3()?;
-        let t = t.transpose(0, 1)?.unsqueeze(1)?.broadcast_as((kv_heads, groups, entries, dim))?;
+        let t = t.transpose(0, 1)?.unsqueeze(1)?.broadcast_as((kv_heads, heads / kv_heads, entries, dim))?;
         t.contiguous()?.reshape((heads, entries, dim))
     };
-    let (keys, values) = (spread(keys)?, spread(values)?);
+    let (mut keys, mut values) = (Vec::with_capacity(seen.len()), Vec::with_capacity(seen.len()));
+    for (kv, _) in seen {
+        // Of pooled keys there may be none yet.
+        let Table::Tensor(Some(k)) = &kv.keys else { continue };
+        values.push(match (&kv.values, lanes) {
+            (_, Some(lanes)) => spread(&k.narrow(2, 0, lanes)?)?,
+            (Table::Tensor(Some(v)), None) => spread(v)?,
+            _ => bail!("the cache is empty"),
+        });
+        keys.push(spread(k)?);
+    }
+    let (Some((_, how)), false) = (seen.first(), keys.is_empty()) else { bail!("the cache is empty") };
+    let (keys, values) = (Tensor::cat(&keys, 1)?, Tensor::cat(&values, 1)?);
     let queried = q.to_dtype(keys.dtype())?.transpose(0, 1)?.contiguous()?;
     let mut scores = queried.matmul(&keys.t()?)?.to_dtype(DType::F32)?.affine(how.scale as f64, 0.0)?;
     if let Some(cap) = how.softcap {
         scores = scores.affine(1.0 / cap as f64, 0.0)?.tanh()?.affine(cap as f64, 0.0)?;
     }
     // Heads that see different keys, or weigh distances differently, need a mask each.
-    let masks = if how.alike(heads) && how.slopes.is_none() { 1 } else { heads };
-    let mut mask = Vec::with_capacity(masks * tokens * positions.len());
+    let masks = if seen.iter().all(|(_, how)| how.alike(heads) && how.slopes.is_none()) { 1 } else { heads };
+    let entries = keys.dim(1)?;
+    let mut mask = Vec::with_capacity(masks * tokens * entries);
     for head in 0..masks {
         for (token, &p) in queries.iter().enumerate() {
-            let add = |&k: &u32| if how.sees(token, head, p, k) { how.bias(head, p, k) } else { f32::NEG_INFINITY };
-            mask.extend(positions.iter().map(add));
+            for (kv, how) in seen {
+                let add = |&k: &u32| if how.sees(token, head, p, k) { how.bias(head, p, k) } else { f32::NEG_INFINITY };
+                mask.extend(kv.positions.iter().map(add));
+            }
         }
     }
-    let mut scores = scores.broadcast_add(&Tensor::from_vec(mask, (masks, tokens, positions.len()), device)?)?;
+    let mut scores = scores.broadcast_add(&Tensor::from_vec(mask, (masks, tokens, entries), device)?)?;
     if let Some(sinks) = how.sinks {
         let column = Tensor::new(sinks, device)?.reshape((heads, 1, 1))?.broadcast_as((heads, tokens, 1))?;
         scores = Tensor::cat(&[&scores, &column.contiguous()?], D::Minus1)?;
     }
-    let shares = candle_nn::ops::softmax_last_dim(&scores)?.narrow(D::Minus1, 0, positions.len())?;
+    let shares = candle_nn::ops::softmax_last_dim(&scores)?.narrow(D::Minus1, 0, entries)?;
     let y = shares.to_dtype(values.dtype())?.contiguous()?.matmul(&values)?;
     y.transpose(0, 1)?.contiguous()?.to_dtype(q.dtype())
 }

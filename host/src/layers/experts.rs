@@ -38,6 +38,11 @@ pub enum Activation {
         /// Bounds both.
         limit: f32,
     },
+    /// `silu(g) * u`, g up to `limit` and u within ± `limit`
+    BoundedSwiglu {
+        /// Bounds both.
+        limit: f32,
+    },
     /// `beta tanh(g / beta) sigmoid(g) * linear_beta tanh(u / linear_beta)`; with a `linear_beta` of 0, u as it is
     Situ {
         /// Bounds the gate.
@@ -83,6 +88,7 @@ impl Activation {
                 g / (1.0 + (-alpha * g).exp()) * (u + 1.0)
             }
             Activation::LimitedSwiglu { limit } => silu(g).min(limit) * u.clamp(-limit, limit),
+            Activation::BoundedSwiglu { limit } => silu(g.min(limit)) * u.clamp(-limit, limit),
             Activation::Situ { beta, linear_beta } => {
                 let u = if linear_beta > 0.0 { linear_beta * (u / linear_beta).tanh() } else { u };
                 beta * (g / beta).tanh() / (1.0 + (-g).exp()) * u
@@ -106,6 +112,7 @@ impl Activation {
                 (&gate * sigmoid(&(&gate * alpha as f64)?)?)? * (up.clamp(-limit, limit)? + 1.0)?
             }
             Activation::LimitedSwiglu { limit } => gate.silu()?.minimum(limit)? * up.clamp(-limit, limit)?,
+            Activation::BoundedSwiglu { limit } => gate.minimum(limit)?.silu()? * up.clamp(-limit, limit)?,
             Activation::Situ { beta, linear_beta } => {
                 let bounded = |x: &Tensor, bound: f32| (x / bound as f64)?.tanh()? * bound as f64;
                 let up = if linear_beta > 0.0 { bounded(up, linear_beta)? } else { up.clone() };
@@ -200,7 +207,8 @@ mod tests {
         let gate = Tensor::new(&numbers, &candle_core::Device::Cpu).unwrap();
         let up = (gate.neg().unwrap() * 0.75).unwrap();
         let clamped = ClampedSwiglu { alpha: 1.702, limit: 2.0 };
-        for activation in [Swiglu, Geglu, clamped, LimitedSwiglu { limit: 2.0 }, Relu2, GeluTanh, Silu] {
+        let (limited, bounded) = (LimitedSwiglu { limit: 2.0 }, BoundedSwiglu { limit: 2.0 });
+        for activation in [Swiglu, Geglu, clamped, limited, bounded, Relu2, GeluTanh, Silu] {
             let kernel = activation.on_cpu(&gate, &up).unwrap().to_vec1::<f32>().unwrap();
             let candle = activation.by_candle(&gate, &up).unwrap().to_vec1::<f32>().unwrap();
             let single = numbers.iter().map(|&g| activation.of(g, g * -0.75)).collect::<Vec<_>>();
@@ -220,6 +228,8 @@ mod tests {
         assert_eq!(clamped.of(-50.0, 0.0), -50.0 / (1.0 + 85.1f32.exp()));
         assert_eq!(LimitedSwiglu { limit: 7.0 }.of(50.0, 3.0), 21.0);
         assert_eq!(LimitedSwiglu { limit: 7.0 }.of(50.0, 30.0), 49.0);
+        assert_eq!(BoundedSwiglu { limit: 7.0 }.of(50.0, 3.0), Swiglu.of(7.0, 3.0));
+        assert_eq!(BoundedSwiglu { limit: 7.0 }.of(-50.0, -30.0), Swiglu.of(-50.0, -7.0));
     }
 
     fn linear(numbers: &[f32], rows: usize) -> Linear {

@@ -76,8 +76,12 @@ pub fn index_blocks(
     let (tokens, heads, _) = q.dims3()?;
     let mut chosen = Vec::with_capacity(tokens * heads * how.count);
     for part in parts {
-        let offset = part.state.offset;
+        let (offset, count) = (part.state.offset, part.tokens.len());
         let keys = Keys::joined(cache, k, part, place)?;
+        if keys.kv.positions.is_empty() {
+            pad(&mut chosen, count * heads * how.count, std::iter::empty());
+            continue;
+        }
         keys.score(q, |rows, scores| {
             for (token, scores) in (rows.first..).zip(scores.to_vec3::<f32>()?) {
                 let own = (offset + token) / how.size;

@@ -21,6 +21,8 @@ pub enum Layer {
     Linear(linear::Linear),
     /// A table of vectors.
     Embedding(embedding::Embedding),
+    /// A table of ids.
+    Ids(embedding::Ids),
     /// RMSNorm or LayerNorm.
     Norm(norm::Norm),
     /// Routed experts.

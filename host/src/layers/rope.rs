@@ -191,17 +191,19 @@ impl Span {
         (self.offset + self.len).max(self.horizon)
     }
 
-    fn positions(&self) -> Vec<f32> {
-        (self.offset..self.offset + self.len).map(|p| p as f32).collect()
+    /// Where its tokens stand; in blocks, all tokens of one stand where its first does.
+    fn positions(&self, block: usize) -> Vec<f32> {
+        let block = block.max(1);
+        (self.offset..self.offset + self.len).map(|p| (p / block * block) as f32).collect()
     }
 }
 
 impl Rope {
-    /// Cosines and sines of a step's tokens, one set a sequence, for all layers with this rope.
-    pub fn angles(&self, spans: &[Span]) -> Vec<cpu::Angles> {
+    /// Cosines and sines of a step's tokens, one set a sequence, for all layers with this rope; `block` as in the ABI, 0 for none.
+    pub fn angles(&self, spans: &[Span], block: usize) -> Vec<cpu::Angles> {
         let of = |span: &Span| {
             let text = span.text();
-            cpu::Angles::new(&span.positions(), &self.frequencies(text), self.amplitude(text))
+            cpu::Angles::new(&span.positions(block), &self.frequencies(text), self.amplitude(text))
         };
         spans.iter().map(of).collect()
     }
@@ -211,27 +213,27 @@ impl Rope {
         x: &Tensor,
         spans: &[Span],
         angles: &[cpu::Angles],
-        interleaved: bool,
+        turn: cpu::Turn,
     ) -> candle_core::Result<Tensor> {
         let (_, heads, head_dim) = x.dims3()?;
         let mut numbers = with_f32(x, <[f32]>::to_vec)?;
         let mut rest = numbers.as_mut_slice();
         for (span, angles) in spans.iter().zip(angles) {
             let (rows, after) = rest.split_at_mut(span.len * heads * head_dim);
-            angles.rotate(rows, heads, head_dim, interleaved);
+            angles.rotate(rows, heads, head_dim, turn);
             rest = after;
         }
         Tensor::from_vec(numbers, x.shape(), x.device())
     }
 
     /// The same by candle's ops, on any device.
-    pub fn rotate(&self, x: &Tensor, spans: &[Span], interleaved: bool) -> candle_core::Result<Tensor> {
+    pub fn rotate(&self, x: &Tensor, spans: &[Span], block: usize, turn: cpu::Turn) -> candle_core::Result<Tensor> {
         let mut turned = Vec::with_capacity(spans.len());
         let mut start = 0;
         for span in spans {
             let rows = x.narrow(0, start, span.len)?;
             start += span.len;
-            turned.push(self.rotate_by_candle(&rows, span, interleaved)?);
+            turned.push(self.rotate_by_candle(&rows, span, block, turn)?);
         }
         match turned.len() {
             1 => Ok(turned.remove(0)),
@@ -239,29 +241,36 @@ impl Rope {
         }
     }
 
-    fn rotate_by_candle(&self, x: &Tensor, span: &Span, interleaved: bool) -> candle_core::Result<Tensor> {
-        let (positions, inv_freq) = (span.positions(), self.frequencies(span.text()));
+    fn rotate_by_candle(&self, x: &Tensor, span: &Span, block: usize, turn: cpu::Turn) -> candle_core::Result<Tensor> {
+        let (positions, inv_freq) = (span.positions(block), self.frequencies(span.text()));
         let (tokens, heads, head_dim) = x.dims3()?;
         let half = self.dims / 2;
         let angle = |&p: &f32| inv_freq.iter().map(move |&f| (p as f64 * f as f64) as f32);
         let angles: Vec<f32> = positions.iter().flat_map(angle).collect();
         let angles = Tensor::from_vec(angles, (tokens, 1, half), x.device())?;
         let amplitude = self.amplitude(span.text()) as f64;
-        let (cos, sin) = (angles.cos()?.affine(amplitude, 0.0)?, angles.sin()?.affine(amplitude, 0.0)?);
-        let (lanes, rest) = (x.narrow(D::Minus1, 0, self.dims)?.to_dtype(DType::F32)?, head_dim - self.dims);
+        let sign = if turn.back { -1.0 } else { 1.0 };
+        let (cos, sin) = (angles.cos()?.affine(amplitude, 0.0)?, angles.sin()?.affine(sign * amplitude, 0.0)?);
+        let rest = head_dim - self.dims;
+        let (first, resting) = if turn.last { (rest, 0) } else { (0, self.dims) };
+        let lanes = x.narrow(D::Minus1, first, self.dims)?.to_dtype(DType::F32)?;
         // Pairs as [.., half, 2] (neighbours) or [.., 2, half] (halves).
-        let pairs = if interleaved {
+        let pairs = if turn.neighbours {
             lanes.reshape((tokens, heads, half, 2))?
         } else {
             lanes.reshape((tokens, heads, 2, half))?
         };
-        let axis = if interleaved { 3 } else { 2 };
+        let axis = if turn.neighbours { 3 } else { 2 };
         let (a, b) = (pairs.narrow(axis, 0, 1)?.squeeze(axis)?, pairs.narrow(axis, 1, 1)?.squeeze(axis)?);
         let first = (a.broadcast_mul(&cos)? - b.broadcast_mul(&sin)?)?;
         let second = (b.broadcast_mul(&cos)? + a.broadcast_mul(&sin)?)?;
         let turned =
             Tensor::stack(&[&first, &second], axis)?.reshape((tokens, heads, self.dims))?.to_dtype(x.dtype())?;
-        if rest == 0 { Ok(turned) } else { Tensor::cat(&[&turned, &x.narrow(D::Minus1, self.dims, rest)?], D::Minus1) }
+        if rest == 0 {
+            return Ok(turned);
+        }
+        let rest = x.narrow(D::Minus1, resting, rest)?;
+        Tensor::cat(&if turn.last { [&rest, &turned] } else { [&turned, &rest] }, D::Minus1)
     }
 }
 

@@ -11,7 +11,7 @@ use crate::{
     layers::{attention, indexer},
 };
 use candle_core::Tensor;
-use plugin_api::abi::{AttendSpec, BlockChoiceSpec, CACHE_STATE, Handle, SpecRef};
+use plugin_api::abi::{AttendSpec, BlockChoiceSpec, CACHE_POOLED, CACHE_STATE, Handle, SpecRef};
 
 /// More blocks than any model looks at; each query keeps room for all that it may choose.
 const MOST_BLOCKS: u64 = 1 << 16;
@@ -24,11 +24,51 @@ pub fn memory<'a>(part: &'a mut Part, cache: usize) -> candle_core::Result<&'a m
     }
 }
 
+/// The same, to be looked at.
+pub fn remembered<'a>(part: &'a Part, cache: usize) -> candle_core::Result<&'a KvCache> {
+    match part.state.layers.get(cache).and_then(Memory::key_value) {
+        Some(kv) => Ok(kv),
+        None => candle_core::bail!("cache {cache} holds no keys and values"),
+    }
+}
+
 /// The tensor behind a value that may be a shape only.
 fn real(value: &Option<Value>) -> Option<Tensor> {
     match value {
         Some(Value::Real(t)) => Some(t.clone()),
         _ => None,
+    }
+}
+
+/// Pooled keys, their values and which of them are seen.
+type Pools = [Option<Value>; 3];
+
+fn three(x: &Value) -> Outcome<[usize; 3]> {
+    match *x.dims()? {
+        [tokens, heads, dim] => Ok([tokens, heads, dim]),
+        ref dims => Err(fault!("{dims:?} is not [tokens, heads, dim]")),
+    }
+}
+
+/// What a cache holds of a token, from keys and values that fit queries `[tokens, heads, d]`.
+fn shape_of([tokens, heads, d]: [usize; 3], k: &Value, v: Option<&Value>) -> Outcome<[usize; 4]> {
+    let [k_tokens, kv_heads, k_d] = three(k)?;
+    let [v_tokens, v_heads, e] = v.map_or(Ok([k_tokens, kv_heads, 0]), three)?;
+    if [k_tokens, v_tokens] != [tokens; 2] || v_heads != kv_heads {
+        return Err(fault!(
+            "q [{tokens}, {heads}, {d}] against k [{k_tokens}, {kv_heads}, {k_d}], v [{v_tokens}, {v_heads}, {e}]"
+        ));
+    }
+    Ok([kv_heads, k_d, v_heads, e])
+}
+
+/// Whether a selection has a row for each token, or one for each group of heads.
+fn chooses(selection: &Option<Value>, tokens: usize, heads: usize) -> Outcome<()> {
+    match selection.as_ref().map(Value::dims).transpose()? {
+        Some(&[n, _]) if n == tokens => Ok(()),
+        Some(&[n, groups, _]) if n == tokens && groups > 0 && heads.is_multiple_of(groups) => Ok(()),
+        Some(dims) => Err(fault!("a selection of {dims:?} for {tokens} tokens, {heads} heads")),
+        None => Ok(()),
     }
 }
 
@@ -67,24 +107,11 @@ impl Running<'_> {
         let (sinks, selection, slopes) =
             (self.given(spec.sinks)?, self.given(spec.selection)?, self.given(spec.slopes)?);
         let lanes = spec.value_lanes as usize;
-        let three = |x: &Value| match *x.dims()? {
-            [tokens, heads, dim] => Ok([tokens, heads, dim]),
-            ref dims => Err(fault!("{dims:?} is not [tokens, heads, dim]")),
-        };
         let [tokens, heads, d] = three(&q)?;
         let shape = match (&k, &v) {
             (None, None) => self.looked_at(cache)?,
             (None, Some(_)) => return Err(fault!("values without keys")),
-            (Some(k), v) => {
-                let [k_tokens, kv_heads, k_d] = three(k)?;
-                let [v_tokens, v_heads, e] = v.as_ref().map_or(Ok([k_tokens, kv_heads, 0]), three)?;
-                if [k_tokens, v_tokens] != [tokens; 2] || v_heads != kv_heads {
-                    return Err(fault!(
-                        "q [{tokens}, {heads}, {d}] against k [{k_tokens}, {kv_heads}, {k_d}], v [{v_tokens}, {v_heads}, {e}]"
-                    ));
-                }
-                [kv_heads, k_d, v_heads, e]
-            }
+            (Some(k), v) => shape_of([tokens, heads, d], k, v.as_ref())?,
         };
         let [kv_heads, k_d, _, stored] = shape;
         if k_d != d || kv_heads == 0 || !heads.is_multiple_of(kv_heads) {
@@ -102,16 +129,8 @@ impl Running<'_> {
                 return Err(fault!("{what} {:?} for {heads} heads", numbers.dims()?));
             }
         }
-        if let Some(chosen) = &selection {
-            let fits = match *chosen.dims()? {
-                [n, _] => n == tokens,
-                [n, groups, _] => n == tokens && groups > 0 && heads.is_multiple_of(groups),
-                _ => false,
-            };
-            if !fits {
-                return Err(fault!("a selection of {:?} for {tokens} tokens, {heads} heads", chosen.dims()?));
-            }
-        }
+        chooses(&selection, tokens, heads)?;
+        let pooled = self.pooled(&spec, [tokens, heads, d], shape)?;
         if cache as usize >= self.fed.len() {
             return Err(fault!("the layer declares no further keys and values in caches()"));
         }
@@ -140,9 +159,35 @@ impl Running<'_> {
             }),
             lanes: some(spec.value_lanes),
             slopes: real(&slopes),
+            pooled: pooled.map(|(cache, [k, v, selection])| attention::Pooled {
+                cache,
+                new: attention::New { k: real(&k), v: real(&v) },
+                selection: real(&selection),
+            }),
         };
         let new = attention::New { k: real(&k), v: real(&v) };
         Ok(Value::Real(attention::attend(cache as usize, q, &new, &how, &mut self.parts, self.place)?))
+    }
+
+    /// The cache of pooled keys that an `attend` names, fed with keys and values of the same shape as its own; and their selection.
+    fn pooled(&mut self, spec: &AttendSpec, q: [usize; 3], own: [usize; 4]) -> Outcome<Option<(usize, Pools)>> {
+        let pools = [spec.pooled_keys, spec.pooled_values, spec.pooled_selection];
+        let [k, v, selection] = [self.given(pools[0])?, self.given(pools[1])?, self.given(pools[2])?];
+        let (cache, k) = match (spec.pooled_cache.checked_sub(1), k) {
+            (None, None) => return Ok(None),
+            (Some(cache), Some(k)) => (cache as u32, k),
+            _ => return Err(fault!("pooled keys and a cache for them: it takes both")),
+        };
+        if self.caches.get(cache as usize).is_none_or(|declared| declared.kind != CACHE_POOLED) {
+            return Err(fault!("the layer declares no further pooled keys in caches()"));
+        }
+        let shape = shape_of(q, &k, v.as_ref())?;
+        if shape != own {
+            return Err(fault!("pooled keys and values {shape:?} beside {own:?}"));
+        }
+        chooses(&selection, q[0], q[1])?;
+        self.feed(cache, shape)?;
+        Ok(Some((cache as usize, [Some(k), v, selection])))
     }
 
     /// The positions `[tokens, count]` of the keys that an indexer scores best.

@@ -83,6 +83,7 @@ impl Building<'_> {
             abi::EXPERTS_GEGLU => Activation::Geglu,
             abi::EXPERTS_CLAMPED_SWIGLU => Activation::ClampedSwiglu { alpha: spec.alpha, limit },
             abi::EXPERTS_LIMITED_SWIGLU => Activation::LimitedSwiglu { limit },
+            abi::EXPERTS_BOUNDED_SWIGLU => Activation::BoundedSwiglu { limit },
             abi::EXPERTS_SITU => Activation::Situ { beta: spec.alpha, linear_beta: limit },
             abi::EXPERTS_RELU2 => Activation::Relu2,
             abi::EXPERTS_GELU_TANH => Activation::GeluTanh,

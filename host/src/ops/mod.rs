@@ -1,8 +1,8 @@
 //! What the host does for a plugin: the op table, and behind each entry a check of shapes and then the numbers.
 //!
 //! `table` is the ABI face; `building` (with `experts`) runs while a plugin names its weights, `running`, `attending` and `recurring` (with
-//! `linear_attention`, a plugin's own step in `scanning` and its `own_op`) while it computes. `arena` turns handles into values; `value`
-//! has the ops that need neither weights nor sequence; `watch` writes down what a plugin called.
+//! `linear_attention`, `pooling`, a plugin's own step in `scanning` and its `own_op`) while it computes. `arena` turns handles into values;
+//! `value` has the ops that need neither weights nor sequence; `watch` writes down what a plugin called.
 
 pub(crate) mod arena;
 pub(crate) mod attending;
@@ -10,6 +10,7 @@ pub(crate) mod building;
 mod experts;
 mod linear_attention;
 pub(crate) mod own_op;
+mod pooling;
 pub(crate) mod recurring;
 pub(crate) mod running;
 mod scanning;

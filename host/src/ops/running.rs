@@ -9,11 +9,11 @@ use super::{
 use crate::{
     cache::State,
     device::Placement,
-    kernels::cpu::Angles,
+    kernels::cpu::{Angles, Turn},
     layers::{Layer, experts::Activation, rope},
     weights::plan::Wanted,
 };
-use plugin_api::abi::{CacheSpec, Handle, Slot};
+use plugin_api::abi::{CacheSpec, Handle, ROTATE_BACK, ROTATE_BLOCK_SHIFT, ROTATE_LAST, ROTATE_NEIGHBOURS, Slot};
 use std::{
     collections::{BTreeMap, HashMap},
     ops::Range,
@@ -52,8 +52,8 @@ pub struct Running<'a> {
     pub fed: Vec<bool>,
     /// What the plugin did that no tensor could say: a building op in `forward`.
     pub misuse: Option<String>,
-    /// Angles of this step's tokens, by rope.
-    pub angles: HashMap<u32, Vec<Angles>>,
+    /// Angles of this step's tokens, by rope and length of blocks.
+    pub angles: HashMap<(u32, usize), Vec<Angles>>,
     /// What a dry run learns of the caches.
     pub shapes: CacheShapes,
     /// The ops of the call, where somebody watches.
@@ -93,6 +93,7 @@ impl Running<'_> {
         let layer = self.layer(slot);
         ids.make(dims, |ids| match layer {
             Ok(Layer::Embedding(e)) => e.forward(ids),
+            Ok(Layer::Ids(table)) => table.forward(ids),
             _ => candle_core::bail!("this layer is not loaded"),
         })
     }
@@ -155,8 +156,17 @@ impl Running<'_> {
         }
     }
 
-    pub fn rotate(&mut self, slot: Slot, x: Handle, interleaved: bool) -> Outcome {
+    pub fn rotate(&mut self, slot: Slot, x: Handle, flags: u32) -> Outcome {
         let x = self.arena.get(x)?;
+        let (ways, block) = (flags & ((1 << ROTATE_BLOCK_SHIFT) - 1), (flags >> ROTATE_BLOCK_SHIFT) as usize);
+        if ways & !(ROTATE_NEIGHBOURS | ROTATE_LAST | ROTATE_BACK) != 0 {
+            return Err(fault!("the plugin asks for a way to turn that this dylm does not know; update dylm"));
+        }
+        let turn = Turn {
+            neighbours: ways & ROTATE_NEIGHBOURS != 0,
+            last: ways & ROTATE_LAST != 0,
+            back: ways & ROTATE_BACK != 0,
+        };
         let Some(Wanted::Rope(rope)) = self.wanted.get(slot.0 as usize) else {
             return Err(fault!("this layer has no rope"));
         };
@@ -174,10 +184,10 @@ impl Running<'_> {
         });
         let spans = spans.collect::<Vec<_>>();
         if !self.place.native {
-            return x.make(dims, |x| rope.rotate(x, &spans, interleaved));
+            return x.make(dims, |x| rope.rotate(x, &spans, block, turn));
         }
-        let angles = self.angles.entry(slot.0).or_insert_with(|| rope.angles(&spans));
-        x.make(dims, |x| rope::Rope::rotate_on_cpu(x, &spans, angles, interleaved))
+        let angles = self.angles.entry((slot.0, block)).or_insert_with(|| rope.angles(&spans, block));
+        x.make(dims, |x| rope::Rope::rotate_on_cpu(x, &spans, angles, turn))
     }
 
     /// Where each token stands in its sequence.

@@ -196,7 +196,7 @@ implement! {
         multi_linear(slot, x: Handle): |r| r.multi_linear(slot, x);
         conv1d(slot, cache: u32, x: Handle): |r| r.conv1d(slot, cache, x);
         parameter(slot): |r| r.parameter(slot);
-        rotate(slot, x: Handle, flags: u32): |r| r.rotate(slot, x, flags & 1 == 1);
+        rotate(slot, x: Handle, flags: u32): |r| r.rotate(slot, x, flags);
     }
     run {
         fail(message: RStr<'_>): |_r| Err(fault!("{message}"));
@@ -212,6 +212,8 @@ implement! {
         linear_attention(cache: u32, q: Handle, k: Handle, v: Handle, g: Handle): |r| r.linear_attention(cache, [q, k, v, g]);
         wkv7(cache: u32, r: Handle, w: Handle, k: Handle, v: Handle, a: Handle, b: Handle): |run| run.wkv7(cache, [r, w, k, v, a, b]);
         rg_lru(cache: u32, x: Handle, log_a: Handle): |r| r.rg_lru(cache, [x, log_a]);
+        pool(cache: u32, x: Handle, gate: Handle, bias: Handle): |r| r.pool(cache, [x, gate, bias]);
+        sinkhorn(x: Handle, rounds: u64, eps: f64): |r| r.arena.look(x)?.sinkhorn(rounds, eps);
         top_mask(x: Handle, k: u64): |r| r.arena.look(x)?.top_mask(k as usize);
         split_heads(x: Handle, head_dim: u64): |r| r.arena.look(x)?.split_heads(head_dim as usize);
         narrow(x: Handle, start: u64, len: u64): |r| r.arena.look(x)?.narrow(start as usize, len as usize);
@@ -299,14 +301,14 @@ macro_rules! tables {
             };
             let layers = LayerOps {
                 embed, unembed, linear, norm, experts, multi_linear, parameter, rotate, positions, ngrams, attend, index,
-                conv1d, shift, ssd, selective_scan, gated_delta, linear_attention, wkv7, rg_lru, scan, index_blocks,
+                conv1d, shift, ssd, selective_scan, gated_delta, linear_attention, wkv7, rg_lru, scan, index_blocks, pool,
                 $($layers)*
             };
             let tensors = TensorOps {
                 retain, release, fail, split_heads, merge_heads, narrow, concat, unflatten, flatten, transpose, add, sub,
                 mul, div, maximum, minimum, greater, affine, clamp, matmul, neg, floor, round, abs, exp, log, sqrt, rsqrt,
                 square, sigmoid, tanh, relu, silu, gelu, gelu_tanh, softplus, swiglu, geglu, softmax, sum, mean, max, topk,
-                top_mask, gather,
+                top_mask, gather, sinkhorn,
                 $($tensors)*
             };
             let (build, layers) = (build.leak_into_prefix(), layers.leak_into_prefix());

@@ -125,6 +125,9 @@ impl Library {
                 c.dims == [0; 6] && (c.flags == 0 || c.flags == abi::CACHE_IN_CHUNKS && c.window > 0)
             }
             abi::CACHE_STATE => c.flags == 0 && c.window == 0,
+            abi::CACHE_POOLED => {
+                (c.flags, c.window) == (0, 0) && (1..1 << 24).contains(&c.dims[0]) && c.dims[1..] == [0; 5]
+            }
             _ => false,
         };
         if object.caches.len() > MOST_CACHES || !object.caches.iter().all(known) {

@@ -14,7 +14,7 @@ use crate::{
         Layer,
         adapted::Adapter,
         conv1d::Conv1d,
-        embedding::Embedding,
+        embedding::{Embedding, Ids},
         experts::{Expert, Experts},
         linear::Linear,
         multi_linear::MultiLinear,
@@ -45,7 +45,10 @@ impl Loader<'_> {
                 let adapter = self.linear_adapter(weight, &placed)?;
                 Layer::Linear(Linear { weight: placed, bias, adapter })
             }
-            Wanted::Embedding { weight, .. } => {
+            Wanted::Embedding { weight, dim, .. } => {
+                if let Some(numbers) = self.pantry.whole_numbers(weight)? {
+                    return Ok(Layer::Ids(Ids { numbers, dim: *dim }));
+                }
                 let placed = Weight::place(self.pantry.matrix(weight)?, self.place)?;
                 let adapter = match weight.path() {
                     Some(path) => self.adapters.embedding(path, &placed, self.place)?,

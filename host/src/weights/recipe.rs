@@ -137,6 +137,14 @@ impl Pantry {
         }
     }
 
+    /// The ids that a table holds, where it is one of whole numbers.
+    pub fn whole_numbers(&self, recipe: &Recipe) -> Result<Option<Vec<u32>>> {
+        match recipe {
+            Recipe::Stored(name) => self.named(name).ids(),
+            _ => Ok(None),
+        }
+    }
+
     /// The tensor as a matrix: all axes but the last make up its rows.
     pub fn matrix(&self, recipe: &Recipe) -> Result<Matrix> {
         let shape = self.shape(recipe)?;

@@ -115,6 +115,9 @@ pub const EXPERTS_SILU: u32 = 6;
 /// `down(alpha tanh(g / alpha) sigmoid(g) * limit tanh(u / limit))`, g = gate x, u = up x; with `limit` 0, u as it is
 pub const EXPERTS_SITU: u32 = 7;
 
+/// `down(silu(g) * u)`, g = gate x up to `limit`, u = up x within ± `limit`
+pub const EXPERTS_BOUNDED_SWIGLU: u32 = 8;
+
 /// Every projection has a bias.
 pub const EXPERTS_WITH_BIAS: u32 = 1;
 /// The router's weight multiplies an expert's input, not its output.
@@ -155,7 +158,7 @@ pub struct CacheSpec {
     pub flags: u32,
     /// Keys that ever matter, counting the query's own; 0 for all.
     pub window: u64,
-    /// The shape of a state, for kinds that have one, up to the first 0; 0 elsewhere.
+    /// The shape of a state, up to the first 0; of pooled keys their rate, then 0; 0 elsewhere.
     pub dims: [u64; 6],
 }
 
@@ -163,6 +166,18 @@ pub struct CacheSpec {
 pub const CACHE_KEY_VALUE: u32 = 0;
 /// Numbers of a fixed shape, 0 at first, that every step replaces: what a recurrence or a convolution carries on.
 pub const CACHE_STATE: u32 = 1;
+/// Keys and values of which each stands for `dims[0]` tokens: of the rows that an op brings, only those of tokens that end such a window
+/// stay, at that token's position.
+pub const CACHE_POOLED: u32 = 2;
 
 /// `window` is a chunk: keys before the last multiple of it never matter.
 pub const CACHE_IN_CHUNKS: u32 = 1;
+
+/// `rotate`: neighbouring lanes pair up.
+pub const ROTATE_NEIGHBOURS: u32 = 1;
+/// `rotate`: the last lanes of a head turn, not the first.
+pub const ROTATE_LAST: u32 = 2;
+/// `rotate`: the other way round.
+pub const ROTATE_BACK: u32 = 4;
+/// `rotate`: above this many bits stands the length of a block; each token turns as the first of its block. 0 for no blocks.
+pub const ROTATE_BLOCK_SHIFT: u32 = 8;

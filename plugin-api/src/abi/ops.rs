@@ -147,7 +147,7 @@ macro_rules! ops_1_0 {
         layers = /// What stands on weights or on the sequence: during `forward` and `head`.
         LayerOps LayerOpsRef {
             // ---- layers with weights ----
-            /// ids `[tokens]` -> `[tokens, dim]`
+            /// ids `[tokens]` -> `[tokens, dim]`; a table of whole numbers gives ids.
             fn embed(slot: Slot, tokens: Handle) -> Handle;
             /// `[tokens, dim]` -> `[tokens, vocab]`: an embedding used as the output head.
             fn unembed(slot: Slot, x: Handle) -> Handle;
@@ -163,7 +163,7 @@ macro_rules! ops_1_0 {
             fn parameter(slot: Slot) -> Handle;
 
             // ---- ops that know the sequence ----
-            /// x `[tokens, heads, head_dim]` turned by each token's position; flag 1 = neighbouring lanes pair up.
+            /// x `[tokens, heads, head_dim]` turned by each token's position; `flags` are any of `ROTATE_*`.
             fn rotate(slot: Slot, x: Handle, flags: u32) -> Handle;
             /// Where each token stands in its sequence, from 0: ids `[tokens]`.
             fn positions() -> Handle;
@@ -200,10 +200,14 @@ macro_rules! ops_1_0 {
             fn rg_lru(cache: u32, x: Handle, log_a: Handle) -> Handle;
             /// A recurrence by the plugin's own step, over these states and inputs `[tokens, ..]` -> `[tokens, ..]`; in f32.
             fn scan(caches: RSlice<'_, u32>, inputs: RSlice<'_, Handle>, step: ScanStep) -> Handle;
-            // Which blocks of keys are worth attending to, each head apart: q `[tokens, heads, d]`, k `[tokens, 1, d]`, which joins the cache; the
-            // score of a block is its best key's q·k. Gives the numbers `[tokens, heads, count]` of the best blocks, in any order, and `u32::MAX`
-            // where there are fewer, for `AttendSpec::selection`; `spec` is a `BlockChoiceSpec`.
-            last fn index_blocks(cache: u32, q: Handle, k: Handle, spec: SpecRef<'_>) -> Handle;
+            /// Which blocks of keys are worth attending to, each head apart: q `[tokens, heads, d]`, k `[tokens, 1, d]`, which joins the cache; the
+            /// score of a block is its best key's q·k. Gives the numbers `[tokens, heads, count]` of the best blocks, in any order, and `u32::MAX`
+            /// where there are fewer, for `AttendSpec::selection`; `spec` is a `BlockChoiceSpec`.
+            fn index_blocks(cache: u32, q: Handle, k: Handle, spec: SpecRef<'_>) -> Handle;
+            // Windows of `rate` tokens become one entry each: x and gate `[tokens, n * d]`, bias `[rate, n * d]` -> `[tokens, d]`, where a window
+            // ends `Σ softmax(gate + bias) x` for each lane, elsewhere 0; the last d lanes of a token count for its own window, the d before
+            // them for the next one, and so on; state `[n, 3, d]`.
+            last fn pool(cache: u32, x: Handle, gate: Handle, bias: Handle) -> Handle;
             $($layers)*
         }
         tensors = /// What needs only its arguments: during `forward` and `head`.
@@ -283,8 +287,13 @@ macro_rules! ops_1_0 {
             fn topk(x: Handle, k: u64) -> Pair;
             /// 1 for the k largest (equal values: lower index first), 0 for the rest.
             fn top_mask(x: Handle, k: u64) -> Handle;
-            // x `[.., n]`, indices `[.., k]` -> `[.., k]`
-            last fn gather(x: Handle, indices: Handle) -> Handle;
+            /// x `[.., n]`, indices `[.., k]` -> `[.., k]`
+            fn gather(x: Handle, indices: Handle) -> Handle;
+
+            // ---- over the last two axes ----
+            // Matrices `[.., n, n]` made nearly doubly stochastic, in f32: columns by their sums plus `eps`, then `rounds - 1` times rows and
+            // columns. <https://projecteuclid.org/euclid.pjm/1102992505>
+            last fn sinkhorn(x: Handle, rounds: u64, eps: f64) -> Handle;
             $($tensors)*
         }
     } };

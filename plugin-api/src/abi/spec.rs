@@ -78,6 +78,14 @@ pub struct AttendSpec {
     pub selection_block: u64,
     /// One number per query head, by which a score falls for each position between query and key; none if `Handle::NONE`.
     pub slopes: Handle,
+    /// A cache of pooled keys that share the softmax, its number plus 1; 0 for none.
+    pub pooled_cache: u64,
+    /// Rows `[tokens, kv_heads, d]` that join it.
+    pub pooled_keys: Handle,
+    /// Their values `[tokens, kv_heads, e]`; `Handle::NONE` where a key's first `value_lanes` are its value.
+    pub pooled_values: Handle,
+    /// Positions `[tokens, count]` of the only pooled keys that each query sees; none if `Handle::NONE`.
+    pub pooled_selection: Handle,
 }
 
 /// How `index_blocks` chooses.
@@ -112,13 +120,13 @@ pub struct ExpertsSpec {
     pub hidden: u64,
     /// Choices from `experts` on, so many, give back their input.
     pub identity: u64,
-    /// The number in `EXPERTS_CLAMPED_SWIGLU` and `EXPERTS_LIMITED_SWIGLU`; 0 for none.
+    /// The number in `EXPERTS_CLAMPED_SWIGLU`, `EXPERTS_LIMITED_SWIGLU` and `EXPERTS_BOUNDED_SWIGLU`; 0 for none.
     pub limit: f32,
     /// The factor in `EXPERTS_CLAMPED_SWIGLU`.
     pub alpha: f32,
 }
 
-// SAFETY: `repr(C)`; four fields of 4 bytes, then ten of 8.
+// SAFETY: `repr(C)`; four fields of 4 bytes, then fourteen of 8.
 unsafe impl Grows for AttendSpec {}
 // SAFETY: `repr(C)`; two fields of 4 bytes, then three of 8.
 unsafe impl Grows for BlockChoiceSpec {}

@@ -9,7 +9,9 @@ pub struct GatedMlp {
     up_proj: Linear,
     down_proj: Linear,
     act: Activation,
-    clamped: Option<(f32, f32)>,
+    /// Sharpens the gate, where it is one by sigmoid.
+    alpha: Option<f32>,
+    limit: Option<f32>,
 }
 
 impl GatedMlp {
@@ -28,7 +30,7 @@ impl GatedMlp {
 
     /// The block of projections that the author found: two `[hidden, dim]`, one `[dim, hidden]`.
     pub fn of(gate_proj: Linear, up_proj: Linear, down_proj: Linear, act: Activation) -> Self {
-        Self { gate_proj, up_proj, down_proj, act, clamped: None }
+        Self { gate_proj, up_proj, down_proj, act, alpha: None, limit: None }
     }
 
     /// Gate and up stored as one `name.weight` `[2 * hidden, dim]`, gate first, beside `down_proj`; no biases.
@@ -40,21 +42,27 @@ impl GatedMlp {
         Self::of(gate_proj, up_proj, w.linear("down_proj", hidden, dim, false), act)
     }
 
+    /// Holds the gate's input up to `limit`, and what it multiplies within ± `limit`.
+    pub fn bounded(self, limit: f32) -> Self {
+        Self { limit: Some(limit), ..self }
+    }
+
     /// `g sigmoid(alpha g) * (u + 1)` in place of `act(g) * u`, with g up to `limit` and u within ± `limit`, as in
     /// [`ExpertKind::ClampedSwiglu`](crate::ExpertKind::ClampedSwiglu).
     pub fn clamped(self, alpha: f32, limit: f32) -> Self {
-        Self { clamped: Some((alpha, limit)), ..self }
+        Self { alpha: Some(alpha), limit: Some(limit), ..self }
     }
 
     /// `[tokens, dim]` -> `[tokens, dim]`
     #[track_caller]
     pub fn forward(&self, x: &Tensor) -> Tensor {
         let (gate, up) = (self.gate_proj.forward(x), self.up_proj.forward(x));
-        let gated = match (self.clamped, self.act) {
-            (Some((alpha, limit)), _) => {
-                let gate = gate.clamp(f32::MIN, limit);
-                &gate * (&gate * alpha).sigmoid() * (up.clamp(-limit, limit) + 1.0)
-            }
+        let (gate, up) = match self.limit {
+            Some(limit) => (gate.clamp(f32::MIN, limit), up.clamp(-limit, limit)),
+            None => (gate, up),
+        };
+        let gated = match (self.alpha, self.act) {
+            (Some(alpha), _) => &gate * (&gate * alpha).sigmoid() * (up + 1.0),
             (None, Activation::Silu) => gate.swiglu(&up),
             (None, Activation::GeluTanh) => gate.geglu(&up),
             (None, other) => other.forward(&gate) * up,

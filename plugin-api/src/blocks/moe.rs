@@ -1,10 +1,13 @@
 //! Mixtures of experts: the router, in the flavours that architectures have made of it, and the block around it.
 
-use crate::{Experts, GatedMlp, Linear, Mlp, Parameter, Tensor};
+use crate::{
+    Experts, GatedMlp, Linear, Mlp, Parameter, Tensor,
+    config::{Json, Read},
+};
 
-/// How a router turns its logits into scores.
+/// How a router turns its logits into scores; config.json's `scoring_func`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Score {
+pub enum Score {
     /// Softmax over all experts, then the choice.
     Softmax,
     /// The choice, then softmax over the chosen.
@@ -13,6 +16,18 @@ enum Score {
     Sigmoid,
     /// The root of softplus of each.
     SqrtSoftplus,
+}
+
+impl Read for Score {
+    const WHAT: &'static str = "softmax, sigmoid or sqrtsoftplus";
+    fn read(json: &Json) -> Option<Self> {
+        match json.as_str()? {
+            "softmax" => Some(Self::Softmax),
+            "sigmoid" => Some(Self::Sigmoid),
+            "sqrtsoftplus" => Some(Self::SqrtSoftplus),
+            _ => None,
+        }
+    }
 }
 
 /// How a group of experts is judged.
@@ -39,6 +54,11 @@ pub struct Router {
 }
 
 impl Router {
+    /// The k best of these scores, weighted by them.
+    pub fn by(score: Score, gate: Linear, top_k: usize) -> Self {
+        Self { score, ..Self::softmax(gate, top_k) }
+    }
+
     /// The k most probable of `softmax(x Wgate)`, weighted by their probabilities.
     pub fn softmax(gate: Linear, top_k: usize) -> Self {
         Self {
@@ -56,17 +76,17 @@ impl Router {
 
     /// The k largest logits, weighted by the softmax over these k.
     pub fn chosen_softmax(gate: Linear, top_k: usize) -> Self {
-        Self { score: Score::ChosenSoftmax, ..Self::softmax(gate, top_k) }
+        Self::by(Score::ChosenSoftmax, gate, top_k)
     }
 
     /// The k largest of `sigmoid(x Wgate)`, weighted by these.
     pub fn sigmoid(gate: Linear, top_k: usize) -> Self {
-        Self { score: Score::Sigmoid, ..Self::softmax(gate, top_k) }
+        Self::by(Score::Sigmoid, gate, top_k)
     }
 
     /// The k largest of `√softplus(x Wgate)`, weighted by these.
     pub fn sqrt_softplus(gate: Linear, top_k: usize) -> Self {
-        Self { score: Score::SqrtSoftplus, ..Self::softmax(gate, top_k) }
+        Self::by(Score::SqrtSoftplus, gate, top_k)
     }
 
     /// Multiplies the logits, before anything else.
@@ -108,29 +128,44 @@ impl Router {
     /// The same from the router's logits `[tokens, experts]`.
     #[track_caller]
     pub fn choose(&self, logits: &Tensor) -> (Tensor, Tensor) {
-        let logits = if self.logit_scale == 1.0 { logits.clone() } else { logits * self.logit_scale };
-        let logits = match self.softcap {
-            Some(cap) => (logits / cap).tanh() * cap,
-            None => logits,
-        };
-        let scores = match self.score {
-            Score::Softmax => logits.softmax(),
-            Score::ChosenSoftmax => logits,
-            Score::Sigmoid => logits.sigmoid(),
-            Score::SqrtSoftplus => logits.softplus().sqrt(),
-        };
+        let scores = self.scores(logits);
         let corrected = match &self.correction {
             Some(bias) => &scores + bias.tensor(),
             None => scores.clone(),
         };
         let (_, chosen) = self.within_groups(corrected).topk(self.top_k);
-        let weights = scores.gather(&chosen);
+        let weights = self.weights(&scores, &chosen);
+        (chosen, weights)
+    }
+
+    /// The weights `[tokens, k]` of experts that something else has chosen, ids `[tokens, k]`.
+    #[track_caller]
+    pub fn weigh(&self, x: &Tensor, chosen: &Tensor) -> Tensor {
+        self.weights(&self.scores(&self.gate.forward(x)), chosen)
+    }
+
+    fn scores(&self, logits: &Tensor) -> Tensor {
+        let logits = if self.logit_scale == 1.0 { logits.clone() } else { logits * self.logit_scale };
+        let logits = match self.softcap {
+            Some(cap) => (logits / cap).tanh() * cap,
+            None => logits,
+        };
+        match self.score {
+            Score::Softmax => logits.softmax(),
+            Score::ChosenSoftmax => logits,
+            Score::Sigmoid => logits.sigmoid(),
+            Score::SqrtSoftplus => logits.softplus().sqrt(),
+        }
+    }
+
+    fn weights(&self, scores: &Tensor, chosen: &Tensor) -> Tensor {
+        let weights = scores.gather(chosen);
         let weights = if self.score == Score::ChosenSoftmax { weights.softmax() } else { weights };
         let weights = match self.normalized {
             Some(eps) => &weights / (weights.sum() + eps),
             None => weights,
         };
-        (chosen, if self.scale == 1.0 { weights } else { weights * self.scale })
+        if self.scale == 1.0 { weights } else { weights * self.scale }
     }
 
     /// Scores of experts in groups that are out fall below every other.
@@ -176,7 +211,18 @@ impl Moe {
     #[track_caller]
     pub fn forward(&self, x: &Tensor) -> Tensor {
         let (chosen, weights) = self.router.forward(x);
-        let routed = self.experts.forward(x, &chosen, &weights);
+        self.run(x, &chosen, &weights)
+    }
+
+    /// The same with experts that something else has chosen, ids `[tokens, k]`.
+    #[track_caller]
+    pub fn forward_to(&self, x: &Tensor, chosen: &Tensor) -> Tensor {
+        self.run(x, chosen, &self.router.weigh(x, chosen))
+    }
+
+    #[track_caller]
+    fn run(&self, x: &Tensor, chosen: &Tensor, weights: &Tensor) -> Tensor {
+        let routed = self.experts.forward(x, chosen, weights);
         match (&self.shared, &self.shared_gate) {
             (None, _) => routed,
             (Some(shared), None) => routed + shared.forward(x),

@@ -154,8 +154,9 @@ impl PromptCache {
     fn read_layer(&self, index: usize, layer: &mut KvCache, place: &Placement) -> Result<()> {
         let class = self.classes[index].as_str();
         match (class, &self.facts) {
-            ("KVCache" | "QuantizedKVCache", _) => {}
-            ("RotatingKVCache" | "ChunkedKVCache" | "WindowedQuantizedKVCache", Some(_)) => {}
+            ("KVCache" | "QuantizedKVCache", _) if layer.every == 1 => {}
+            ("RotatingKVCache" | "ChunkedKVCache" | "WindowedQuantizedKVCache", Some(_)) if layer.every == 1 => {}
+            ("PooledKVCache" | "PooledQuantizedKVCache", Some(_)) if layer.every > 1 => {}
             _ => {
                 return Err(self.untaken(index));
             }
@@ -165,7 +166,8 @@ impl PromptCache {
             Some(facts) => {
                 let runs = facts.positions.get(index).cloned().unwrap_or_default();
                 let ordered = runs.is_sorted_by(|a, b| a.1 < b.0) && runs.iter().all(|(from, to)| from < to);
-                if !ordered || runs.last().is_none_or(|(_, to)| *to as usize != self.offset) {
+                // Pooled keys count by their number, and there may be none yet.
+                if !ordered || runs.last().map_or(0, |(_, to)| *to as usize) != self.offset / layer.every {
                     return Err(self.wrong(format!("layer {index}: its positions make no sense; make it again")));
                 }
                 let entries = runs.iter().map(|(from, to)| (to - from) as usize).sum();
@@ -195,7 +197,8 @@ impl PromptCache {
             };
             layer.shape = Some([heads, dim, v_heads, v_dim]);
         }
-        layer.positions = runs.into_iter().flat_map(|(from, to)| from..to).collect();
+        let every = layer.every as u32;
+        layer.positions = runs.into_iter().flat_map(|(from, to)| from..to).map(|n| n * every + every - 1).collect();
         Ok(())
     }
 
@@ -255,6 +258,7 @@ impl PromptCache {
     fn read_dense(&self, name: &str, entries: usize, table: &mut Table, place: &Placement) -> Result<(usize, usize)> {
         let (numbers, heads, width) = self.floats(name, entries)?;
         match table {
+            Table::Tensor(_) if entries == 0 => {}
             Table::Tensor(t) => {
                 *t = Some(Tensor::from_vec(numbers, (entries, heads, width), &place.device)?.to_dtype(place.dtype)?);
             }

@@ -39,7 +39,7 @@ pub fn save(path: &Path, state: &State, origin: &Origin) -> Result<()> {
         tokens: state.tokens[..offset.min(state.tokens.len())].to_vec(),
         horizon: state.horizon,
         options: state.options,
-        positions: state.layers.iter().map(|l| l.key_value().map_or_else(Vec::new, |kv| runs(&kv.positions))).collect(),
+        positions: state.layers.iter().map(|l| l.key_value().map_or_else(Vec::new, runs)).collect(),
     };
     let facts = serde_json::to_string(&facts).map_err(|e| wrong(&e))?;
     let mut metadata = HashMap::from([
@@ -104,6 +104,12 @@ fn write_state(out: &mut Vec<Written>, index: usize, state: &Recurrent) -> [Stri
 /// mlx-lm's class for a layer's cache and its numbers, offset first. What none of its classes can hold gets a name of its own.
 fn describe(layer: &KvCache, offset: usize) -> (&'static str, Vec<usize>) {
     let rule = layer.rule();
+    if layer.every > 1 {
+        return match &layer.keys {
+            Table::Packed { bits, group, .. } => ("PooledQuantizedKVCache", vec![offset, *group, *bits as usize]),
+            _ => ("PooledKVCache", vec![offset]),
+        };
+    }
     match (&layer.keys, rule.window) {
         (Table::Packed { bits, group, .. }, None) if rule.chunk.is_none() => {
             ("QuantizedKVCache", vec![offset, *group, *bits as usize])
@@ -136,7 +142,8 @@ fn write_table(out: &mut Vec<Written>, name: String, table: &Table, [entries, he
             write(format!("{name}.1"), Dtype::F32, &bytes(scales, |x| x.to_le_bytes()), dim / group);
             write(format!("{name}.2"), Dtype::F32, &bytes(biases, |x| x.to_le_bytes()), dim / group);
         }
-        Table::Tensor(None) => {}
+        // Of pooled keys there may be none yet.
+        Table::Tensor(None) => write(name, Dtype::F32, &[], dim),
         Table::Tensor(Some(t)) => {
             let numbers = table.numbers()?;
             match t.dtype() {
@@ -155,10 +162,10 @@ fn bytes<T, const N: usize>(values: &[T], of: impl Fn(&T) -> [u8; N]) -> Vec<u8>
     values.iter().flat_map(of).collect()
 }
 
-/// 0 1 2 3 9 10 -> 0..4, 9..11
-fn runs(positions: &[u32]) -> Vec<(u32, u32)> {
+/// 0 1 2 3 9 10 -> 0..4, 9..11. Keys that stand for several tokens count by their number: every fourth, 3 7 11 -> 0..3.
+fn runs(kv: &KvCache) -> Vec<(u32, u32)> {
     let mut runs: Vec<(u32, u32)> = Vec::new();
-    for &position in positions {
+    for position in kv.positions.iter().map(|position| position / kv.every as u32) {
         match runs.last_mut() {
             Some((_, to)) if *to == position => *to += 1,
             _ => runs.push((position, position + 1)),

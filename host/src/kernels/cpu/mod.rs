@@ -20,7 +20,7 @@ mod stream;
 mod tile;
 mod unpack;
 
-pub use attention::{Attend, Rows, attend};
+pub use attention::{Attend, Rows, attend, attend_all};
 pub use dequantize::e8m0_to_f32;
 pub use elementwise::{argmax, gelu_tanh_mul, silu_mul, softmax_rows};
 pub use format::{Float, Format};
@@ -28,4 +28,4 @@ pub use lanes::Isa;
 pub use matrix::Matrix;
 pub use norm::{layer_norm, rms_norm};
 pub use quantize::quantize_rows;
-pub use rope::{Angles, rope};
+pub use rope::{Angles, Turn, rope};

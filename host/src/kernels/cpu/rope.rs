@@ -13,6 +13,17 @@ pub struct Angles {
     turns: Vec<f32>,
 }
 
+/// How lanes pair up and turn.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Turn {
+    /// A pair is two neighbours; otherwise lanes i and i + pairs.
+    pub neighbours: bool,
+    /// The last lanes of a head turn; otherwise the first.
+    pub last: bool,
+    /// The other way round.
+    pub back: bool,
+}
+
 impl Angles {
     /// Angles of `positions`, one a token, times `inv_freq`, one a pair; both cosine and sine are multiplied by `amplitude`
     /// (yarn's and longrope's attention factor). A frequency of 0 leaves its pair where it is, but for the amplitude.
@@ -34,12 +45,11 @@ impl Angles {
         Self { pairs, turns }
     }
 
-    /// Turns the first `2 * pairs` lanes of each head of `x`, `[tokens, heads, head_dim]`, in place; the rest stays. A pair is
-    /// two neighbours (`interleaved`), or lanes i and i + pairs.
+    /// Turns `2 * pairs` lanes of each head of `x`, `[tokens, heads, head_dim]`, in place; the rest stays.
     ///
     /// # Panics
     /// If `x` is not one row for each token, or heads are too narrow.
-    pub fn rotate(&self, x: &mut [f32], heads: usize, head_dim: usize, interleaved: bool) {
+    pub fn rotate(&self, x: &mut [f32], heads: usize, head_dim: usize, turn: Turn) {
         let row = heads * head_dim;
         if x.is_empty() || self.pairs == 0 {
             return;
@@ -49,7 +59,7 @@ impl Angles {
         let isa = Isa::best();
         let one = |(x, turns): (&mut [f32], &[f32])| {
             // SAFETY: `isa` is available; lengths were checked.
-            unsafe { dispatch(isa, Rotate { x, head_dim, turns, interleaved }) }
+            unsafe { dispatch(isa, Rotate { x, head_dim, turns, turn }) }
         };
         if x.len() < 1 << 14 {
             x.chunks_exact_mut(row).zip(self.turns.chunks_exact(2 * self.pairs)).for_each(one);
@@ -70,7 +80,8 @@ pub fn rope(
     interleaved: bool,
     amplitude: f32,
 ) {
-    Angles::new(positions, inv_freq, amplitude).rotate(x, heads, head_dim, interleaved);
+    let turn = Turn { neighbours: interleaved, ..Turn::default() };
+    Angles::new(positions, inv_freq, amplitude).rotate(x, heads, head_dim, turn);
 }
 
 /// All heads of one token.
@@ -78,7 +89,7 @@ struct Rotate<'a> {
     x: &'a mut [f32],
     head_dim: usize,
     turns: &'a [f32],
-    interleaved: bool,
+    turn: Turn,
 }
 
 impl Job for Rotate<'_> {
@@ -88,9 +99,13 @@ impl Job for Rotate<'_> {
     unsafe fn run<L: Lanes>(self) {
         let pairs = self.turns.len() / 2;
         let (cosines, sines) = self.turns.split_at(pairs);
+        let sign = if self.turn.back { -1.0 } else { 1.0 };
+        let first = if self.turn.last { self.head_dim - 2 * pairs } else { 0 };
         for head in self.x.chunks_exact_mut(self.head_dim) {
-            if self.interleaved {
+            let head = &mut head[first..];
+            if self.turn.neighbours {
                 for ((pair, &c), &s) in head.as_chunks_mut::<2>().0.iter_mut().zip(cosines).zip(sines) {
+                    let s = sign * s;
                     *pair = [pair[0] * c - pair[1] * s, pair[1] * c + pair[0] * s];
                 }
                 continue;
@@ -100,16 +115,17 @@ impl Job for Rotate<'_> {
             for i in (0..whole).step_by(L::W) {
                 // SAFETY: both halves, cosines and sines are at least `pairs` long.
                 unsafe {
-                    let (c, s) = (L::load(cosines.as_ptr().add(i)), L::load(sines.as_ptr().add(i)));
+                    let c = L::load(cosines.as_ptr().add(i));
+                    let s = L::mul(L::splat(sign), L::load(sines.as_ptr().add(i)));
                     let (a, b) = (L::load(left.as_ptr().add(i)), L::load(right.as_ptr().add(i)));
                     L::store(left.as_mut_ptr().add(i), L::sub(L::mul(a, c), L::mul(b, s)));
                     L::store(right.as_mut_ptr().add(i), L::add(L::mul(b, c), L::mul(a, s)));
                 }
             }
             for i in whole..pairs {
-                let (a, b) = (left[i], right[i]);
-                left[i] = a * cosines[i] - b * sines[i];
-                right[i] = b * cosines[i] + a * sines[i];
+                let (a, b, s) = (left[i], right[i], sign * sines[i]);
+                left[i] = a * cosines[i] - b * s;
+                right[i] = b * cosines[i] + a * s;
             }
         }
     }

@@ -5,7 +5,7 @@ use crate::{
     cache::{CacheOptions, State},
     device::{DeviceChoice, DtypeChoice},
 };
-use plugin_api::abi::{CACHE_IN_CHUNKS, CACHE_KEY_VALUE, CacheSpec};
+use plugin_api::abi::{CACHE_IN_CHUNKS, CACHE_KEY_VALUE, CACHE_POOLED, CacheSpec};
 
 const HEADS: usize = 4;
 const DIM: usize = 24;
@@ -39,6 +39,7 @@ const PLAIN: Scores = Scores {
     selection_block: 1,
     blocks: None,
     lanes: None,
+    pooled: None,
     slopes: None,
 };
 
@@ -55,14 +56,14 @@ fn naive(q: &Tensor, k: &Tensor, v: &Tensor, sees: impl Fn(usize, usize, usize) 
     (0..TOKENS).map(|p| (0..HEADS).map(|h| row(p, h)).collect()).collect()
 }
 
-/// The same sequence in steps of `size`, over one cache.
+/// The same sequence in steps of `size`.
 fn in_steps(
     place: &Placement,
     size: usize,
-    cache: CacheSpec,
+    caches: [CacheSpec; 2],
     step: impl Fn(&mut [Part], usize, usize) -> Tensor,
 ) -> Tensor {
-    let mut state = State::new(&[cache, cache], place, &CacheOptions::default()).unwrap();
+    let mut state = State::new(&caches, place, &CacheOptions::default()).unwrap();
     let mut outputs = Vec::new();
     for start in (0..TOKENS).step_by(size) {
         let count = size.min(TOKENS - start);
@@ -98,7 +99,7 @@ fn check(
     let want = naive(&q, &k, &v, sees);
     for place in places() {
         for size in [1, 7, TOKENS] {
-            let got = in_steps(&place, size, cache, |parts, start, count| {
+            let got = in_steps(&place, size, [cache; 2], |parts, start, count| {
                 let cut = |t: &Tensor| t.narrow(0, start, count).unwrap();
                 let new = New { k: Some(cut(&k)), v: lanes.is_none().then(|| cut(&v)) };
                 attend(0, &cut(&q), &new, &how(start, count), parts, &place).unwrap()
@@ -163,7 +164,7 @@ fn scores_fall_with_distance_by_each_heads_slope() {
     let want = naive(&long_q, &long_k, &v, |_, _, _| true);
     for place in places() {
         for size in [1, 7, TOKENS] {
-            let got = in_steps(&place, size, spec(0, 0), |parts, start, count| {
+            let got = in_steps(&place, size, [spec(0, 0); 2], |parts, start, count| {
                 let cut = |t: &Tensor| t.narrow(0, start, count).unwrap();
                 let new = New { k: Some(cut(&k)), v: Some(cut(&v)) };
                 let how = Scores { slopes: Some(Tensor::new(&slopes, &Device::Cpu).unwrap()), ..PLAIN };
@@ -186,7 +187,7 @@ fn each_head_of_an_indexer_chooses_the_blocks_of_the_best_keys_and_the_last_ones
     for (local, place) in (0..3).flat_map(|local| places().map(|place| (local, place))) {
         let how = indexer::Choice { size: 4, count: 3, local };
         for size in [1, 7, TOKENS] {
-            let got = in_steps(&place, size, spec(0, 0), |parts, start, count| {
+            let got = in_steps(&place, size, [spec(0, 0); 2], |parts, start, count| {
                 let cut = |t: &Tensor| t.narrow(0, start, count).unwrap();
                 indexer::index_blocks(1, &cut(&q), &cut(&k), how, parts, &place).unwrap()
             });
@@ -224,7 +225,7 @@ fn an_indexer_chooses_the_keys_with_the_best_scores() {
     let score = |p: usize, key: usize| (0..HEADS).map(|h| wl[p][h] * dot(&ql, &kl, p, h, key).max(0.0)).sum::<f32>();
     for place in places() {
         for size in [1, 7, TOKENS] {
-            let got = in_steps(&place, size, spec(0, 0), |parts, start, count| {
+            let got = in_steps(&place, size, [spec(0, 0); 2], |parts, start, count| {
                 let cut = |t: &Tensor| t.narrow(0, start, count).unwrap();
                 indexer::index(1, &cut(&q), &cut(&k), &cut(&weights), 6, parts, &place).unwrap()
             });
@@ -248,12 +249,49 @@ fn a_layer_may_look_at_what_another_one_has_put_there() {
     let (other, nothing) = (numbers(7, [TOKENS, HEADS, DIM]), New { k: None, v: None });
     let want = naive(&other, &k, &v, |_, _, _| true);
     for place in places() {
-        let got = in_steps(&place, 7, spec(0, 0), |parts, start, count| {
+        let got = in_steps(&place, 7, [spec(0, 0); 2], |parts, start, count| {
             let cut = |t: &Tensor| t.narrow(0, start, count).unwrap();
             let new = New { k: Some(cut(&k)), v: Some(cut(&v)) };
             attend(0, &cut(&q), &new, &PLAIN, parts, &place).unwrap();
             attend(0, &cut(&other), &nothing, &PLAIN, parts, &place).unwrap()
         });
         near("looked at", &got, &want);
+    }
+}
+
+/// One key for every four tokens, seen from the last of them on.
+#[test]
+fn pooled_keys_share_the_softmax_with_a_window_and_outlive_it() {
+    let [q, k, pooled] = [(1, HEADS), (2, 1), (8, 1)].map(|(seed, heads)| numbers(seed, [TOKENS, heads, DIM]));
+    let sinks = numbers(9, [1, 1, HEADS]).flatten_all().unwrap();
+    let chosen = |p: usize| [p / 8 * 4 + 3, 3].map(|key| if key <= p { key as u32 } else { indexer::NONE });
+    let lists = |t: &Tensor| t.to_vec3::<f32>().unwrap();
+    let (ql, kl, pl, sl) = (lists(&q), lists(&k), lists(&pooled), sinks.to_vec1::<f32>().unwrap());
+    for selects in [false, true] {
+        let row = |p: usize, h: usize| {
+            let own = (0..=p).filter(|j| p - j < 5).map(|j| &kl[j][0]);
+            let is_seen = |j: &usize| j % 4 == 3 && (!selects || chosen(p).contains(&(*j as u32)));
+            let keys = own.chain((0..=p).filter(is_seen).map(|j| &pl[j][0]));
+            let share = |key: &Vec<f32>| (ql[p][h].iter().zip(key).map(|(a, b)| a * b).sum::<f32>() * 0.4).exp();
+            let shares: Vec<(f32, &Vec<f32>)> = keys.map(|key| (share(key), key)).collect();
+            let mass = shares.iter().map(|(share, _)| share).sum::<f32>() + sl[h].exp();
+            (0..DIM).map(|lane| shares.iter().map(|(share, key)| share / mass * key[lane]).sum()).collect()
+        };
+        let want: Vec<Vec<Vec<f32>>> = (0..TOKENS).map(|p| (0..HEADS).map(|h| row(p, h)).collect()).collect();
+        let of_four = CacheSpec { kind: CACHE_POOLED, dims: [4, 0, 0, 0, 0, 0], ..spec(0, 0) };
+        for place in places() {
+            for size in [1, 3, 7, TOKENS] {
+                let got = in_steps(&place, size, [spec(0, 5), of_four], |parts, start, count| {
+                    let cut = |t: &Tensor| t.narrow(0, start, count).unwrap();
+                    let list: Vec<u32> = (start..start + count).flat_map(chosen).collect();
+                    let selection = selects.then(|| Tensor::from_vec(list, (count, 2), &Device::Cpu).unwrap());
+                    let new = New { k: Some(cut(&pooled)), v: None };
+                    let pooled = Some(Pooled { cache: 1, new, selection });
+                    let how = Scores { window: Some(5), lanes: Some(DIM), sinks: Some(sinks.clone()), pooled, ..PLAIN };
+                    attend(0, &cut(&q), &New { k: Some(cut(&k)), v: None }, &how, parts, &place).unwrap()
+                });
+                near(&format!("pooled in steps of {size}, native {}", place.native), &got, &want);
+            }
+        }
     }
 }

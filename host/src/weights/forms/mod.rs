@@ -114,6 +114,18 @@ impl<'a> Named<'a> {
         })
     }
 
+    /// The numbers of a table of ids; `None` where it is no plain tensor of whole numbers.
+    pub fn ids(&self) -> Result<Option<Vec<u32>>> {
+        let Some(found) = self.get("").filter(|_| self.parts().len() == 1) else { return Ok(None) };
+        let numbers = match found.stored.dtype {
+            Dtype::U8 => found.stored.bytes().iter().map(|&b| usize::from(b)).collect(),
+            Dtype::I32 | Dtype::I64 => found.whole_numbers()?,
+            _ => return Ok(None),
+        };
+        let narrow = |n| u32::try_from(n).map_err(|_| found.wrong(format!("{n} is not a number that belongs there")));
+        numbers.into_iter().map(narrow).collect::<Result<_>>().map(Some)
+    }
+
     /// Whether BitNet's codes are stored, as opposed to the weights that they are made from.
     pub fn is_ternary(&self) -> bool {
         let codes = self.checkpoint.get(self.name).is_some_and(|stored| stored.dtype == Dtype::U8);

@@ -1,5 +1,5 @@
 //! Recurrences over one sequence's new tokens: outer products that fade (linear attention, the gated delta rule, RWKV 7), the
-//! real-gated linear recurrent unit, Mamba's scans and convolutions. Each takes the state before the first of them and leaves the state
+//! real-gated linear recurrent unit, Mamba's scans, convolutions and pooling. Each takes the state before the first of them and leaves the state
 //! after the last, so that a text may come in pieces of any length.
 
 mod by_head;
@@ -7,6 +7,7 @@ mod conv1d;
 mod gated_delta;
 mod linear_attention;
 mod pieces;
+mod pool;
 mod rg_lru;
 mod selective_scan;
 mod ssd;
@@ -16,6 +17,7 @@ pub use by_head::{Decay, Recurrence, Shape, recur};
 pub use conv1d::{conv1d, shift};
 pub use gated_delta::GatedDelta;
 pub use linear_attention::LinearAttention;
+pub use pool::{Pool, pool};
 pub use rg_lru::rg_lru;
 pub use selective_scan::selective_scan;
 pub use ssd::{Ssd, ssd};
