@@ -50,4 +50,5 @@ impl Architecture for {{Type}} {
     }
 }
 
-export_plugin!({{Type}});
+// `dylm check` tries the plugin on the configurations named here.
+export_plugin!({{Type}}, examples = ["tiny/config.json"]);

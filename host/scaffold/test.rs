@@ -23,9 +23,12 @@ fn plugins() -> PathBuf {
 
 fn dylm(arguments: &[&str]) -> Output {
     let program = env::var_os("DYLM").unwrap_or_else(|| "dylm".into());
-    let output = Command::new(&program).args(arguments).current_dir(root()).output();
-    let output = output.unwrap_or_else(|e| panic!("{program:?}: {e}; install dylm, or set DYLM to where it is"));
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let mut dylm = Command::new(&program);
+    // That this test trusts what it has just built is not to be remembered for its user.
+    dylm.args(arguments).current_dir(root()).env("DYLM_TRUST", concat!(env!("CARGO_TARGET_TMPDIR"), "/trust.toml"));
+    let output = dylm.output().unwrap_or_else(|e| panic!("{program:?}: {e}; install dylm, or set DYLM to where it is"));
+    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{out}\n{err}");
     output
 }
 
@@ -34,7 +37,7 @@ fn it_says_what_it_said_before() {
     let plugins = plugins();
     let plugins = plugins.to_str().expect("a path in UTF-8");
     let words = ["--prompt", "hello", "--max-tokens", "32", "--verbose", "false"];
-    let generate = [&["generate", "--plugins", plugins, "--model", "tiny"], &words[..]].concat();
+    let generate = [&["generate", "--plugins", plugins, "--trust-plugin", "--model", "tiny"], &words[..]].concat();
     let says = String::from_utf8(dylm(&generate).stdout).expect("text");
     let file = root().join("tests/said.txt");
     match fs::read_to_string(&file) {
@@ -46,5 +49,10 @@ fn it_says_what_it_said_before() {
 #[test]
 fn the_model_in_tiny_has_exactly_the_tensors_that_are_asked_for() {
     let plugins = plugins();
-    dylm(&["inspect", "--plugins", plugins.to_str().expect("a path in UTF-8"), "--model", "tiny"]);
+    dylm(&["plan", "--plugins", plugins.to_str().expect("a path in UTF-8"), "--trust-plugin", "tiny"]);
+}
+
+#[test]
+fn it_passes_dylm_check() {
+    dylm(&["check", plugins().join("{{library}}").to_str().expect("a path in UTF-8")]);
 }

@@ -16,6 +16,9 @@ use crate::{
 use serde_json::{Map, Value};
 use std::path::Path;
 
+/// Tokens that end a text, for models that generate.
+pub const GENERATION: &str = "generation_config.json";
+
 /// A model's configuration, merged and checked as far as the host reads it.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -32,16 +35,19 @@ impl Config {
     /// twice the last counts.
     pub fn from_folder(dir: &Path, overrides: &[(String, Value)]) -> Result<Self> {
         let folder = Folder::open(dir)?;
-        let path = dir.join("config.json");
         let Some(text) = folder.read_text("config.json", CONFIG_CAP)? else {
+            let path = dir.join("config.json");
             return Err(Error::Config(format!("{}: not there: is this a model's folder?", path.display())));
         };
-        let mut json = parse(&text, &path)?;
-        let path_of_generation = dir.join("generation_config.json");
-        let generation = match folder.read_text("generation_config.json", CONFIG_CAP)? {
-            Some(text) => Some(parse(&text, &path_of_generation)?),
-            None => None,
-        };
+        let generation = folder.read_text(GENERATION, CONFIG_CAP)?;
+        Self::from_texts(dir, &text, generation.as_deref(), overrides)
+    }
+
+    /// The same from the texts of config.json and generation_config.json; `dir` is where they lie, for messages.
+    pub fn from_texts(dir: &Path, text: &str, generation: Option<&str>, overrides: &[(String, Value)]) -> Result<Self> {
+        let (path, path_of_generation) = (dir.join("config.json"), dir.join(GENERATION));
+        let mut json = parse(text, &path)?;
+        let generation = generation.map(|text| parse(text, &path_of_generation)).transpose()?;
         if let Some(eos) =
             generation.and_then(|mut g| g.get_mut("eos_token_id").map(Value::take)).filter(|v| !v.is_null())
         {

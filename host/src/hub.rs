@@ -4,6 +4,7 @@
 
 mod cache;
 mod download;
+mod heads;
 mod listing;
 mod names;
 mod transfer;
@@ -20,6 +21,7 @@ use download::{Bars, Wanted};
 use listing::Listing;
 use transfer::Transfer;
 
+pub use heads::Heads;
 pub use names::{is_model_file, is_model_id, is_plain_relative};
 
 /// Where models come from unless `HF_ENDPOINT` says otherwise.
@@ -57,10 +59,7 @@ impl From<Failure> for Error {
 /// # Errors
 /// [`Failure`], each with one sentence.
 pub fn snapshot(id: &str, fetch: &Fetch) -> Result<Source, Failure> {
-    let revision = fetch.revision.as_deref().unwrap_or("main");
-    if !is_plain_relative(revision) {
-        return Err(Error::Usage(format!("{revision:?} is not the name of a branch, tag or commit")).into());
-    }
+    let revision = plain_revision(fetch)?;
     let repo = Repo::new(&fetch.cache_dir, id);
     if fetch.offline {
         return repo.cached(revision).map_err(|gap| {
@@ -71,14 +70,47 @@ pub fn snapshot(id: &str, fetch: &Fetch) -> Result<Source, Failure> {
     }
     match listing::list(id, revision, fetch) {
         Ok(listing) => Ok(complete(&repo, revision, &listing, fetch)?),
-        Err(Failure::Unreachable(why)) => match repo.cached(revision) {
-            Ok(source) => {
-                eprintln!("{why}; using the copy in the cache");
-                Ok(source)
-            }
-            Err(gap) => Err(Failure::Unreachable(format!("{why}, and {gap}"))),
-        },
+        Err(Failure::Unreachable(why)) => repo.cached_instead(revision, why),
         Err(failure) => Err(failure),
+    }
+}
+
+/// A model on the Hub: in the cache as a whole, or as much of it as its headers tell.
+pub enum Found {
+    /// Nothing has to be fetched.
+    Here(Source),
+    /// Only headers were.
+    There(Box<Heads>),
+}
+
+/// What `id` at `fetch.revision` is, without its weights. Nothing is written to the cache.
+///
+/// # Errors
+/// [`Failure`], each with one sentence.
+pub fn peek(id: &str, fetch: &Fetch) -> Result<Found, Failure> {
+    if fetch.offline {
+        return snapshot(id, fetch).map(Found::Here);
+    }
+    let revision = plain_revision(fetch)?;
+    let repo = Repo::new(&fetch.cache_dir, id);
+    match listing::list(id, revision, fetch) {
+        Ok(listing) => {
+            let folder = repo.snapshot(&listing.commit);
+            match cache::find_gap(&folder) {
+                None => Ok(Found::Here(repo.source(folder, &listing.commit))),
+                Some(_) => heads::fetch(id, &listing, folder, fetch).map(|heads| Found::There(heads.into())),
+            }
+        }
+        Err(Failure::Unreachable(why)) => repo.cached_instead(revision, why).map(Found::Here),
+        Err(failure) => Err(failure),
+    }
+}
+
+fn plain_revision(fetch: &Fetch) -> Result<&str> {
+    let revision = fetch.revision.as_deref().unwrap_or("main");
+    match is_plain_relative(revision) {
+        true => Ok(revision),
+        false => Err(Error::Usage(format!("{revision:?} is not the name of a branch, tag or commit"))),
     }
 }
 
@@ -142,6 +174,17 @@ fn in_parallel<J: Send, T: Send>(
 impl Repo {
     fn source(&self, folder: PathBuf, commit: &str) -> Source {
         Source { files: Files::Folder(folder), name: self.id.clone(), revision: Some(commit.to_owned()) }
+    }
+
+    /// The full copy in the cache, where the Hub cannot be asked.
+    fn cached_instead(&self, revision: &str, why: String) -> Result<Source, Failure> {
+        match self.cached(revision) {
+            Ok(source) => {
+                eprintln!("{why}; using the copy in the cache");
+                Ok(source)
+            }
+            Err(gap) => Err(Failure::Unreachable(format!("{why}, and {gap}"))),
+        }
     }
 
     /// The full copy in the cache, or what is missing, as a clause.

@@ -5,13 +5,14 @@ use crate::{
     config::Config,
     device::{DeviceChoice, DtypeChoice, Placement},
     error::Result,
+    hub::{Found, Heads},
     model::{Model, Plan},
     plugin::{registry::Registry, trust::Trust},
     source::{self, Fetch, Files, Source},
     tokenizer::Tokenizer,
     weights::{checkpoint::Checkpoint, gguf::Gguf},
 };
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// How to load; the default is the way `dylm generate` does it without flags.
 #[derive(Clone, Default)]
@@ -60,7 +61,28 @@ pub struct Opened {
 /// Fetches `spec` (see [`source::resolve`]) and opens its files.
 pub fn open(spec: Option<&str>, options: &LoadOptions) -> Result<Opened> {
     let fetch = options.fetch.clone().unwrap_or_else(Fetch::from_env);
-    let source = source::resolve(spec, &fetch)?;
+    open_files(source::resolve(spec, &fetch)?, options)
+}
+
+/// As [`open`], but of a model on the Hub that is not in the cache only headers are fetched: [`Heads`], beside what they tell.
+pub fn peek(spec: Option<&str>, options: &LoadOptions) -> Result<(Opened, Option<Heads>)> {
+    let fetch = options.fetch.clone().unwrap_or_else(Fetch::from_env);
+    let heads = match source::peek(spec, &fetch)? {
+        Found::Here(source) => return Ok((open_files(source, options)?, None)),
+        Found::There(heads) => *heads,
+    };
+    let place = Path::new(&heads.id);
+    let config = Config::from_texts(place, &heads.config, heads.generation.as_deref(), &options.config)?;
+    let checkpoint = Checkpoint::from_heads(place, &heads.shards, heads.index.as_deref())?;
+    let source = Source {
+        files: Files::Folder(heads.folder.clone()),
+        name: heads.id.clone(),
+        revision: Some(heads.commit.clone()),
+    };
+    Ok((Opened { source, config, checkpoint, gguf: None }, Some(heads)))
+}
+
+fn open_files(source: Source, options: &LoadOptions) -> Result<Opened> {
     let (config, checkpoint, gguf) = match &source.files {
         Files::Folder(folder) => {
             (Config::from_folder(folder, &options.config)?, Checkpoint::open_folder(folder)?, None)

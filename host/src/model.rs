@@ -47,7 +47,8 @@ pub struct Plan {
     pub(crate) object: Object,
     /// The slots, in order.
     pub(crate) wanted: Vec<Wanted>,
-    pantry: Pantry,
+    /// The files' tensors.
+    pub(crate) pantry: Pantry,
 }
 
 /// A model that runs.
@@ -187,6 +188,10 @@ impl Plan {
         progress: &(dyn Fn(usize, usize) + Sync),
     ) -> Result<Model> {
         self.report.clone().into_result(&self.config.model_type)?;
+        if let Some((name, tensor)) = self.pantry.checkpoint.iter().find(|(_, tensor)| !tensor.is_here()) {
+            let file = tensor.file.display();
+            return Err(Error::Weights(format!("{file}: only the header was fetched, {name} cannot be read")));
+        }
         self.dry_run()?;
         let loader = Loader { pantry: &self.pantry, place: &place, adapters };
         let done = std::sync::atomic::AtomicUsize::new(0);

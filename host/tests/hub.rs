@@ -7,6 +7,7 @@ use std::process::Command;
 use dylm::source::{Fetch, Files, Source, resolve};
 
 #[path = "hub/server.rs"]
+#[allow(dead_code)] // what only other tests ask it
 mod server;
 use server::{Faults, Hub, ID, digest, weights};
 

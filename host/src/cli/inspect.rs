@@ -3,18 +3,11 @@
 
 use super::{
     Done,
+    facts::{facts, shapes, size, width},
     flags::ModelFlags,
     printing::{Paint, json, line},
 };
-use crate::{
-    adapter::Adapters,
-    cache::kv::SLACK,
-    device::{DeviceChoice, Placement},
-    error::Result,
-    load::open,
-    model::{CacheShape, Plan},
-    source::Source,
-};
+use crate::{adapter::Adapters, error::Result, load::open, model::Plan, source::Source};
 use clap::Args;
 use serde_json::{Value, json};
 use std::process::ExitCode;
@@ -65,13 +58,7 @@ impl Inspect {
         };
         let plan = opened.plan(&options, &adapters)?;
         let agrees = plan.report.agrees();
-        // The architecture can only be run on shapes that it was built for.
-        let shapes = if agrees { plan.dry_run()? } else { Vec::new() };
-        let width = match Placement::new(DeviceChoice::Cpu, options.dtype, plan.dtype()) {
-            Ok(place) => place.dtype.size_in_bytes(),
-            Err(_) => 2,
-        };
-        let facts = self.facts(&source, &plan, &shapes, width, text);
+        let facts = self.facts(&source, &plan, width(&plan, &options), text)?;
         if self.json {
             json(&facts)?
         } else {
@@ -80,35 +67,8 @@ impl Inspect {
         Ok(if agrees { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
 
-    fn facts(&self, source: &Source, plan: &Plan, shapes: &[CacheShape], width: usize, text: Value) -> Value {
-        let (parameters, bytes) = (plan.parameters(), plan.weight_bytes());
-        let per_token: usize = shapes.iter().map(|shape| shape.values * width).sum();
-        let kept = |shape: &CacheShape| shape.window.map_or(self.context, |w| self.context.min(w + 2 * SLACK));
-        let cache: usize = shapes.iter().map(|shape| shape.values * width * kept(shape)).sum();
-        let state: usize = shapes.iter().map(|shape| shape.state * size_of::<f32>()).sum();
-        let report = &plan.report;
-        let mut facts = json!({
-            "source": source.name,
-            "path": source.files.path(),
-            "revision": source.revision,
-            "model_type": plan.config.model_type,
-            "plugin": { "path": plan.plugin, "name": plan.note.name, "version": plan.note.version },
-            "dtype": format!("{:?}", plan.dtype()),
-            "parameters": parameters,
-            "weight_bytes": bytes,
-            "bits_per_weight": if parameters > 0 { 8.0 * bytes as f64 / parameters as f64 } else { 0.0 },
-            "tensors": plan.checkpoint().len(),
-            "kv_bytes_per_token": per_token,
-            "context": self.context,
-            "kv_bytes": cache,
-            "state_bytes": state,
-            "memory_bytes": bytes + (cache + state) as u64,
-            "agrees": report.agrees(),
-            "missing": report.missing,
-            "misshapen": report.misshapen,
-            "unused": report.unused,
-            "complaints": report.complaints,
-        });
+    fn facts(&self, source: &Source, plan: &Plan, width: usize, text: Value) -> Result<Value> {
+        let mut facts = facts(source, plan, &shapes(plan)?, width, self.context);
         if let (Value::Object(facts), Value::Object(text)) = (&mut facts, text) {
             facts.extend(text);
         }
@@ -116,7 +76,7 @@ impl Inspect {
             let tensor = |(name, t): (&str, &crate::weights::stored::Stored)| json!({ "name": name, "dtype": t.dtype.name(), "shape": t.shape });
             facts["tensor_list"] = plan.checkpoint().iter().map(tensor).collect();
         }
-        facts
+        Ok(facts)
     }
 
     fn print(&self, facts: &Value, plan: &Plan) -> Result<()> {
@@ -157,15 +117,5 @@ impl Inspect {
             }
         }
         Ok(())
-    }
-}
-
-/// Bytes as people read them; a GB is 10^9 bytes, as in the figures of a generation.
-fn size(bytes: u64) -> String {
-    match bytes {
-        0..1_000 => format!("{bytes} B"),
-        1_000..1_000_000 => format!("{:.1} KB", bytes as f64 / 1e3),
-        1_000_000..1_000_000_000 => format!("{:.1} MB", bytes as f64 / 1e6),
-        _ => format!("{:.2} GB", bytes as f64 / 1e9),
     }
 }

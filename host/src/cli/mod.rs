@@ -7,12 +7,14 @@ pub mod chat;
 pub mod check;
 pub mod consent;
 pub mod conversation;
+pub mod facts;
 pub mod flags;
 pub mod generate;
 pub mod inspect;
 pub mod interrupt;
 pub mod lines;
 pub mod new_plugin;
+pub mod plan;
 pub mod plugins;
 pub mod printing;
 pub mod pull;
@@ -49,6 +51,8 @@ enum Command {
     Pull(pull::Pull),
     /// Tell what a model is and whether it fits its plugin, without reading its weights
     Inspect(Box<inspect::Inspect>),
+    /// Tell what a model would need, from its headers alone, before it is downloaded
+    Plan(Box<plan::PlanModel>),
     /// List the plugins that are found, and what is wrong with those that are not used
     Plugins(plugins::Plugins),
     /// Try a plugin out and tell its author what to mend
@@ -71,6 +75,7 @@ pub fn main() -> ExitCode {
         Command::CachePrompt(cache_prompt) => cache_prompt.run(),
         Command::Pull(pull) => pull.run(),
         Command::Inspect(inspect) => inspect.run(),
+        Command::Plan(plan) => plan.run(),
         Command::Plugins(plugins) => plugins.run(),
         Command::Check(check) => check.run(),
         Command::CheckChild(child) => child.run(),

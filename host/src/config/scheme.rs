@@ -28,6 +28,8 @@ pub enum Scheme {
     CompressedTensors {
         /// Rows and columns of a block, for FP8 in blocks.
         block: [usize; 2],
+        /// Of packed integers; the tensors say it too, but only by their data.
+        bits: u64,
     },
     /// Ternary weights.
     Bitnet(Bitnet),
@@ -161,11 +163,10 @@ impl Settings<'_> {
             return Err(self.refuse("transform_config.config_groups", groups, "empty: rotated weights are not read"));
         }
         let groups = self.map.get("config_groups").and_then(Value::as_object);
-        let block = groups
-            .into_iter()
-            .flat_map(|g| g.values())
-            .find_map(|group| group.get("weights")?.get("block_structure").filter(|v| v.is_array()));
-        Ok(Scheme::CompressedTensors { block: self.block(block, "config_groups.weights.block_structure")? })
+        let weights = || groups.into_iter().flat_map(|g| g.values()).filter_map(|group| group.get("weights"));
+        let block = weights().find_map(|weights| weights.get("block_structure").filter(|v| v.is_array()));
+        let bits = weights().find_map(|weights| weights.get("num_bits")?.as_u64()).unwrap_or(4);
+        Ok(Scheme::CompressedTensors { block: self.block(block, "config_groups.weights.block_structure")?, bits })
     }
 
     fn bitnet(&self) -> Result<Bitnet> {

@@ -248,7 +248,7 @@ fn style() -> ProgressStyle {
 }
 
 /// Repeats a request that changes nothing until it works or is hopeless.
-fn insist<T>(id: &str, name: &str, mut request: impl FnMut() -> Result<T, Trouble>) -> Result<T> {
+pub(super) fn insist<T>(id: &str, name: &str, mut request: impl FnMut() -> Result<T, Trouble>) -> Result<T> {
     let mut stalls = 0;
     loop {
         match request() {

@@ -2,11 +2,13 @@
 //! Redirects are followed by hand: the token goes to the Hub's own origin only, and nothing falls back from https to http.
 
 use std::error::Error as StdError;
+use std::io::{self, Read};
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use reqwest::blocking::{Client, Response};
-use reqwest::header::{ACCEPT_ENCODING, HeaderMap, LOCATION, RANGE};
+use reqwest::header::{ACCEPT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, HeaderMap, LOCATION, RANGE};
 use reqwest::{Method, Url, redirect};
 
 use super::listing::refusal;
@@ -29,6 +31,31 @@ pub(super) enum Trouble {
     Passing(String),
     /// It will not.
     Final(Error),
+}
+
+/// A part of a file, or the whole.
+pub(super) struct Part {
+    /// The place of its first byte; 0 of the whole.
+    pub start: u64,
+    /// The file's length, where the server says it.
+    pub total: Option<u64>,
+    /// Who sent it, after all redirects.
+    pub url: Url,
+    /// The bytes.
+    pub body: Body,
+}
+
+/// An answer's bytes.
+pub(super) struct Body {
+    response: Response,
+    /// Whether the server heeded the range.
+    pub is_partial: bool,
+}
+
+impl Read for Body {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.response.read(buffer)
+    }
 }
 
 /// Requests to one Hub on behalf of one user.
@@ -71,7 +98,7 @@ impl Transfer {
     pub(super) fn head(&self, url: &Url, id: &str, name: &str) -> Result<HeaderMap, Trouble> {
         let mut here = url.clone();
         for _ in 0..=MOST_REDIRECTS {
-            let response = self.send(Method::HEAD, &here, 0)?;
+            let response = self.send(Method::HEAD, &here, None)?;
             let is_described =
                 ["x-linked-etag", "x-linked-size"].iter().all(|name| response.headers().contains_key(*name));
             match self.redirect_of(&response, &here)? {
@@ -87,11 +114,33 @@ impl Transfer {
     pub(super) fn get(&self, url: &Url, id: &str, name: &str, start: u64) -> Result<Response, Trouble> {
         let mut here = url.clone();
         for _ in 0..=MOST_REDIRECTS {
-            let response = self.send(Method::GET, &here, start)?;
+            let response = self.send(Method::GET, &here, (start > 0).then(|| format!("bytes={start}-")))?;
             match self.redirect_of(&response, &here)? {
                 Some(next) => here = next,
                 None => return self.accept(response, id, name),
             }
+        }
+        Err(too_many_redirects(url))
+    }
+
+    /// The bytes `range` of a file, or the whole where the server knows no ranges; whoever has read enough drops the answer.
+    pub(super) fn part(&self, url: &Url, id: &str, name: &str, range: Range<u64>) -> Result<Part, Trouble> {
+        let mut here = url.clone();
+        for _ in 0..=MOST_REDIRECTS {
+            let asked = format!("bytes={}-{}", range.start, range.end.saturating_sub(1));
+            let response = self.send(Method::GET, &here, Some(asked))?;
+            if let Some(next) = self.redirect_of(&response, &here)? {
+                here = next;
+                continue;
+            }
+            let body = self.accept(response, id, name)?;
+            let header = |name| body.headers().get(name).and_then(|value| value.to_str().ok());
+            let is_partial = body.status().as_u16() == 206;
+            let (start, total) = match is_partial {
+                true => header(CONTENT_RANGE).and_then(range_and_total).unwrap_or((u64::MAX, None)),
+                false => (0, header(CONTENT_LENGTH).and_then(|text| text.parse().ok())),
+            };
+            return Ok(Part { start, total, url: here, body: Body { response: body, is_partial } });
         }
         Err(too_many_redirects(url))
     }
@@ -105,11 +154,11 @@ impl Transfer {
         }
     }
 
-    fn send(&self, method: Method, url: &Url, start: u64) -> Result<Response, Trouble> {
+    fn send(&self, method: Method, url: &Url, range: Option<String>) -> Result<Response, Trouble> {
         // Compressed answers have no length that could be checked.
         let mut request = self.client.request(method, url.clone()).header(ACCEPT_ENCODING, "identity");
-        if start > 0 {
-            request = request.header(RANGE, format!("bytes={start}-"));
+        if let Some(range) = range {
+            request = request.header(RANGE, range);
         }
         if let Some(token) = self.token.as_ref().filter(|_| url.origin() == self.endpoint.origin()) {
             request = request.bearer_auth(token);
@@ -189,6 +238,12 @@ pub(super) fn root_cause(error: &dyn StdError) -> String {
         cause = inner;
     }
     cause.to_string()
+}
+
+/// `bytes 100-199/2000` -> 100 and 2000.
+fn range_and_total(text: &str) -> Option<(u64, Option<u64>)> {
+    let (range, total) = text.strip_prefix("bytes ")?.split_once('/')?;
+    Some((range.split('-').next()?.trim().parse().ok()?, total.trim().parse().ok()))
 }
 
 fn host(url: &Url) -> &str {

@@ -4,7 +4,11 @@
 use crate::{
     error::{Error, Result},
     repo::{self, Folder},
-    weights::{bytes::Bytes, safetensors::read_header, stored::Stored},
+    weights::{
+        bytes::Bytes,
+        safetensors::{read_head, read_header},
+        stored::Stored,
+    },
 };
 use serde::Deserialize;
 use std::{
@@ -13,7 +17,19 @@ use std::{
     sync::Arc,
 };
 
-const INDEX: &str = "model.safetensors.index.json";
+/// Which tensor is in which shard.
+pub const INDEX: &str = "model.safetensors.index.json";
+
+/// The beginning of a shard that is elsewhere.
+#[derive(Debug, Clone)]
+pub struct Head {
+    /// The shard's name.
+    pub name: String,
+    /// Its first bytes, to the end of the header at least.
+    pub bytes: Vec<u8>,
+    /// Its whole length.
+    pub len: u64,
+}
 
 /// Tensor names -> stored tensors.
 #[derive(Debug, Clone, Default)]
@@ -25,7 +41,6 @@ impl Checkpoint {
     /// Opens every `model*.safetensors` of a folder (as mlx-lm does), checked against `model.safetensors.index.json` if there is one.
     pub fn open_folder(dir: &Path) -> Result<Self> {
         let folder = Folder::open(dir)?;
-        let is_shard = |name: &str| name.starts_with("model") && name.ends_with(".safetensors");
         let mut shards: BTreeSet<String> = folder.file_names()?.into_iter().filter(|name| is_shard(name)).collect();
         let index = read_index(&folder)?;
         if let Some(weight_map) = &index {
@@ -52,6 +67,26 @@ impl Checkpoint {
         }
         if let Some(weight_map) = &index {
             checkpoint.check_index(dir, weight_map)?;
+        }
+        Ok(checkpoint)
+    }
+
+    /// From the headers of shards that are elsewhere, and their index if they have one, with the checks of [`Checkpoint::open_folder`].
+    /// `place` stands for the folder in messages.
+    pub fn from_heads(place: &Path, heads: &[Head], index: Option<&[u8]>) -> Result<Self> {
+        let index = index.map(|text| parse_index(text, place)).transpose()?;
+        for (tensor, shard) in index.iter().flatten() {
+            check_shard_name(place, tensor, shard)?;
+        }
+        let mut checkpoint = Checkpoint::default();
+        for head in heads {
+            let file: Arc<Path> = place.join(&head.name).into();
+            for (name, tensor) in read_head(&head.bytes, head.len, &file)? {
+                checkpoint.insert(name, tensor)?;
+            }
+        }
+        if let Some(weight_map) = &index {
+            checkpoint.check_index(place, weight_map)?;
         }
         Ok(checkpoint)
     }
@@ -180,14 +215,20 @@ struct Index {
 }
 
 fn read_index(folder: &Folder) -> Result<Option<BTreeMap<String, String>>> {
-    let Some(text) = folder.read(INDEX, repo::INDEX_CAP)? else { return Ok(None) };
-    let index: Index = serde_json::from_slice(&text).map_err(|e| {
-        Error::Weights(format!(
-            "{}: not an index of shards ({e}): download it again",
-            folder.path().join(INDEX).display()
-        ))
+    let text = folder.read(INDEX, repo::INDEX_CAP)?;
+    text.map(|text| parse_index(&text, folder.path())).transpose()
+}
+
+fn parse_index(text: &[u8], dir: &Path) -> Result<BTreeMap<String, String>> {
+    let index: Index = serde_json::from_slice(text).map_err(|e| {
+        Error::Weights(format!("{}: not an index of shards ({e}): download it again", dir.join(INDEX).display()))
     })?;
-    Ok(Some(index.weight_map))
+    Ok(index.weight_map)
+}
+
+/// Whether this is the name of a file with weights, as mlx-lm names them.
+pub fn is_shard(name: &str) -> bool {
+    repo::is_plain_name(name) && name.starts_with("model") && name.ends_with(".safetensors")
 }
 
 fn check_shard_name(dir: &Path, tensor: &str, shard: &str) -> Result<()> {

@@ -21,44 +21,69 @@ const HEADER_CAP: u64 = 100_000_000;
 
 /// All tensors of one mapped file, in the order of their bytes. `file` is for messages and goes along with each tensor.
 pub fn read_header(bytes: &Bytes, file: &Arc<Path>) -> Result<Vec<(String, Stored)>> {
+    let header_end = header_end(bytes, bytes.len() as u64, file)?;
+    let mut tensors = Vec::new();
+    for (name, dtype, shape, (start, end)) in placed(bytes, bytes.len() as u64, file)? {
+        let range = header_end as usize + start as usize..header_end as usize + end as usize;
+        let data = bytes
+            .slice(range)
+            .ok_or_else(|| Error::Weights(format!("{}: {name}: lies outside the file", file.display())))?;
+        tensors.push((name, Stored::new(dtype, shape, data, file.clone())?));
+    }
+    SafeTensors::read_metadata(bytes)
+        .map_err(|e| Error::Weights(format!("{}: header refused ({e})", file.display())))?;
+    Ok(tensors)
+}
+
+/// The tensors of a file that is elsewhere, checked as strictly: `head` are its first bytes, to the end of the header at least, `len` is the
+/// length of the whole.
+pub fn read_head(head: &[u8], len: u64, file: &Arc<Path>) -> Result<Vec<(String, Stored)>> {
+    let placed = placed(head, len, file)?.into_iter();
+    Ok(placed.map(|(name, dtype, shape, _)| (name, Stored::elsewhere(dtype, shape, file.clone()))).collect())
+}
+
+/// Where the header of a file of `len` bytes ends, told by its first eight.
+pub fn header_end(start: &[u8], len: u64, file: &Path) -> Result<u64> {
     let wrong = |what: String| Error::Weights(format!("{}: {what}", file.display()));
-    let length: [u8; 8] = match bytes.first_chunk() {
-        Some(length) => *length,
-        None => return Err(wrong("too short for a safetensors file: download it again".into())),
+    let Some(length) = start.first_chunk() else {
+        return Err(wrong("too short for a safetensors file: download it again".into()));
     };
-    let length = u64::from_le_bytes(length);
+    let length = u64::from_le_bytes(*length);
     if length > HEADER_CAP {
         return Err(wrong(format!("header of {length} bytes: not a safetensors file, or a damaged one")));
     }
-    let header_end = 8 + length as usize;
-    let Some(header) = bytes.get(8..header_end) else {
-        return Err(wrong(format!(
-            "cut short within its header ({} bytes of {header_end}): download it again",
-            bytes.len()
-        )));
-    };
+    let end = 8 + length;
+    match end <= len {
+        true => Ok(end),
+        false => Err(wrong(format!("cut short within its header ({len} bytes of {end}): download it again"))),
+    }
+}
+
+type Placed = (String, Dtype, Vec<usize>, (u64, u64));
+
+fn placed(head: &[u8], len: u64, file: &Path) -> Result<Vec<Placed>> {
+    let wrong = |what: String| Error::Weights(format!("{}: {what}", file.display()));
+    let header_end = header_end(head, len, file)?;
+    let header = head.get(8..header_end as usize).ok_or_else(|| wrong("its header is not all here".into()))?;
     let Header(mut entries) =
         serde_json::from_slice(header).map_err(|e| wrong(format!("header is not as it should be ({e})")))?;
     entries.sort_by_key(|(_, entry)| entry.data_offsets);
-    check_offsets(&entries, (bytes.len() - header_end) as u64).map_err(wrong)?;
+    check_offsets(&entries, len - header_end).map_err(wrong)?;
 
     let mut tensors = Vec::with_capacity(entries.len());
     for (name, entry) in entries {
         let wrong = |what: String| Error::Weights(format!("{}: {name}: {what}", file.display()));
         let dtype = dtype(&entry.dtype).ok_or_else(|| wrong(format!("dtype {} is not supported", entry.dtype)))?;
         let (start, end) = entry.data_offsets;
-        let range = header_end + start as usize..header_end + end as usize;
         let shape: Vec<usize> = entry.shape.iter().map(|&d| usize::try_from(d).unwrap_or(usize::MAX)).collect();
-        if dtype.size_of_shape(&shape) != Some(range.len()) {
+        if dtype.size_of_shape(&shape).map(|size| size as u64) != Some(end - start) {
             return Err(wrong(format!(
                 "{dtype} {shape:?} does not take the {} bytes that the header gives it",
-                range.len()
+                end - start
             )));
         }
-        let data = bytes.slice(range).ok_or_else(|| wrong("lies outside the file".into()))?;
-        tensors.push((name, Stored::new(dtype, shape, data, file.clone())?));
+        tensors.push((name, dtype, shape, (start, end)));
     }
-    SafeTensors::read_metadata(bytes).map_err(|e| wrong(format!("header refused ({e})")))?;
     Ok(tensors)
 }
 

@@ -132,14 +132,27 @@ pub struct Stored {
     pub file: Arc<Path>,
     /// llama.cpp stores the rows of q and k as (head, pair, 2) where checkpoints have (head, 2, pair); this is the number of heads.
     pub permuted_heads: Option<usize>,
-    bytes: Bytes,
+    /// `None` where only the file's header is here.
+    bytes: Option<Bytes>,
 }
 
 impl Stored {
+    /// A tensor of a file whose header alone is here. It has no bytes to be read.
+    pub fn elsewhere(dtype: Dtype, shape: Vec<usize>, file: Arc<Path>) -> Self {
+        Self { dtype, shape, file, permuted_heads: None, bytes: None }
+    }
+
+    /// Whether its bytes can be read here.
+    pub fn is_here(&self) -> bool {
+        self.bytes.is_some()
+    }
+
     /// Checks that `bytes` is as long as dtype and shape ask for.
     pub fn new(dtype: Dtype, shape: Vec<usize>, bytes: Bytes, file: Arc<Path>) -> Result<Self> {
         match dtype.size_of_shape(&shape) {
-            Some(size) if size == bytes.len() => Ok(Self { dtype, shape, file, permuted_heads: None, bytes }),
+            Some(size) if size == bytes.len() => {
+                Ok(Self { dtype, shape, file, permuted_heads: None, bytes: Some(bytes) })
+            }
             _ => Err(Error::Weights(format!(
                 "{}: {dtype} {shape:?} does not take {} bytes: the file is damaged",
                 file.display(),
@@ -161,22 +174,24 @@ impl Stored {
         Ok(self)
     }
 
-    /// The values in the order of the shape. Shared with the file, or copied where rows had to be put right.
+    /// The values in the order of the shape. Shared with the file, or copied where rows had to be put right; none of a tensor that is
+    /// not here.
     pub fn bytes(&self) -> Bytes {
-        match self.permuted_heads {
-            Some(heads) => self.rows_put_right(heads).into(),
-            None => self.bytes.clone(),
+        match (self.permuted_heads, &self.bytes) {
+            (_, None) => Vec::new().into(),
+            (Some(heads), Some(bytes)) => self.rows_put_right(bytes, heads).into(),
+            (None, Some(bytes)) => bytes.clone(),
         }
     }
 
-    /// The length of `bytes()`.
+    /// Bytes in the file.
     pub fn len(&self) -> usize {
-        self.bytes.len()
+        self.dtype.size_of_shape(&self.shape).unwrap_or(0)
     }
 
     /// Whether a dimension is zero.
     pub fn is_empty(&self) -> bool {
-        self.bytes.is_empty()
+        self.len() == 0
     }
 
     /// How many values the tensor has.
@@ -185,18 +200,18 @@ impl Stored {
     }
 
     // Blocks never cross rows, so whole rows move in every format.
-    fn rows_put_right(&self, heads: usize) -> Vec<u8> {
+    fn rows_put_right(&self, bytes: &Bytes, heads: usize) -> Vec<u8> {
         let rows = self.shape.first().copied().unwrap_or(0);
-        if rows == 0 || self.bytes.is_empty() {
+        if rows == 0 || bytes.is_empty() {
             return Vec::new();
         }
-        let (head_dim, row_bytes) = (rows / heads, self.bytes.len() / rows);
-        let mut out = Vec::with_capacity(self.bytes.len());
+        let (head_dim, row_bytes) = (rows / heads, bytes.len() / rows);
+        let mut out = Vec::with_capacity(bytes.len());
         for row in 0..rows {
             let (head, within) = (row / head_dim, row % head_dim);
             let (half, pair) = (within / (head_dim / 2), within % (head_dim / 2));
             let from = (head * head_dim + pair * 2 + half) * row_bytes;
-            out.extend_from_slice(&self.bytes[from..from + row_bytes]);
+            out.extend_from_slice(&bytes[from..from + row_bytes]);
         }
         out
     }

@@ -24,6 +24,8 @@ pub struct Faults {
     pub linked_etag: Option<String>,
     /// The storage host does not know Range.
     pub no_ranges: bool,
+    /// What the storage host says in place of the right Content-Range.
+    pub content_range: Option<String>,
     /// Where the Hub redirects to.
     pub location: Option<String>,
 }
@@ -58,6 +60,7 @@ struct State {
     refusal: Option<(u16, &'static str, &'static str)>,
     moved_from: Option<String>,
     seen: Vec<Seen>,
+    served: usize,
 }
 
 /// The running server and an empty cache.
@@ -83,6 +86,7 @@ impl Hub {
             refusal: None,
             moved_from: None,
             seen: Vec::new(),
+            served: 0,
         };
         let state = Arc::new(Mutex::new(state));
         let storage = listen(&state, None);
@@ -135,6 +139,16 @@ impl Hub {
     /// Everything that came in so far.
     pub fn seen(&self) -> Vec<Seen> {
         self.state.lock().unwrap().seen.clone()
+    }
+
+    /// Bytes of bodies that were sent so far.
+    pub fn served(&self) -> usize {
+        self.state.lock().unwrap().served
+    }
+
+    /// Where it listens.
+    pub fn endpoint(&self) -> &str {
+        &self.endpoint
     }
 
     /// Forgets it.
@@ -210,7 +224,10 @@ fn serve(mut stream: TcpStream, state: &Mutex<State>, storage: Option<&str>) -> 
     };
     write!(stream, "HTTP/1.1 {} x\r\nconnection: close\r\n{}\r\n", answer.status, answer.headers).ok()?;
     if method == "GET" {
-        stream.write_all(&answer.body).ok()?;
+        for piece in answer.body.chunks(16 << 10) {
+            stream.write_all(piece).ok()?;
+            state.lock().unwrap().served += piece.len();
+        }
     }
     stream.flush().ok()
 }
@@ -262,15 +279,21 @@ impl State {
     fn answer_as_storage(&mut self, path: &str, range: Option<&str>) -> Answer {
         let name = path.trim_start_matches('/').split('?').next().unwrap_or_default();
         let Some(file) = self.files.get_mut(name) else { return answer(404, String::new(), b"") };
-        let start = range.and_then(|range| range.strip_prefix("bytes=")?.strip_suffix('-')?.parse().ok());
-        let start: usize = start.filter(|_| !file.faults.no_ranges).unwrap_or(0);
+        let range =
+            range.filter(|_| !file.faults.no_ranges).and_then(|range| range.strip_prefix("bytes=")?.split_once('-'));
+        let start: usize = range.and_then(|(start, _)| start.parse().ok()).unwrap_or(0);
         let total = file.body.len();
+        let end = range.and_then(|(_, last)| Some(last.parse::<usize>().ok()? + 1)).unwrap_or(total).min(total);
         if start >= total {
             return answer(416, format!("content-range: bytes */{total}\r\n"), b"");
         }
-        let mut answer = match start {
-            0 => answer(200, String::new(), &file.body),
-            _ => answer(206, format!("content-range: bytes {start}-{}/{total}\r\n", total - 1), &file.body[start..]),
+        let mut answer = match range {
+            None => answer(200, String::new(), &file.body),
+            Some(_) => {
+                let right = format!("bytes {start}-{}/{total}", end - 1);
+                let said = file.faults.content_range.as_ref().unwrap_or(&right);
+                answer(206, format!("content-range: {said}\r\n"), &file.body[start..end])
+            }
         };
         if file.faults.cuts > 0 {
             file.faults.cuts -= 1;

@@ -40,7 +40,7 @@ impl Fp8 {
 
     fn grid(w: &Named, scale: &Beside, shape: &[usize]) -> Result<Grid> {
         let [block_rows, block_cols] = match w.scheme() {
-            Some(Scheme::Fp8 { block } | Scheme::CompressedTensors { block }) => *block,
+            Some(Scheme::Fp8 { block } | Scheme::CompressedTensors { block, .. }) => *block,
             _ => [128, 128],
         };
         let misfit = || scale.wrong(format!("{:?} does not divide a weight of {shape:?}", scale.stored.shape));

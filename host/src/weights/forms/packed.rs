@@ -7,6 +7,7 @@ use super::{
     integers::{Integers, Numbers, turned, unpack},
 };
 use crate::{
+    config::Scheme,
     error::Result,
     kernels::cpu::Matrix,
     weights::{Dtype, bytes},
@@ -73,8 +74,18 @@ impl Packed {
     fn layout(w: &Named) -> Result<Layout> {
         let (packed, shape) = (w.need("_packed")?, w.need("_shape")?);
         packed.is(&[Dtype::I32])?;
-        let (&[rows, words], &[outputs, inputs]) = (&packed.stored.shape[..], &shape.whole_numbers()?[..]) else {
+        let &[rows, words] = &packed.stored.shape[..] else {
             return Err(packed.wrong(format!("{:?}: packed weights have two axes", packed.stored.shape)));
+        };
+        let declared = match (shape.stored.is_here(), w.scheme()) {
+            // From headers alone: no row ends within a word, which holds for every width that is a multiple of 32.
+            (false, Some(&Scheme::CompressedTensors { bits, .. })) => {
+                vec![rows, words.saturating_mul(32).checked_div(bits as usize).unwrap_or(0)]
+            }
+            _ => shape.whole_numbers()?,
+        };
+        let &[outputs, inputs] = &declared[..] else {
+            return Err(shape.wrong(format!("{declared:?}: packed weights have two axes")));
         };
         // So many bits that the words are full; rows end with a whole word.
         let bits = words.saturating_mul(32).checked_div(inputs).unwrap_or(0).min(9);
