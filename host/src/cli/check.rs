@@ -207,18 +207,29 @@ impl Check {
             line("This system limits no memory: tests were limited in time only.")?;
         }
         for (test, report) in failed {
-            let again = format!("dylm check {plugin} --only {}", test.name);
-            let flags = self.config.iter().map(|path| format!(" --config {}", path.display())).collect::<String>();
+            let again = self.again(plugin, test);
             line(format!(
-                "\n{}\n  expected  {}\n  found     {}\n  mend      {}\n  again     {again}{flags} --seed {}",
+                "\n{}\n  expected  {}\n  found     {}\n  mend      {}\n  again     {again}",
                 Paint::Bold.out(test.name),
                 test.what,
                 report.reason.replace('\n', "\n            "),
                 test.mend,
-                self.seed
             ))?;
         }
         Ok(())
+    }
+
+    /// The command that tries one test as it was tried.
+    fn again(&self, plugin: &str, test: &Test) -> String {
+        let mut words = vec![format!("dylm check {plugin} --only {}", test.name)];
+        words.extend(self.plugins.iter().map(|folder| format!("--plugins {}", folder.display())));
+        words.extend(self.config.iter().map(|path| format!("--config {}", path.display())));
+        words.extend((test.name == "config-fuzz").then(|| format!("--cases {}", self.cases)));
+        if let (Some(file), Some(model), "numerics-reference") = (&self.reference, &self.model, test.name) {
+            words.push(format!("--reference {} --model {model}", file.display()));
+        }
+        words.push(format!("--seed {}", self.seed));
+        words.join(" ")
     }
 }
 

@@ -103,7 +103,8 @@ pub fn limit_memory(_: u64) -> bool {
 impl Ended {
     /// What became of a child that told nothing, in the words of a sentence about "it".
     pub fn end(&self) -> String {
-        let said = self.stderr.lines().map(str::trim).rfind(|line| !line.is_empty()).unwrap_or_default();
+        let tells = |line: &&str| !line.is_empty() && !line.starts_with("note:");
+        let said = self.stderr.lines().map(str::trim).rfind(tells).unwrap_or_default();
         let said = |what: String| if said.is_empty() { what } else { format!("{what} ({said})") };
         match self.status {
             None => format!("it did not end within {} s", self.took.as_secs()),
