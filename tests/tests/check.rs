@@ -66,7 +66,7 @@ const FOUND: &[(&str, &str, &[&str])] = &[
     ("count the models", "build-repeats", &["the second model asks for Norm"]),
     ("divide by a key", "config-extremes", &["with divisor = 0: the plugin bad panicked: attempt to divide by zero"]),
     ("divide by zero", "numerics-finite", &["of the 128 logits of token 0, 128 are no numbers"]),
-    ("refuse with a report", "config-missing-keys", &["it refuses with a message of several lines"]),
+    ("refuse with a report", "config-extremes", &["it refuses with a message of several lines"]),
     ("ignore everything", "build-unused", &["what it ignores is too much"]),
     ("declare a cache too many", "shapes-caches-used", &["caches() declares 2 caches; a step leaves unused [1]"]),
     ("look ahead", "numerics-causal", &["a later token was changed: the logits of token 0 are off by"]),

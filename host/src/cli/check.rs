@@ -68,7 +68,7 @@ pub struct Check {
     #[arg(long, default_value_t = 300)]
     cases: usize,
     /// Seconds that a test may take
-    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
     timeout: u64,
     /// MiB that a test may ask for
     #[arg(long, value_name = "MIB", default_value_t = 1024)]

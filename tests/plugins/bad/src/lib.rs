@@ -220,7 +220,7 @@ impl Architecture for Bad {
     fn new(c: Config, w: &Weights) -> Result<Self> {
         w.ignore("model.layers.");
         Self::misbehave_in_new(&c.misbehave, w)?;
-        let more = worse::in_new(&c.misbehave, w)?;
+        let more = worse::in_new(&c.misbehave, c.divisor, w)?;
         if c.misbehave == "divide by a key" {
             let _ = std::hint::black_box(c.hidden_size / c.divisor);
         }

@@ -42,12 +42,12 @@ pub fn anywhere(how: &str) {
 }
 
 /// In `new`; gives how many layers more to ask for.
-pub fn in_new(how: &str, w: &Weights) -> Result<usize> {
+pub fn in_new(how: &str, divisor: usize, w: &Weights) -> Result<usize> {
     anywhere(how.strip_suffix(" in new").unwrap_or_default());
     match how {
         "ignore everything" => w.ignore(""),
         "leak a model" => keep(100),
-        "refuse with a report" => return Err("config.json\nis not\nto my liking".into()),
+        "refuse with a report" if divisor == 0 => return Err("config.json\nis not\nto my liking".into()),
         "count the models" => return Ok(MADE.fetch_add(1, Ordering::Relaxed)),
         _ => {}
     }
