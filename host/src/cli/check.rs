@@ -12,7 +12,9 @@ use crate::{
             catalog::{self, Report, Stage, TESTS, Test, Verdict},
             subject::Job,
         },
+        file::PluginFile,
         registry::{Registry, file_stem},
+        trust::{Standing, pins::Pins},
     },
 };
 use clap::Args;
@@ -135,6 +137,20 @@ impl Check {
         if path.components().count() > 1 || plugin.ends_with(std::env::consts::DLL_SUFFIX) {
             return path.canonicalize().map_err(|e| Error::Usage(format!("{plugin}: {e}")));
         }
+        let file = self.find(plugin)?;
+        // A name stands for whatever lies on the search path; to name the file itself is to say that it may run.
+        let hash = || PluginFile::open(&file)?.sha256();
+        match Standing::of(&file, hash, Pins::read)? {
+            Standing::BuiltIn | Standing::Trusted(_) => Ok(file),
+            Standing::Unknown | Standing::Changed(_) => Err(Error::Usage(format!(
+                "{plugin}: is {}, which is not dylm's own and not trusted; to run it all the same, name the file",
+                file.display()
+            ))),
+        }
+    }
+
+    /// The plugin of this name on the search path.
+    fn find(&self, plugin: &str) -> Result<PathBuf> {
         let registry = Registry::new(&self.plugins);
         let name = format!("{}{}{}", std::env::consts::DLL_PREFIX, file_stem(plugin), std::env::consts::DLL_SUFFIX);
         // By its file first: a plugin that is refused for what it says is checked as well.
