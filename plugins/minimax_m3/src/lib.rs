@@ -214,4 +214,4 @@ impl Architecture for MiniMaxM3 {
     }
 }
 
-export_plugin!(MiniMaxM3);
+export_plugin!(MiniMaxM3, examples = ["../../tests/fixtures/tiny/minimax_m3_vl/config.json"]);
