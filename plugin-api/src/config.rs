@@ -114,10 +114,22 @@ impl Read for RopeScaling {
     }
 }
 
+/// Nothing that a model has several of comes in more: what is asked for once for each would take hours, or all memory.
+const MOST: f64 = 65_536.0;
+
+/// Whether a key counts layers, heads, experts or groups.
+fn is_count(name: &str) -> bool {
+    let of = name.strip_prefix("num_").or(name.strip_prefix("n_")).or(name.strip_suffix("_num"));
+    of.is_some_and(|of| ["layer", "head", "expert", "group"].iter().any(|things| of.contains(things)))
+}
+
 /// Reads one key; `None` where it is absent or null.
 pub fn key<T: Read>(json: &Value, at: &str, name: &str) -> Result<Option<T>> {
     match json.get(name).filter(|v| !v.is_null()) {
         None => Ok(None),
+        Some(value) if is_count(name) && value.as_f64().is_some_and(|count| count > MOST) => {
+            Err(Error(format!("config.json: {at}{name} is {}, it should be at most {MOST}", short(value))))
+        }
         Some(value) => match T::read(value) {
             Some(value) => Ok(Some(value)),
             None => Err(Error(format!("config.json: {at}{name} is {}, it should be {}", short(value), T::WHAT))),

@@ -10,7 +10,7 @@ use crate::{
 use abi_stable::std_types::{RSlice, RStr};
 
 /// More layers than any model has: a config that asks for more is broken, and would keep the host busy for hours.
-const MOST_LAYERS: usize = 10_000;
+pub(crate) const MOST_LAYERS: usize = 10_000;
 
 /// The checkpoint below one prefix; `at` goes down, the rest name what lies there.
 #[derive(Clone, Debug, Default)]

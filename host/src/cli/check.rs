@@ -12,7 +12,9 @@ use crate::{
             catalog::{self, Report, Stage, TESTS, Test, Verdict},
             subject::Job,
         },
+        file::PluginFile,
         registry::{Registry, file_stem},
+        trust::{Standing, pins::Pins},
     },
 };
 use clap::Args;
@@ -68,7 +70,7 @@ pub struct Check {
     #[arg(long, default_value_t = 300)]
     cases: usize,
     /// Seconds that a test may take
-    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
     timeout: u64,
     /// MiB that a test may ask for
     #[arg(long, value_name = "MIB", default_value_t = 1024)]
@@ -135,6 +137,20 @@ impl Check {
         if path.components().count() > 1 || plugin.ends_with(std::env::consts::DLL_SUFFIX) {
             return path.canonicalize().map_err(|e| Error::Usage(format!("{plugin}: {e}")));
         }
+        let file = self.find(plugin)?;
+        // A name stands for whatever lies on the search path; to name the file itself is to say that it may run.
+        let hash = || PluginFile::open(&file)?.sha256();
+        match Standing::of(&file, hash, Pins::read)? {
+            Standing::BuiltIn | Standing::Trusted(_) => Ok(file),
+            Standing::Unknown | Standing::Changed(_) => Err(Error::Usage(format!(
+                "{plugin}: is {}, which is not dylm's own and not trusted; to run it all the same, name the file",
+                file.display()
+            ))),
+        }
+    }
+
+    /// The plugin of this name on the search path.
+    fn find(&self, plugin: &str) -> Result<PathBuf> {
         let registry = Registry::new(&self.plugins);
         let name = format!("{}{}{}", std::env::consts::DLL_PREFIX, file_stem(plugin), std::env::consts::DLL_SUFFIX);
         // By its file first: a plugin that is refused for what it says is checked as well.
@@ -207,18 +223,29 @@ impl Check {
             line("This system limits no memory: tests were limited in time only.")?;
         }
         for (test, report) in failed {
-            let again = format!("dylm check {plugin} --only {}", test.name);
-            let flags = self.config.iter().map(|path| format!(" --config {}", path.display())).collect::<String>();
+            let again = self.again(plugin, test);
             line(format!(
-                "\n{}\n  expected  {}\n  found     {}\n  mend      {}\n  again     {again}{flags} --seed {}",
+                "\n{}\n  expected  {}\n  found     {}\n  mend      {}\n  again     {again}",
                 Paint::Bold.out(test.name),
                 test.what,
                 report.reason.replace('\n', "\n            "),
                 test.mend,
-                self.seed
             ))?;
         }
         Ok(())
+    }
+
+    /// The command that tries one test as it was tried.
+    fn again(&self, plugin: &str, test: &Test) -> String {
+        let mut words = vec![format!("dylm check {plugin} --only {}", test.name)];
+        words.extend(self.plugins.iter().map(|folder| format!("--plugins {}", folder.display())));
+        words.extend(self.config.iter().map(|path| format!("--config {}", path.display())));
+        words.extend((test.name == "config-fuzz").then(|| format!("--cases {}", self.cases)));
+        if let (Some(file), Some(model), "numerics-reference") = (&self.reference, &self.model, test.name) {
+            words.push(format!("--reference {} --model {model}", file.display()));
+        }
+        words.push(format!("--seed {}", self.seed));
+        words.join(" ")
     }
 }
 

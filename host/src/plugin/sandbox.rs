@@ -85,13 +85,13 @@ pub fn run(command: &str, job: &str, time: Duration) -> Result<Ended> {
 /// the system keeps to it.
 #[cfg(any(target_os = "linux", target_os = "android"))]
 pub fn limit_memory(bytes: u64) -> bool {
-    use rlimit::Resource;
+    use nix::sys::resource::{Resource, setrlimit};
     // In pages, the first number of the line.
     let statm = fs::read_to_string("/proc/self/statm").unwrap_or_default();
     let pages: u64 = statm.split(' ').next().and_then(|n| n.parse().ok()).unwrap_or(0);
     let limit = bytes.saturating_add(pages.saturating_mul(4096));
-    let _ = Resource::CORE.set(0, 0);
-    Resource::AS.set(limit, limit).is_ok()
+    let _ = setrlimit(Resource::RLIMIT_CORE, 0, 0);
+    setrlimit(Resource::RLIMIT_AS, limit, limit).is_ok()
 }
 
 /// The same on systems that count no address space.
@@ -103,7 +103,8 @@ pub fn limit_memory(_: u64) -> bool {
 impl Ended {
     /// What became of a child that told nothing, in the words of a sentence about "it".
     pub fn end(&self) -> String {
-        let said = self.stderr.lines().map(str::trim).rfind(|line| !line.is_empty()).unwrap_or_default();
+        let tells = |line: &&str| !line.is_empty() && !line.starts_with("note:");
+        let said = self.stderr.lines().map(str::trim).rfind(tells).unwrap_or_default();
         let said = |what: String| if said.is_empty() { what } else { format!("{what} ({said})") };
         match self.status {
             None => format!("it did not end within {} s", self.took.as_secs()),

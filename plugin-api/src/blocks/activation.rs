@@ -3,6 +3,7 @@
 use crate::{
     Result, Tensor,
     config::{Json, Read},
+    weights::MOST_LAYERS,
 };
 
 /// config.json's `hidden_act`, under the names that transformers gives to activations.
@@ -78,7 +79,7 @@ impl Read for LayerTypes {
 impl LayerTypes {
     /// Every `nth` of so many layers sees all keys, the others a window.
     pub fn every(nth: usize, layers: usize) -> Self {
-        Self((1..=layers).map(|layer| !layer.is_multiple_of(nth)).collect())
+        Self((1..=layers.min(MOST_LAYERS)).map(|layer| !layer.is_multiple_of(nth)).collect())
     }
 
     /// The last layer below `end` that is of this layer's kind: where a layer without keys of its own finds them.

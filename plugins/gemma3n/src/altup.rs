@@ -26,8 +26,8 @@ impl Streams {
     pub fn new(c: &Config, w: &Weights) -> Result<Self> {
         let dim = c.hidden_size;
         let others = |name| {
-            let square = |w: &Weights, i: usize| Ok(w.linear(&i.to_string(), dim, dim, false));
-            (0..c.altup_num_inputs - 1).map(|i| square(&w.at(name), i)).collect::<Result<Vec<_>>>()
+            let w = w.at(name);
+            w.each(c.altup_num_inputs - 1, |_, i| Ok(w.linear(&i.to_string(), dim, dim, false)))
         };
         Ok(Self {
             altup_projections: others("altup_projections")?,

@@ -119,7 +119,8 @@ impl Config {
         if !self.block_auto_adjust_ff_dim {
             return self.block_ff_dim;
         }
-        let hidden = (self.block_ffn_dim_multiplier * (2 * self.block_ff_dim / 3) as f32) as usize;
+        // By way of u32, which leaves room for the rounding.
+        let hidden = (self.block_ffn_dim_multiplier * (2 * self.block_ff_dim / 3) as f32) as u32 as usize;
         hidden.next_multiple_of(self.block_multiple_of)
     }
 }

@@ -113,7 +113,8 @@ impl Layers {
             Half::Nothing => None,
             Half::Linear => Some(Feed::Linear(linear(w.at("mlp"), "linear_mlp", c.mlp_bias))),
             Half::Kept(mult) => {
-                let hidden = ((2.0 * mult * dim as f64 / 3.0) as usize).next_multiple_of(WIDTH_STEP);
+                // By way of u32, which leaves room for the rounding.
+                let hidden = ((2.0 * mult * dim as f64 / 3.0) as u32 as usize).next_multiple_of(WIDTH_STEP);
                 Some(Feed::Kept(GatedMlp::new(&w.at("mlp"), dim, hidden, c.mlp_bias, c.hidden_act)))
             }
         };

@@ -33,7 +33,8 @@ impl Config {
     fn width(&self, layer: usize) -> Result<usize> {
         let exact = self.ffn_multipliers.at(layer, "ffn_multipliers")? * self.model_dim as f64;
         let divisor = self.ffn_dim_divisor;
-        let nearest = ((exact + divisor as f64 / 2.0) as usize / divisor * divisor).max(divisor);
+        // By way of u32, which leaves room for the rounding.
+        let nearest = ((exact + divisor as f64 / 2.0) as u32 as usize / divisor * divisor).max(divisor);
         Ok(if (nearest as f64) < 0.9 * exact { nearest + divisor } else { nearest })
     }
 

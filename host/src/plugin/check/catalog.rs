@@ -94,7 +94,7 @@ tests! {
     File => "file-name" note::file_name: "the file is called after a model_type that it serves",
         "Name the crate, or its [lib], like its first model_type; - and . become _.";
     File => "file-permissions" file::permissions: "nobody but its owner may change it",
-        "chmod o-w the file and its folder.";
+        "chmod go-w the file and its folder.";
     Open gate => "load-now" file::now: "it opens with every symbol bound, in time",
         "Look for symbols that no library has (link what you use), and for work done before anything is asked of the plugin.";
     Open => "load-note" file::same_note: "its code says of itself what its note says",

@@ -111,12 +111,16 @@ pub fn memory_of_steps(subject: &Subject) -> Outcome {
 /// Entries of a folder of this process' facts, where the system has such; links by what they lead to.
 fn facts(folder: &str) -> Option<Vec<String>> {
     let entries = std::fs::read_dir(format!("/proc/self/{folder}")).ok()?;
-    // The folder itself is open while it is read.
-    let told = |path: std::path::PathBuf| match std::fs::read_link(&path) {
-        Ok(to) => to.display().to_string(),
-        Err(_) => path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+    let told = |path: std::path::PathBuf| {
+        let number = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        match (std::fs::read_link(&path), std::fs::read_to_string(path.join("comm"))) {
+            // This folder itself is open while it is read.
+            (Ok(to), _) => (!to.starts_with("/proc")).then(|| format!("{} ({number})", to.display())),
+            (_, Ok(name)) => Some(format!("{} ({number})", name.trim())),
+            _ => Some(number),
+        }
     };
-    Some(entries.flatten().map(|entry| told(entry.path())).filter(|to| !to.starts_with("/proc/")).collect())
+    Some(entries.flatten().filter_map(|entry| told(entry.path())).collect())
 }
 
 fn unchanged(subject: &Subject, folder: &str, what: &str) -> Outcome {

@@ -83,7 +83,7 @@ impl Subject {
         if let Some(library) = self.library.get() {
             return Ok(library);
         }
-        // Whoever names a file to be checked agrees to its being run, in a process of its own.
+        // Whoever named the file wants it run: the command has seen to that.
         let found = Found { path: self.job.plugin.clone(), note: self.note()?, trust: Trust::All };
         let library = Library::open(&found)?;
         Ok(self.library.get_or_init(|| library))

@@ -1,5 +1,7 @@
 //! A plugin that works, unless config.json's `misbehave` says how not to. Where safe Rust forbids the mistake, it is made with `transmute`.
 
+mod worse;
+
 use plugin_api::prelude::*;
 use std::{
     cell::Cell,
@@ -12,6 +14,7 @@ config! {
         vocab_size: usize,
         hidden_size: usize,
         misbehave: String = String::new(),
+        divisor: usize = 1,
     }
 }
 
@@ -92,6 +95,9 @@ impl Bad {
         let heads = h.split_heads(16);
         let attend = |layer: &mut Layer, how: &Attend| layer.attend(heads.clone(), heads.clone(), heads.clone(), how);
         let plain = Attend { scale: 1.0, ..Default::default() };
+        if let Some(worse) = worse::in_forward(&self.misbehave, call, h) {
+            return Some(worse);
+        }
         Some(match self.misbehave.as_str() {
             "panic in forward" => panic!("a deliberate panic in forward"),
             "panic after attention, later" if call == 2 => {
@@ -199,6 +205,7 @@ impl Bad {
 
 impl Drop for Bad {
     fn drop(&mut self) {
+        worse::anywhere(self.misbehave.strip_suffix(" in drop").unwrap_or_default());
         if self.misbehave == "panic in drop" {
             panic!("a deliberate panic in drop");
         }
@@ -213,6 +220,11 @@ impl Architecture for Bad {
     fn new(c: Config, w: &Weights) -> Result<Self> {
         w.ignore("model.layers.");
         Self::misbehave_in_new(&c.misbehave, w)?;
+        let more = worse::in_new(&c.misbehave, c.divisor, w)?;
+        if c.misbehave == "divide by a key" {
+            let _ = std::hint::black_box(c.hidden_size / c.divisor);
+        }
+        (0..more).for_each(|_| drop(w.rms_norm("model.norm", c.hidden_size, 1e-5)));
         Ok(Self {
             misbehave: c.misbehave,
             calls: AtomicUsize::new(0),
@@ -228,6 +240,7 @@ impl Model for Bad {
     fn caches(&self) -> Vec<Cache> {
         match self.misbehave.as_str() {
             "panic in caches" => panic!("a deliberate panic in caches"),
+            "declare a cache too many" => vec![Cache::key_value(None); 2],
             "ask for a million caches" => vec![Cache::key_value(None); 1_000_000],
             "ask for a huge state" => vec![Cache::state(&[1 << 40, 1 << 40])],
             "recur with a state of another shape" => vec![Cache::state(&[1, 65])],
@@ -267,4 +280,4 @@ impl Model for Bad {
     }
 }
 
-export_plugin!(Bad);
+export_plugin!(Bad, examples = ["config.json"]);
