@@ -218,7 +218,7 @@ fn other_schemes_are_told_apart() {
     assert_eq!(block, Scheme::Fp8 { block: [64, 32] });
     let block = json!({"quant_method": "compressed-tensors", "format": "float-quantized", "transform_config": {},
                        "config_groups": {"group_0": {"weights": {"num_bits": 8, "block_structure": [128, 64]}}}});
-    assert_eq!(scheme(block), Scheme::CompressedTensors { block: [128, 64] });
+    assert_eq!(scheme(block), Scheme::CompressedTensors { block: [128, 64], bits: 8 });
     let bitnet = scheme(json!({"quant_method": "bitnet", "modules_to_not_convert": ["mlp.gate"]}));
     let Scheme::Bitnet(bitnet) = bitnet else { panic!("{bitnet:?}") };
     assert!(bitnet.divides && !bitnet.online && !bitnet.converts("lm_head"));
