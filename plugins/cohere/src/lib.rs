@@ -1,5 +1,5 @@
 //! Command R, <https://cohere.com/blog/command-r>, and its successors R7B and A (cohere2), <https://arxiv.org/abs/2504.00698>, also with
-//! experts (cohere2_moe).
+//! experts (cohere2_moe), and Compass (cohere_compass), the language model behind North Micro's eyes.
 //!
 //! ```text
 //! n = Norm(x)                              per layer
@@ -10,9 +10,13 @@
 //! Attention(x) = softmax(rope(Norm(x Wq)) · rope(Norm(x Wk))ᵀ / √d) · (x Wv) · Wo
 //!   Norm in the largest Command R alone, each head with weights of its own
 //!   cohere2, cohere2_moe: three of four layers see a window; the fourth sees everything, and no positions
+//!   cohere_compass: the config says of both kinds of layers whether and how they turn, in halves
 //! ```
 
-use plugin_api::prelude::*;
+use plugin_api::{
+    config::{Json, Read},
+    prelude::*,
+};
 
 config! {
     struct Config {
@@ -34,6 +38,7 @@ config! {
         sliding_window: Option<usize> = Some(4096),
         sliding_window_pattern: usize where >= 1 = 4,
         layer_types: Option<LayerTypes> = None,
+        rope_parameters: Option<Turning> = None,
         // The first layers of cohere2_moe are dense.
         first_k_dense_replace: usize = 0,
         prefix_dense_intermediate_size: usize = intermediate_size,
@@ -45,16 +50,51 @@ config! {
         norm_topk_prob: bool = true,
         num_shared_experts: usize = 0,
         shared_expert_combination_strategy: String = "average".to_owned(),
-        logit_scale: f32 = 0.0625,
+        logit_scale: f32 = if model_type.starts_with("cohere_compass") { 1.0 } else { 0.0625 },
         tie_word_embeddings: bool = true,
     }
 }
 
+/// Compass' `rope_parameters`: a set for each kind of layer, and null for the kind that knows no positions.
+struct Turning {
+    full: Option<(f32, RopeScaling)>,
+    sliding: Option<(f32, RopeScaling)>,
+}
+
+impl Read for Turning {
+    const WHAT: &'static str = "an object, with rope_theta or with full_attention and sliding_attention";
+    fn read(json: &Json) -> Option<Self> {
+        let set = |set: &Json| Some((f32::read(set.get("rope_theta")?)?, RopeScaling::read(set)?));
+        let of = |kind: &str| match (json.get(kind), json.get("rope_theta")) {
+            (Some(Json::Null), _) | (None, None) => Some(None),
+            (Some(own), _) => set(own).map(Some),
+            (None, Some(_)) => set(json).map(Some),
+        };
+        Some(Self { full: of("full_attention")?, sliding: of("sliding_attention")? })
+    }
+}
+
 impl Config {
+    fn is_compass(&self) -> bool {
+        self.model_type.starts_with("cohere_compass")
+    }
+
+    fn compass_rope(&self, w: &Weights, slides: bool) -> Option<Rope> {
+        let Some(turning) = &self.rope_parameters else {
+            return Some(w.rope(self.head_dim, self.rope_theta, &self.rope_scaling));
+        };
+        let set = if slides { &turning.sliding } else { &turning.full };
+        set.as_ref().map(|(theta, scaling)| w.rope(self.head_dim, *theta, &Some(scaling.clone())))
+    }
+
     fn attention(&self, w: &Weights, layer: usize) -> Result<SelfAttention> {
         let (dim, head_dim, bias) = (self.hidden_size, self.head_dim, self.attention_bias);
         let heads = Heads { dim, heads: self.num_attention_heads, kv_heads: self.num_key_value_heads, head_dim };
         let attention = SelfAttention::new(w, heads, bias, bias);
+        if self.is_compass() {
+            let slides = self.slides(layer)?;
+            return Ok(attention.rope(self.compass_rope(w, slides)).window(self.sliding_window.filter(|_| slides)));
+        }
         let rope = w.rope(head_dim, self.rope_theta, &self.rope_scaling).interleaved();
         if self.model_type != "cohere" {
             let turns = self.is_dense(layer) && self.prefix_dense_sliding_window_pattern == 1;
@@ -81,6 +121,7 @@ impl Config {
     fn slides(&self, layer: usize) -> Result<bool> {
         match &self.layer_types {
             Some(types) => types.slides(layer),
+            None if self.is_compass() => Ok(false),
             None if self.is_dense(layer) => Ok(!(layer + 1).is_multiple_of(self.prefix_dense_sliding_window_pattern)),
             None if self.model_type == "cohere2_moe" => {
                 Ok(!(layer - self.first_k_dense_replace + 1).is_multiple_of(self.sliding_window_pattern))
@@ -144,7 +185,8 @@ impl FeedForward for Feed {
 struct Cohere;
 
 impl Architecture for Cohere {
-    const MODEL_TYPES: &'static [&'static str] = &["cohere", "cohere2", "cohere2_moe"];
+    const MODEL_TYPES: &'static [&'static str] =
+        &["cohere", "cohere2", "cohere2_moe", "cohere_compass", "cohere_compass_text"];
     type Config = Config;
     type Model = Decoder<Block<SelfAttention, Feed>>;
 
