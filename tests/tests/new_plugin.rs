@@ -116,7 +116,7 @@ fn a_copy_of_one_of_dylm_s_plugins_says_what_the_original_says() {
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         output.stdout
     };
-    let copied = says("--plugins target/debug");
+    let copied = says("--plugins target/debug --trust-plugin");
     let config: Value = serde_json::from_slice(&fs::read(made.join("tiny/config.json")).unwrap()).unwrap();
     assert_eq!(config["model_type"], "my-gemma.2");
     assert_eq!(copied, says("--config model_type=gemma2"));

@@ -49,7 +49,7 @@ impl NewPlugin {
         line(format_args!("{folder}: a plugin for model_type {:?}; now", self.name))?;
         line(format_args!("  cd {folder}"))?;
         line("  cargo build")?;
-        line("  dylm generate --plugins target/debug --model tiny --prompt hello")?;
+        line("  dylm generate --plugins target/debug --trust-plugin --model tiny --prompt hello")?;
         line(format_args!("{folder}/README.md leads on from there."))?;
         Ok(ExitCode::SUCCESS)
     }
