@@ -13,7 +13,7 @@ use std::{
 /// # Panics
 /// Without a C compiler.
 pub fn trap(folder: &Path, name: &str, model_type: Option<&str>, marker: &Path) -> PathBuf {
-    build(folder, name, model_type.map(|model_type| json!({ "model_types": [model_type] })), marker)
+    build(folder, name, model_type.map(|model_type| json!({ "model_types": [model_type] })), &leaves(marker))
 }
 
 /// As `trap`, with these facts in its note besides those that every note has.
@@ -21,10 +21,22 @@ pub fn trap(folder: &Path, name: &str, model_type: Option<&str>, marker: &Path) 
 /// # Panics
 /// Without a C compiler.
 pub fn trap_with(folder: &Path, name: &str, facts: &Value, marker: &Path) -> PathBuf {
-    build(folder, name, Some(facts.clone()), marker)
+    build(folder, name, Some(facts.clone()), &leaves(marker))
 }
 
-fn build(folder: &Path, name: &str, facts: Option<Value>, marker: &Path) -> PathBuf {
+/// As `trap`, with this C in its constructor.
+///
+/// # Panics
+/// Without a C compiler.
+pub fn trap_that(folder: &Path, name: &str, model_type: &str, code: &str) -> PathBuf {
+    build(folder, name, Some(json!({ "model_types": [model_type] })), code)
+}
+
+fn leaves(marker: &Path) -> String {
+    format!("fclose(fopen(\"{}\", \"w\"));", marker.display())
+}
+
+fn build(folder: &Path, name: &str, facts: Option<Value>, code: &str) -> PathBuf {
     let note = facts.map(|facts| {
         let mut all = json!({ "abi": "1.0", "name": "trap", "version": "1", "panic": "unwind" });
         facts.as_object().into_iter().flatten().for_each(|(key, fact)| all[key] = fact.clone());
@@ -37,9 +49,8 @@ fn build(folder: &Path, name: &str, facts: Option<Value>, marker: &Path) -> Path
         )
     });
     let code = format!(
-        "#include <stdio.h>\nconst {}\n__attribute__((constructor)) static void spring(void) {{ fclose(fopen(\"{}\", \"w\")); }}\n",
+        "#include <stdio.h>\n#include <stdlib.h>\nconst {}\n__attribute__((constructor)) static void spring(void) {{ {code} }}\n",
         note.unwrap_or_else(|| "int nothing = 0;".into()),
-        marker.display()
     );
     let (source, library) = (folder.join("trap.c"), folder.join(file_name(name)));
     fs::write(&source, code).unwrap();

@@ -16,7 +16,7 @@ use std::{
 use tempfile::TempDir;
 use tests::{
     another_api::{AnotherApi, replaced},
-    binary::{self, dylm, one_sentence},
+    binary::{self, dylm, one_sentence, trusting},
     outside::{self, checkpoint, install},
     tiny::Expected,
 };
@@ -175,7 +175,7 @@ fn a_file_names_the_later_ops_that_its_code_calls_and_no_others() {
 fn a_plugin_that_needs_a_later_op_is_refused_in_one_sentence_with_the_cure() {
     let plugins = install(&later().plugin("calls", None, calls));
     let model = checkpoint(&[("model_type", "outsider".into())]);
-    let output = dylm().arg("generate").arg("--model").arg(model.path()).arg("--plugins").arg(plugins.path()).output();
+    let output = trusting(dylm().arg("generate").arg("--model").arg(model.path()), plugins.path()).output();
     let sentence = one_sentence(&output.unwrap(), "a plugin with a later op");
     assert!(sentence.contains("needs the op later_has, which this dylm does not have; update dylm"), "{sentence}");
 }
@@ -189,7 +189,7 @@ fn calling_a_missing_op_fails_the_step_in_one_sentence_with_the_cure() {
         if build_too {
             dylm.env("BUILD_TOO", "1");
         }
-        dylm.arg("generate").arg("--model").arg(model.path()).arg("--plugins").arg(plugins.path());
+        trusting(dylm.arg("generate").arg("--model").arg(model.path()), plugins.path());
         let output = dylm.output().unwrap();
         assert_eq!((output.status.code(), output.stdout.len()), (Some(1), 0), "{}", output.status);
         String::from_utf8(output.stderr).unwrap()

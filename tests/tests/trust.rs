@@ -14,7 +14,7 @@ use tempfile::TempDir;
 use tests::{
     binary::{dylm, one_sentence, target},
     outside::{checkpoint, file_name},
-    trap::trap,
+    trap::{trap, trap_that},
 };
 
 /// A folder with the llama plugin, which here is a stranger's, and beside it the file of what is trusted.
@@ -254,20 +254,34 @@ fn what_a_person_wrote_into_the_list_stays() {
 }
 
 #[test]
+fn a_plugin_that_ends_the_process_that_opens_it_costs_one_sentence_and_is_not_trusted() {
+    let stranger = Stranger::new();
+    let cases = [
+        ("*(volatile int *)0 = 1;", "it died of SIGSEGV"),
+        ("__builtin_trap();", "it died of SIGILL"),
+        ("abort();", "it died of SIGABRT"),
+        ("_Exit(0);", "it ended the whole process with exit code 0"),
+    ];
+    for (code, expected) in cases {
+        trap_that(stranger.folder.path(), "llama", "llama", code);
+        let sentence = stranger.refused(&["--trust-plugin"]);
+        assert!(sentence.contains(expected) && sentence.contains("libllama.so"), "{code}: {sentence}");
+        assert!(!stranger.trust_file().exists(), "{code}: it is trusted");
+    }
+}
+
+#[test]
 fn a_consent_that_cannot_be_kept_is_none() {
-    let marker = tempfile::tempdir().unwrap();
-    let marker = marker.path().join("sprung");
-    let stranger = Stranger::trap(&marker);
+    let stranger = Stranger::new();
     // No folder can be made in either, not even by root.
     for file in ["/proc/trust.toml", "/dev/null/dylm/trust.toml"] {
         let output = stranger.command(&["--trust-plugin"]).env("DYLM_TRUST", file).output().unwrap();
         let sentence = one_sentence(&output, file);
-        assert!(sentence.contains(file), "{sentence}");
+        assert!(sentence.contains(file) && sentence.contains("would be forgotten"), "{sentence}");
     }
     let output = stranger.command(&["--trust-plugin"]).env("DYLM_TRUST", "trust.toml").output().unwrap();
     assert_eq!(output.status.code(), Some(2));
     assert!(String::from_utf8_lossy(&output.stderr).contains("must be an absolute path"));
-    assert!(!marker.exists(), "it was opened");
 }
 
 #[test]
@@ -327,6 +341,8 @@ fn a_program_that_embeds_dylm_opens_strangers_only_if_it_says_so() {
     assert!(load(no).is_err());
     let asked = asked.lock().unwrap();
     assert_eq!((asked.len(), &asked[0].sha256, asked[0].note.name.as_str()), (1, &stranger.sha256(), "llama"));
+    assert!(load(Trust::Hashes(["0".repeat(64)].into())).is_err());
+    assert!(load(Trust::Hashes([stranger.sha256()].into())).is_ok());
     assert!(load(Trust::All).is_ok());
     assert_eq!(json!(format!("{:?}", Trust::default())), json!("Pinned"));
 }

@@ -1,16 +1,20 @@
 //! The question that comes before a plugin which is not dylm's own: shown once, on a terminal, with what there is to judge by. Without a
 //! terminal the answer is no, unless `--trust-plugin` has given it before.
 
-use super::printing::Paint;
+use super::{Done, printing::Paint};
 use crate::{
     error::Error,
     plugin::{
+        first_opening,
         note::is_unseen,
         trust::{Trust, Unknown, pins::is_meant},
     },
 };
+use clap::Args;
 use std::{
     io::{BufRead, IsTerminal, Write, stderr, stdin},
+    path::PathBuf,
+    process::ExitCode,
     sync::Arc,
 };
 
@@ -20,7 +24,7 @@ pub fn policy(trusted: &[String]) -> Trust {
     Trust::Ask(Arc::new(move |unknown| {
         let Unknown { path, note, sha256, .. } = unknown;
         if trusted.iter().any(|what| what.is_empty() || is_meant(what, path, &note.name, sha256)) {
-            return Ok(true);
+            return first_opening::try_out(unknown).map(|()| true);
         }
         if let Some(other) = trusted.first() {
             let file = path.display();
@@ -33,7 +37,7 @@ pub fn policy(trusted: &[String]) -> Trust {
             return Err(unknown.refusal());
         }
         match ask(unknown).map_err(Error::io("the terminal"))? {
-            true => Ok(true),
+            true => first_opening::try_out(unknown).map(|()| true),
             false => Err(Error::plugin(format!("{}: was not agreed to, so it was not opened", path.display()))),
         }
     }))
@@ -74,4 +78,17 @@ fn text(unknown: &Unknown) -> String {
         note.model_types.join(", "),
         note.rustc,
     )
+}
+
+/// The hidden command that opens a plugin for the first time.
+#[derive(Args)]
+pub struct Child {
+    folder: PathBuf,
+}
+
+impl Child {
+    /// Runs the command.
+    pub fn run(&self) -> Done {
+        first_opening::child(&self.folder).map(|()| ExitCode::SUCCESS)
+    }
 }

@@ -61,6 +61,8 @@ enum Command {
     CheckChild(check::Child),
     /// Write a crate with a plugin of your own, which builds and generates at once
     NewPlugin(new_plugin::NewPlugin),
+    #[command(name = crate::plugin::first_opening::COMMAND, hide = true)]
+    FirstOpening(consent::Child),
     /// Measure the speed of a model, or of the boundary between dylm and plugins
     #[command(alias = "benchmark")]
     Bench(Box<bench::Bench>),
@@ -80,6 +82,7 @@ pub fn main() -> ExitCode {
         Command::Check(check) => check.run(),
         Command::CheckChild(child) => child.run(),
         Command::NewPlugin(new_plugin) => new_plugin.run(),
+        Command::FirstOpening(child) => child.run(),
         Command::Bench(bench) => bench.run(),
     };
     match result {

@@ -6,6 +6,7 @@
 pub mod check;
 pub mod extension;
 pub mod file;
+pub mod first_opening;
 pub mod library;
 pub mod note;
 pub mod permissions;

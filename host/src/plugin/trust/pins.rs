@@ -78,7 +78,7 @@ impl Pins {
                 refuse_others(&file, "nothing in it is believed")?;
                 text
             }
-            Err(e) if e.kind() == ErrorKind::NotFound => String::new(),
+            Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => String::new(),
             Err(e) if e.kind() == ErrorKind::InvalidData => return Err(damaged(&file, "it is not UTF-8")),
             Err(e) => return Err(Error::io(&file)(e)),
         };
