@@ -3,6 +3,8 @@
 //! Both ways add up each output in the same order, one vector of partial sums from the first column to the last, so a token's
 //! result is bit for bit the same alone, in a batch, in a chunk of any size and on any number of threads.
 
+#[cfg(target_arch = "x86_64")]
+use super::integers;
 use super::{
     format::{Float, Format},
     lanes::{Isa, dispatch},
@@ -47,6 +49,13 @@ impl Matrix {
         assert!(isa == Isa::best() || Isa::available().contains(&isa), "this machine has no {isa:?}");
         let raw = Raw::of(self);
         let x = self.stored_order(x);
+        #[cfg(target_arch = "x86_64")]
+        if isa == Isa::Vnni {
+            let product = integers::Product { rows: self.rows(), cols: self.cols(), tokens, x: &x };
+            if integers::multiply(self, product, out) {
+                return;
+            }
+        }
         let call = Call { isa, rows: self.rows(), cols: self.cols(), tokens, x: &x, order: Order::Plain };
         match self.format() {
             Format::Dense(Float::F32) => call.run(Dense(raw, F32), out),
@@ -172,7 +181,7 @@ impl Call<'_> {
 
     /// Copies activations into the order of the weights, each token `stride` floats after the one before.
     fn lay_out(&self, stride: usize, to: &mut [f32]) {
-        let lanes = if self.isa == Isa::Avx512 { 16 } else { 8 };
+        let lanes = if matches!(self.isa, Isa::Vnni | Isa::Avx512) { 16 } else { 8 };
         let one = |(to, x): (&mut [f32], &[f32])| match self.order {
             Order::Plain => to[..x.len()].copy_from_slice(x),
             Order::Words { per } => {
