@@ -34,8 +34,20 @@ impl Matrix {
         self.matmul_on(Isa::best(), x, out);
     }
 
+    /// The same for activations that were bfloat16 or half: they may be rounded by a hundredth of what they were rounded by before.
+    ///
+    /// # Panics
+    /// As [`Matrix::matmul`].
+    pub fn matmul_halves(&self, x: &[f32], out: &mut [f32]) {
+        self.multiply(Isa::best(), x, out, false);
+    }
+
     /// The same with a chosen instruction set, one of [`Isa::available`].
     pub fn matmul_on(&self, isa: Isa, x: &[f32], out: &mut [f32]) {
+        self.multiply(isa, x, out, true);
+    }
+
+    fn multiply(&self, isa: Isa, x: &[f32], out: &mut [f32], exact: bool) {
         if self.cols() == 0 || self.rows() == 0 {
             return out.fill(0.0);
         }
@@ -51,7 +63,7 @@ impl Matrix {
         let x = self.stored_order(x);
         #[cfg(target_arch = "x86_64")]
         if isa == Isa::Vnni {
-            let product = integers::Product { rows: self.rows(), cols: self.cols(), tokens, x: &x };
+            let product = integers::Product { rows: self.rows(), cols: self.cols(), tokens, x: &x, exact };
             if integers::multiply(self, product, out) {
                 return;
             }

@@ -21,6 +21,8 @@ pub(in super::super) struct Product<'a> {
     pub(in super::super) cols: usize,
     pub(in super::super) tokens: usize,
     pub(in super::super) x: &'a [f32],
+    /// Three bytes for an activation, which is as good as f32; two where it was of half the width anyway.
+    pub(in super::super) exact: bool,
 }
 
 /// Output that several threads write, each its own rows.
@@ -40,12 +42,16 @@ impl Output {
 impl Product<'_> {
     /// out `[tokens, rows]`
     pub(super) fn run<N: Numbers>(self, numbers: N, out: &mut [f32]) {
-        let rounded = Rounded::new(&numbers, self.x, self.tokens);
+        if self.exact { self.in_bytes::<N, 3>(numbers, out) } else { self.in_bytes::<N, 2>(numbers, out) }
+    }
+
+    fn in_bytes<N: Numbers, const BYTES: usize>(self, numbers: N, out: &mut [f32]) {
+        let rounded = Rounded::new::<N, BYTES>(&numbers, self.x, self.tokens);
         let out = Output(out.as_mut_ptr());
         let threads = rayon::current_num_threads();
         let rows = self.rows.div_ceil(threads * 4).max(TASK / self.cols).max(1).next_multiple_of(TILE);
         let task = |scratch: &mut Vec<f32>, i: usize| {
-            let part = Part { numbers, rounded: &rounded, all: self, out: out.pointer() };
+            let part = Part::<N, BYTES> { numbers, rounded: &rounded, all: self, out: out.pointer() };
             // SAFETY: rows lie inside the matrix, which the caller borrows; tasks write disjoint rows of `out`; the instruction set is
             // the one that was asked for.
             unsafe { part.rows(i * rows..self.rows.min((i + 1) * rows), scratch) }
@@ -63,14 +69,14 @@ impl Product<'_> {
 }
 
 /// What one task works on.
-struct Part<'a, N> {
+struct Part<'a, N, const BYTES: usize> {
     numbers: N,
     rounded: &'a Rounded,
     all: Product<'a>,
     out: *mut f32,
 }
 
-impl<N: Numbers> Part<'_, N> {
+impl<N: Numbers, const BYTES: usize> Part<'_, N, BYTES> {
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
     unsafe fn rows(&self, range: Range<usize>, scratch: &mut Vec<f32>) {
         let row = self.all.cols.div_ceil(self.numbers.group()) + SLACK;
@@ -128,19 +134,25 @@ impl<N: Numbers> Part<'_, N> {
                     let scale = _mm512_permutexvar_ps(spread, _mm512_loadu_ps(scales.add(2 * i * pitch + first)));
                     for k in 0..T {
                         let token = tokens[k];
-                        let mut upper = _mm512_setzero_si512();
-                        let mut lower = if N::ZERO == 0 {
-                            _mm512_setzero_si512()
-                        } else {
-                            _mm512_load_si512(token.offsets.add(16 * c).cast())
-                        };
-                        for v in 0..N::VECTORS {
-                            let x = token.bytes.add((c * N::VECTORS + v) * 128);
-                            upper = _mm512_dpbusd_epi32(upper, numbers[v], _mm512_load_si512(x.cast()));
-                            lower = _mm512_dpbusd_epi32(lower, numbers[v], _mm512_load_si512(x.add(64).cast()));
+                        let none = _mm512_setzero_si512();
+                        // The first byte's sums, the second's, the third's.
+                        let mut of = [none; BYTES];
+                        if N::ZERO != 0 {
+                            of[1] = _mm512_load_si512(token.offsets.add(32 * c).cast());
+                            of[BYTES - 1] = _mm512_load_si512(token.offsets.add(32 * c + 16 * (BYTES - 2)).cast());
                         }
-                        let whole = _mm512_add_epi32(_mm512_slli_epi32::<8>(upper), lower);
-                        let float = _mm512_mul_ps(_mm512_cvtepi32_ps(whole), _mm512_set1_ps(*token.steps.add(c)));
+                        for v in 0..N::VECTORS {
+                            let x = token.bytes.add((c * N::VECTORS + v) * 64 * BYTES);
+                            for (byte, sum) in of.iter_mut().enumerate() {
+                                *sum =
+                                    _mm512_dpbusd_epi32(*sum, numbers[v], _mm512_load_si512(x.add(64 * byte).cast()));
+                            }
+                        }
+                        let mut float = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32::<8>(of[0]), of[1]));
+                        if BYTES == 3 {
+                            float = _mm512_fmadd_ps(float, _mm512_set1_ps(256.0), _mm512_cvtepi32_ps(of[BYTES - 1]));
+                        }
+                        let float = _mm512_mul_ps(float, _mm512_set1_ps(*token.steps.add(c)));
                         sums[i][k] = _mm512_fmadd_ps(float, scale, sums[i][k]);
                     }
                 }

@@ -1,10 +1,13 @@
-//! Activations in two bytes: x = step (256 upper + lower), the step chosen for each chunk of columns, the bytes in the order in which
-//! the weights come out of their packing.
+//! Activations in two or three signed bytes: x = step (.. 256² b₀ + 256 b₁ + b₂), the step chosen for each chunk of columns, the bytes in
+//! the order in which the weights come out of their packing.
 
 use super::{Numbers, Order, SLACK};
 
-/// The largest whole number that an activation becomes: 256 * 127, so that the upper byte never overflows.
-const MOST: f32 = 32_512.0;
+/// The largest whole number that an activation becomes in so many bytes: the first byte never overflows, and f32 can still be rounded to
+/// whole numbers by an addition.
+const fn most(bytes: usize) -> f32 {
+    if bytes == 2 { 127.0 * 256.0 } else { 127.0 * 32_768.0 }
+}
 
 /// A cache line of bytes.
 #[repr(C, align(64))]
@@ -13,15 +16,17 @@ pub(super) struct Line<T>(pub(super) T);
 
 /// Some tokens.
 pub(super) struct Rounded {
-    /// For each token and chunk, for each vector: upper bytes, lower bytes.
+    /// For each token and chunk, for each vector: first bytes, second bytes ..
     bytes: Vec<Line<[i8; 64]>>,
-    /// For each token and chunk: what is added to each lane's sum, in whole numbers, so that `ZERO` counts as nothing.
-    offsets: Vec<Line<[i32; 16]>>,
+    /// For each token and chunk: what is added to each lane's sums of the first two bytes, and of the third, so that `ZERO` counts as
+    /// nothing.
+    offsets: Vec<[Line<[i32; 16]>; 2]>,
     /// For each token and chunk.
     steps: Vec<f32>,
     /// For each token and group, with slack: the sum of the activations as they were.
     sums: Vec<f32>,
-    vectors: usize,
+    /// Lines of a chunk.
+    lines: usize,
     chunks: usize,
     groups: usize,
 }
@@ -37,32 +42,31 @@ pub(super) struct Token {
 
 impl Rounded {
     /// `x` is `[tokens, cols]`.
-    pub(super) fn new<N: Numbers>(numbers: &N, x: &[f32], tokens: usize) -> Self {
+    pub(super) fn new<N: Numbers, const BYTES: usize>(numbers: &N, x: &[f32], tokens: usize) -> Self {
         let (cols, group) = (numbers.raw().cols, numbers.group());
         let chunks = cols.div_ceil(64 * N::VECTORS);
         let groups = cols.div_ceil(group);
-        let lines = tokens * chunks;
         let mut all = Self {
-            bytes: vec![Line([0; 64]); lines * 2 * N::VECTORS],
-            offsets: vec![Line([0; 16]); if N::ZERO == 0 { 0 } else { lines }],
-            steps: vec![0.0; lines],
+            bytes: vec![Line([0; 64]); tokens * chunks * BYTES * N::VECTORS],
+            offsets: vec![[Line([0; 16]); 2]; if N::ZERO == 0 { 0 } else { tokens * chunks }],
+            steps: vec![0.0; tokens * chunks],
             sums: vec![0.0; if N::BIASED { tokens * (groups + SLACK) } else { 0 }],
-            vectors: N::VECTORS,
+            lines: BYTES * N::VECTORS,
             chunks,
             groups,
         };
         for (t, x) in x.chunks_exact(cols).enumerate() {
             // SAFETY: `Product::run` made sure of the instruction set.
-            unsafe { all.fill::<N>(t, x, group) };
+            unsafe { all.fill::<N, BYTES>(t, x, group) };
         }
         all
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-    fn fill<N: Numbers>(&mut self, t: usize, x: &[f32], group: usize) {
+    fn fill<N: Numbers, const BYTES: usize>(&mut self, t: usize, x: &[f32], group: usize) {
         let chunks = t * self.chunks..(t + 1) * self.chunks;
-        let bytes = self.bytes[chunks.start * 2 * self.vectors..chunks.end * 2 * self.vectors]
-            .chunks_exact_mut(2 * self.vectors);
+        let lines = self.lines;
+        let bytes = self.bytes[chunks.start * lines..chunks.end * lines].chunks_exact_mut(lines);
         let mut offsets = if N::ZERO == 0 { &mut [][..] } else { &mut self.offsets[chunks.clone()] }.iter_mut();
         for ((x, bytes), step) in x.chunks(64 * N::VECTORS).zip(bytes).zip(&mut self.steps[chunks]) {
             let mut padded = [0.0f32; 256];
@@ -75,32 +79,36 @@ impl Rounded {
                 }
             }
             let peak = peaks.into_iter().fold(0.0f32, f32::max);
-            let per_step = if peak > 0.0 { MOST / peak } else { 0.0 };
+            let per_step = if peak > 0.0 { most(BYTES) / peak } else { 0.0 };
             // What is infinite or no number at all must not come out as a number: 0 times it is none.
-            *step = peak / MOST + strays.into_iter().sum::<f32>();
-            let mut whole = [0i16; 256];
+            *step = peak / most(BYTES) + strays.into_iter().sum::<f32>();
+            let mut whole = [0i32; 256];
             for (whole, x) in whole.iter_mut().zip(&padded) {
                 // Adding 1.5 * 2^23 leaves the nearest whole number in the low bits.
-                let y = x * per_step + 12_582_912.0;
-                *whole = y.to_bits() as i16;
+                const MAGIC: f32 = 12_582_912.0;
+                *whole = (x * per_step + MAGIC).to_bits().wrapping_sub(MAGIC.to_bits()) as i32;
             }
             for v in 0..N::VECTORS {
-                let (upper, lower) = bytes[2 * v..].split_at_mut(1);
-                for j in 0..64 {
-                    let column = match N::ORDER {
-                        Order::InTurns => N::VECTORS * j + v,
-                        Order::Halves => 32 * (j / 16) + 16 * v + j % 16,
-                    };
-                    let high = (whole[column].wrapping_add(128)) >> 8;
-                    upper[0].0[j] = high as i8;
-                    lower[0].0[j] = (whole[column] - (high << 8)) as i8;
+                for byte in (0..BYTES).rev() {
+                    let line = &mut bytes[BYTES * v + byte].0;
+                    for (j, to) in line.iter_mut().enumerate() {
+                        let column = match N::ORDER {
+                            Order::InTurns => N::VECTORS * j + v,
+                            Order::Halves => 32 * (j / 16) + 16 * v + j % 16,
+                        };
+                        *to = whole[column] as i8;
+                        whole[column] = (whole[column].wrapping_add(128)) >> 8;
+                    }
                 }
             }
             if let Some(offsets) = offsets.next() {
-                for v in 0..N::VECTORS {
-                    for (l, offset) in offsets.0.iter_mut().enumerate() {
-                        let sum = |line: &Line<[i8; 64]>| -> i32 { (0..4).map(|b| i32::from(line.0[4 * l + b])).sum() };
-                        *offset -= N::ZERO * (256 * sum(&bytes[2 * v]) + sum(&bytes[2 * v + 1]));
+                for line in bytes.chunks_exact(BYTES) {
+                    for l in 0..16 {
+                        let sum = |line: &Line<[i8; 64]>| (0..4).map(|b| i32::from(line.0[4 * l + b])).sum::<i32>();
+                        offsets[0].0[l] -= N::ZERO * (256 * sum(&line[0]) + sum(&line[1]));
+                        if BYTES == 3 {
+                            offsets[1].0[l] -= N::ZERO * sum(&line[2]);
+                        }
                     }
                 }
             }
@@ -123,7 +131,7 @@ impl Rounded {
     pub(super) fn token(&self, t: usize) -> Token {
         let (line, group) = (t * self.chunks, t * (self.groups + SLACK));
         Token {
-            bytes: self.bytes[line * 2 * self.vectors..].as_ptr().cast(),
+            bytes: self.bytes[line * self.lines..].as_ptr().cast(),
             offsets: self.offsets.get(line..).unwrap_or_default().as_ptr().cast(),
             steps: self.steps[line..].as_ptr(),
             sums: self.sums.get(group..).unwrap_or_default().as_ptr(),
