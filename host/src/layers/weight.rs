@@ -73,7 +73,8 @@ impl Weight {
             *last = self.rows();
         }
         match self {
-            Weight::Packed(m) => with_f32(x, |x| filled(dims, |out| m.matmul(x, out)))?,
+            Weight::Packed(m) if x.dtype() == DType::F32 => with_f32(x, |x| filled(dims, |out| m.matmul(x, out)))?,
+            Weight::Packed(m) => with_f32(x, |x| filled(dims, |out| m.matmul_halves(x, out)))?,
             Weight::Dense(w) => {
                 let rows = x.elem_count() / w.dims()[1].max(1);
                 let flat = x.reshape((rows, w.dims()[1]))?.to_dtype(w.dtype())?;

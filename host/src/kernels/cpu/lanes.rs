@@ -12,6 +12,8 @@ use std::sync::OnceLock;
 /// An instruction set that kernels are compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Isa {
+    /// AVX-512 with VNNI: packed whole numbers are multiplied as they are.
+    Vnni,
     /// 16 lanes: AVX-512 F, BW, DQ, VL.
     Avx512,
     /// 8 lanes: AVX2, FMA, F16C.
@@ -21,7 +23,7 @@ pub enum Isa {
 }
 
 impl Isa {
-    /// The best one of this machine. `DYLM_ISA=avx2|portable` lowers it, for comparisons.
+    /// The best one of this machine. `DYLM_ISA=avx512|avx2|portable` lowers it, for comparisons.
     pub fn best() -> Isa {
         static BEST: OnceLock<Isa> = OnceLock::new();
         *BEST.get_or_init(|| {
@@ -46,6 +48,9 @@ impl Isa {
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512dq")
                 && is_x86_feature_detected!("avx512vl");
+            if avx2 && avx512 && is_x86_feature_detected!("avx512vnni") {
+                all.push(Isa::Vnni);
+            }
             if avx2 && avx512 {
                 all.push(Isa::Avx512);
             }
@@ -183,7 +188,7 @@ pub unsafe fn dispatch<J: Job>(isa: Isa, job: J) -> J::Out {
     unsafe {
         match isa {
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => x86::run_avx512(job),
+            Isa::Vnni | Isa::Avx512 => x86::run_avx512(job),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => x86::run_avx2(job),
             _ => job.run::<Portable>(),

@@ -3,6 +3,8 @@
 //! Both ways add up each output in the same order, one vector of partial sums from the first column to the last, so a token's
 //! result is bit for bit the same alone, in a batch, in a chunk of any size and on any number of threads.
 
+#[cfg(target_arch = "x86_64")]
+use super::integers;
 use super::{
     format::{Float, Format},
     lanes::{Isa, dispatch},
@@ -32,8 +34,20 @@ impl Matrix {
         self.matmul_on(Isa::best(), x, out);
     }
 
+    /// The same for activations that were bfloat16 or half: they may be rounded by a hundredth of what they were rounded by before.
+    ///
+    /// # Panics
+    /// As [`Matrix::matmul`].
+    pub fn matmul_halves(&self, x: &[f32], out: &mut [f32]) {
+        self.multiply(Isa::best(), x, out, false);
+    }
+
     /// The same with a chosen instruction set, one of [`Isa::available`].
     pub fn matmul_on(&self, isa: Isa, x: &[f32], out: &mut [f32]) {
+        self.multiply(isa, x, out, true);
+    }
+
+    fn multiply(&self, isa: Isa, x: &[f32], out: &mut [f32], exact: bool) {
         if self.cols() == 0 || self.rows() == 0 {
             return out.fill(0.0);
         }
@@ -47,6 +61,13 @@ impl Matrix {
         assert!(isa == Isa::best() || Isa::available().contains(&isa), "this machine has no {isa:?}");
         let raw = Raw::of(self);
         let x = self.stored_order(x);
+        #[cfg(target_arch = "x86_64")]
+        if isa == Isa::Vnni {
+            let product = integers::Product { rows: self.rows(), cols: self.cols(), tokens, x: &x, exact };
+            if integers::multiply(self, product, out) {
+                return;
+            }
+        }
         let call = Call { isa, rows: self.rows(), cols: self.cols(), tokens, x: &x, order: Order::Plain };
         match self.format() {
             Format::Dense(Float::F32) => call.run(Dense(raw, F32), out),
@@ -172,7 +193,7 @@ impl Call<'_> {
 
     /// Copies activations into the order of the weights, each token `stride` floats after the one before.
     fn lay_out(&self, stride: usize, to: &mut [f32]) {
-        let lanes = if self.isa == Isa::Avx512 { 16 } else { 8 };
+        let lanes = if matches!(self.isa, Isa::Vnni | Isa::Avx512) { 16 } else { 8 };
         let one = |(to, x): (&mut [f32], &[f32])| match self.order {
             Order::Plain => to[..x.len()].copy_from_slice(x),
             Order::Words { per } => {

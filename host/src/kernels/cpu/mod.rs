@@ -9,6 +9,8 @@ pub mod attention;
 mod dequantize;
 pub mod elementwise;
 pub mod format;
+#[cfg(target_arch = "x86_64")]
+mod integers;
 mod lanes;
 mod matmul;
 pub mod matrix;
