@@ -1,5 +1,6 @@
 //! An op of the plugin's own, for what no other word says: a function from numbers to numbers, and what shape they will have. It runs
-//! wherever the model does: where the device is a GPU and no kernel for it comes along, the host takes the numbers to the CPU and back.
+//! wherever the model does. On a GPU the host compiles the source that comes along for it ([`OwnOp::kernels`]); where there is none, it
+//! takes the numbers to the CPU and back.
 //!
 //! ```
 //! use plugin_api::prelude::*;

@@ -1,6 +1,13 @@
 //! Ops that plugins bring along, as the extension `op/1` hands them over: kept with the model, run where it runs. A GPU for which there
 //! is a kernel runs that; otherwise inputs come to the CPU and the result goes back, which is right but slow.
 
+#[cfg(feature = "cuda")]
+mod cuda;
+#[cfg(any(feature = "cuda", feature = "metal", target_os = "macos"))]
+mod gpu;
+#[cfg(any(feature = "metal", target_os = "macos"))]
+mod metal;
+
 use super::{
     running::Running,
     table::{build, run, with_running},
@@ -161,6 +168,10 @@ impl Running<'_> {
         let output = op.shape(&shapes)?;
         let real = values.iter().map(|v| if let Value::Real(t) = v { Some(t) } else { None });
         let Some(tensors) = real.collect::<Option<Vec<&Tensor>>>() else { return Ok(Value::planned(&output)) };
+        #[cfg(any(feature = "cuda", feature = "metal", target_os = "macos"))]
+        if let Some(numbers) = op.on_gpu(&tensors, &shapes, &output, self.place)? {
+            return Ok(Value::Real(numbers));
+        }
         let here = |t: &&Tensor| t.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.contiguous();
         let here = tensors.iter().map(here).collect::<candle_core::Result<Vec<_>>>()?;
         let result = op.cpu(&here, &shapes, &output)?;
@@ -186,4 +197,73 @@ extern "C" fn apply(ctx: Ctx, slot: Slot, inputs: RSlice<'_, Handle>, at: At) ->
     name.map_or(Handle::NONE, |name| {
         run(ctx, &format!("op {name}"), None, at, |running| running.own_op(slot, inputs.as_slice()))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use plugin_api::abi::own_op::{KERNEL_CUDA, KERNEL_METAL, KernelSource};
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    extern "C" fn silent(_: *const (), _: RSlice<'_, RSlice<'_, u64>>, _: &mut Shape, _: &Complaint) -> u32 {
+        0
+    }
+
+    extern "C" fn no_numbers(_: *const (), _: RSlice<'_, RawView>, _: &RawView, _: &Complaint) -> u32 {
+        0
+    }
+
+    extern "C" fn endless(
+        _: *const (),
+        _: u32,
+        _: RSlice<'_, RSlice<'_, u64>>,
+        _: RSlice<'_, u64>,
+        launch: &mut RawLaunch,
+        _: &Complaint,
+    ) -> u32 {
+        launch.count = 17;
+        1
+    }
+
+    extern "C" fn count_drops(data: *const ()) {
+        // SAFETY: the counter below, which outlives the op.
+        unsafe { &*data.cast::<AtomicUsize>() }.fetch_add(1, Ordering::SeqCst);
+    }
+
+    fn op(drops: &AtomicUsize, kernels: &[KernelSource<'_>]) -> OwnOp {
+        let definition = Definition {
+            size: size_of::<Definition<'_>>() as u64,
+            data: std::ptr::from_ref(drops).cast(),
+            shape: silent,
+            cpu: no_numbers,
+            launch: endless,
+            kernels: RSlice::from_slice(kernels),
+            drop: count_drops,
+        };
+        OwnOp::take("twice", &definition)
+    }
+
+    #[test]
+    fn sources_of_kernels_stay_with_the_op_and_the_op_ends_once() {
+        let (drops, source) = (AtomicUsize::new(0), String::from("x + x"));
+        let kernels = [KERNEL_CUDA, KERNEL_METAL]
+            .map(|device| KernelSource { device, reserved: 0, source: source.as_str().into(), entry: "twice".into() });
+        let op = op(&drops, &kernels);
+        drop(source);
+        let kept = |device| Kernel { device, source: "x + x".into(), entry: "twice".into() };
+        assert_eq!(op.kernels, [kept(KERNEL_CUDA), kept(KERNEL_METAL)]);
+        assert_eq!(drops.load(Ordering::SeqCst), 0);
+        drop(op);
+        assert_eq!(drops.load(Ordering::SeqCst), 1);
+    }
+
+    #[test]
+    fn an_op_that_fails_without_a_word_or_says_too_much_is_refused() {
+        let drops = AtomicUsize::new(0);
+        let op = op(&drops, &[]);
+        let text = |outcome: Outcome<()>| format!("{:?}", outcome.unwrap_err());
+        assert!(text(op.shape(&[vec![2]]).map(drop)).contains("does not say why"));
+        assert!(text(op.cpu(&[], &[], &[2]).map(drop)).contains("does not say why"));
+        assert!(text(op.launch(KERNEL_CUDA, &[], &[2]).map(drop)).contains("17 numbers for a kernel; 16 are possible"));
+    }
 }
