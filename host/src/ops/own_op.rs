@@ -246,8 +246,12 @@ mod tests {
     #[test]
     fn sources_of_kernels_stay_with_the_op_and_the_op_ends_once() {
         let (drops, source) = (AtomicUsize::new(0), String::from("x + x"));
-        let kernels = [KERNEL_CUDA, KERNEL_METAL]
-            .map(|device| KernelSource { device, reserved: 0, source: source.as_str().into(), entry: "twice".into() });
+        let kernels = [KERNEL_CUDA, KERNEL_METAL].map(|device| KernelSource {
+            device,
+            reserved: 0,
+            source: source.as_str().into(),
+            entry: "twice".into(),
+        });
         let op = op(&drops, &kernels);
         drop(source);
         let kept = |device| Kernel { device, source: "x + x".into(), entry: "twice".into() };

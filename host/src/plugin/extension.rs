@@ -5,11 +5,23 @@ use super::library::{Library, Object};
 use crate::ops::own_op::OWN_OPS;
 use abi_stable::std_types::RStr;
 use plugin_api::abi::extension::{self, Extension, Offer};
-use std::sync::PoisonError;
+use std::sync::{
+    PoisonError,
+    atomic::{AtomicBool, Ordering},
+};
+
+static OLDER: AtomicBool = AtomicBool::new(false);
+
+/// From here on this process offers no extensions, as a dylm before the first of them: for the test that plugins then say what they lack.
+#[doc(hidden)]
+pub fn play_host_without_extensions(older: bool) {
+    OLDER.store(older, Ordering::SeqCst);
+}
 
 /// `Host::extension`.
 pub(crate) extern "C" fn of_host(id: RStr<'_>) -> *const () {
-    Offer::named(id.as_str(), &OWN_OPS).map_or(std::ptr::null(), Offer::into_pointer)
+    let offer = Offer::named(id.as_str(), &OWN_OPS).filter(|_| !OLDER.load(Ordering::Relaxed));
+    offer.map_or(std::ptr::null(), Offer::into_pointer)
 }
 
 impl Library {

@@ -58,11 +58,8 @@ pub fn start(start: &Start<'_>, output: &mut CudaStorage, layout: &Layout) -> Re
         arguments.arg(number);
     }
     let ([gx, gy, gz], [bx, by, bz]) = (start.launch.grid, start.launch.block);
-    let how = LaunchConfig {
-        grid_dim: (gx, gy, gz),
-        block_dim: (bx, by, bz),
-        shared_mem_bytes: start.launch.shared_bytes,
-    };
+    let how =
+        LaunchConfig { grid_dim: (gx, gy, gz), block_dim: (bx, by, bz), shared_mem_bytes: start.launch.shared_bytes };
     // SAFETY: the arguments are those that `op/1` promises a kernel; what it does with them is the plugin's, as with all of its code.
     unsafe { arguments.launch(how) }.w()?;
     Ok(())
