@@ -4,10 +4,7 @@
 use super::value::{Outcome, Value, fault};
 use candle_core::DType;
 use plugin_api::abi::Handle;
-use std::{
-    borrow::Cow,
-    sync::atomic::{AtomicU64, Ordering},
-};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 // A handle's bits, from the lowest: place + 1, uses of that place, step. No two tensors share a handle within 2^28 steps, which are weeks.
 const PLACE_BITS: u32 = 24;
@@ -26,8 +23,8 @@ pub struct Arena {
     step: u64,
     /// Releases of handles that had no owner.
     pub stale: usize,
-    /// Halved floats come out as f32: while a recurrence's step runs, whose roundings would add up from token to token.
-    pub exact: bool,
+    /// While all floats are f32: those that were not, by place and uses.
+    halved: Option<Vec<(usize, u64, Value)>>,
 }
 
 static STEP: AtomicU64 = AtomicU64::new(1);
@@ -35,7 +32,7 @@ static STEP: AtomicU64 = AtomicU64::new(1);
 impl Default for Arena {
     fn default() -> Self {
         let step = STEP.fetch_add(1, Ordering::Relaxed);
-        Arena { entries: Vec::with_capacity(32), free: Vec::new(), step, stale: 0, exact: false }
+        Arena { entries: Vec::with_capacity(32), free: Vec::new(), step, stale: 0, halved: None }
     }
 }
 
@@ -50,8 +47,9 @@ impl Arena {
             }
             None => return Handle::NONE,
         };
+        let wide = if self.halved.is_some() { widened(&value) } else { None };
         let entry = &mut self.entries[place];
-        (entry.owners, entry.value) = (1, Some(value));
+        (entry.owners, entry.value) = (1, Some(wide.unwrap_or(value)));
         Handle((self.step << USE_BITS | entry.uses) << PLACE_BITS | (place as u64 + 1))
     }
 
@@ -71,25 +69,44 @@ impl Arena {
 
     /// The value behind a handle.
     pub fn get(&self, handle: Handle) -> Outcome {
-        Ok(self.look(handle)?.into_owned())
+        self.look(handle).cloned()
     }
 
-    /// The value behind a handle, where it lies if it can be used as it is.
+    /// The value behind a handle, where it lies.
     #[inline]
-    pub fn look(&self, handle: Handle) -> Outcome<Cow<'_, Value>> {
+    pub fn look(&self, handle: Handle) -> Outcome<&Value> {
         let stale = || fault!("a tensor that is not of this step (kept from another step, dropped twice, or made up)");
-        let value = self.place(handle).and_then(|place| self.entries.get(place)?.value.as_ref()).ok_or_else(stale)?;
-        match value {
-            Value::Real(t) if self.exact && matches!(t.dtype(), DType::BF16 | DType::F16) => {
-                Ok(Cow::Owned(Value::Real(t.to_dtype(DType::F32)?)))
-            }
-            value => Ok(Cow::Borrowed(value)),
-        }
+        self.place(handle).and_then(|place| self.entries.get(place)?.value.as_ref()).ok_or_else(stale)
     }
 
     /// Tensors that somebody still owns.
     pub fn owned(&self) -> usize {
         self.entries.iter().filter(|entry| entry.owners > 0).count()
+    }
+
+    /// Whether all floats are f32 just now.
+    pub fn is_exact(&self) -> bool {
+        self.halved.is_some()
+    }
+
+    /// Until [`Self::end_exact`] all floats are f32: a recurrence's step runs, whose roundings would add up from token to token.
+    pub fn begin_exact(&mut self) {
+        let mut halved = Vec::new();
+        for (place, entry) in self.entries.iter_mut().enumerate() {
+            if let Some(wide) = entry.value.as_ref().and_then(widened) {
+                halved.extend(entry.value.replace(wide).map(|was| (place, entry.uses, was)));
+            }
+        }
+        self.halved = Some(halved);
+    }
+
+    /// Gives those that are still there their own type back.
+    pub fn end_exact(&mut self) {
+        for (place, uses, was) in self.halved.take().unwrap_or_default() {
+            if let Some(entry) = self.entries.get_mut(place).filter(|entry| entry.uses == uses && entry.owners > 0) {
+                entry.value = Some(was);
+            }
+        }
     }
 
     /// One more owner; a bad handle stays bad.
@@ -119,9 +136,16 @@ impl Arena {
     }
 }
 
+/// Halved floats as f32; none if they are something else.
+fn widened(value: &Value) -> Option<Value> {
+    let Value::Real(t) = value else { return None };
+    matches!(t.dtype(), DType::BF16 | DType::F16).then(|| t.to_dtype(DType::F32).ok().map(Value::Real))?
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use candle_core::{Device, Tensor};
 
     fn value(n: usize) -> Value {
         Value::planned(&[n])
@@ -162,6 +186,24 @@ mod tests {
         arena.retain(a);
         arena.release(a);
         assert!(arena.get(a).is_ok());
+    }
+
+    #[test]
+    fn halved_floats_are_wide_for_a_while_and_then_what_they_were() {
+        let half = || Value::Real(Tensor::new(&[1f32, 2.5], &Device::Cpu).unwrap().to_dtype(DType::BF16).unwrap());
+        let dtype = |arena: &Arena, handle| match arena.get(handle).unwrap() {
+            Value::Real(t) => t.dtype(),
+            other => panic!("{other:?}"),
+        };
+        let mut arena = Arena::default();
+        let (kept, released) = (arena.put(half()), arena.put(half()));
+        arena.begin_exact();
+        assert_eq!((arena.is_exact(), dtype(&arena, kept)), (true, DType::F32));
+        arena.release(released);
+        let later = arena.put(half());
+        assert_eq!(dtype(&arena, later), DType::F32);
+        arena.end_exact();
+        assert_eq!((arena.is_exact(), dtype(&arena, kept), dtype(&arena, later)), (false, DType::BF16, DType::F32));
     }
 
     #[test]

@@ -4,7 +4,7 @@
 
 use super::{
     running::Running,
-    table::{settle, text_of, with_running},
+    table::{finish, text_of, with_running},
     value::{Outcome, Value, fault},
 };
 use crate::cache::memory;
@@ -27,9 +27,6 @@ struct Plan {
 
 impl Running<'_> {
     fn plan_scan(&mut self, caches: &[u32], inputs: &[Handle]) -> Outcome<Plan> {
-        if self.arena.exact {
-            return Err(fault!("called by the step of another scan"));
-        }
         let inputs = inputs.iter().map(|&x| self.arena.get(x)).collect::<Outcome<Vec<_>>>()?;
         for input in &inputs {
             if input.dims()?.first() != Some(&self.tokens) {
@@ -42,6 +39,7 @@ impl Running<'_> {
             self.claim(cache, &shape)?;
             shapes.push([&[1], shape.as_slice()].concat());
         }
+        self.arena.begin_exact();
         let tokens = |(i, part): (usize, &super::running::Part)| (0..part.tokens.len()).map(move |t| (i, t));
         let all: Vec<(usize, usize)> = self.parts.iter().enumerate().flat_map(tokens).collect();
         let midway = |&(i, t): &(usize, usize)| t > 0 && t == self.parts[i].replayed;
@@ -107,9 +105,9 @@ impl Running<'_> {
     /// The rows of all tokens as one tensor.
     fn join(&self, rows: &[Value]) -> Outcome {
         let Some(first) = rows.first() else { return Err(fault!("a step without tokens")) };
-        let mut dims = first.dims()?.to_vec();
+        let mut dims = first.own_dims()?;
         for row in rows {
-            if row.dims()? != dims {
+            if *row.dims()? != dims[..] {
                 return Err(fault!("the step gave {dims:?} for one token and {:?} for another", row.dims()?));
             }
         }
@@ -117,7 +115,7 @@ impl Running<'_> {
         let real = rows.iter().map(|row| if let Value::Real(t) = row { Some(t) } else { None });
         match real.collect::<Option<Vec<_>>>() {
             Some(rows) => Ok(Value::Real(Tensor::cat(&rows, 0)?.to_dtype(self.place.activations())?)),
-            None => Ok(Value::planned(&dims)),
+            None => Ok(Value::Planned(dims)),
         }
     }
 }
@@ -130,9 +128,9 @@ fn exact(value: &Value) -> Outcome {
 /// A token's rows of the inputs.
 fn rows(inputs: &[Value], token: usize) -> Outcome<Vec<Value>> {
     let row = |input: &Value| {
-        let mut dims = input.dims()?.to_vec();
+        let mut dims = input.own_dims()?;
         dims[0] = 1;
-        input.make(dims.into(), |t| t.narrow(0, token, 1)?.contiguous())
+        input.make(dims, |t| t.narrow(0, token, 1)?.contiguous())
     };
     inputs.iter().map(row).collect()
 }
@@ -145,13 +143,18 @@ pub extern "C" fn scan(
     step: ScanStep,
     at: At,
 ) -> Handle {
+    let nested = with_running(ctx, "scan", at, |running| running.arena.is_exact()).unwrap_or(false);
     // The plugin's own panics stay in the plugin: its step answers 0.
-    let walked = catch_unwind(AssertUnwindSafe(|| walk(ctx, caches.as_slice(), inputs.as_slice(), step, at)));
+    let walked = catch_unwind(AssertUnwindSafe(|| match nested {
+        true => Err(fault!("called by the step of another scan")),
+        false => walk(ctx, caches.as_slice(), inputs.as_slice(), step, at),
+    }));
     let outcome = walked.unwrap_or_else(|panic| Err(fault!("the host panicked: {}", text_of(&*panic))));
     let put = |running: &mut Running| {
-        running.arena.exact = false;
-        let value = settle(running, "scan", None, at, outcome);
-        running.arena.put(value)
+        if !nested {
+            running.arena.end_exact();
+        }
+        finish(running, "scan", None, at, outcome)
     };
     with_running(ctx, "scan", at, put).unwrap_or(Handle::NONE)
 }
@@ -179,7 +182,6 @@ fn walk(ctx: Ctx, caches: &[u32], inputs: &[Handle], step: ScanStep, at: At) -> 
                 running.keep_states(&plan, part, &states, true)?;
             }
             (before, now) = (running.put_all(&states), running.put_all(&rows(&plan.inputs, token)?));
-            running.arena.exact = true;
             Ok(())
         })?;
         let mut made = vec![Handle::NONE; before.len() + 1];
@@ -189,7 +191,6 @@ fn walk(ctx: Ctx, caches: &[u32], inputs: &[Handle], step: ScanStep, at: At) -> 
         }
         let ends = plan.parts.get(token + 1) != Some(&part);
         with(&mut |running| {
-            running.arena.exact = false;
             let (after, y) = running.collect(&plan, &made)?;
             states = after;
             joined.push(y);

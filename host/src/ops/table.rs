@@ -81,13 +81,18 @@ pub(super) fn run(ctx: Ctx, op: &str, slot: Option<Slot>, at: At, f: impl FnOnce
     with_running(ctx, op, at, |running| {
         let outcome = catch_unwind(AssertUnwindSafe(|| f(running)))
             .unwrap_or_else(|panic| Err(fault!("the host panicked: {}", text_of(&*panic))));
-        let value = settle(running, op, slot, at, outcome);
-        if let Some(ops) = &mut running.ops {
-            ops.push(Op::new(op, slot, &value, at));
-        }
-        running.arena.put(value)
+        finish(running, op, slot, at, outcome)
     })
     .unwrap_or(Handle::NONE)
+}
+
+/// The handle of what an op gave, or of why it gave nothing.
+pub(super) fn finish(running: &mut Running, op: &str, slot: Option<Slot>, at: At, outcome: Outcome) -> Handle {
+    let value = settle(running, op, slot, at, outcome);
+    if let Some(ops) = &mut running.ops {
+        ops.push(Op::new(op, slot, &value, at));
+    }
+    running.arena.put(value)
 }
 
 pub(super) fn with_running<T>(ctx: Ctx, op: &str, at: At, f: impl FnOnce(&mut Running) -> T) -> Option<T> {
@@ -110,7 +115,7 @@ pub(super) fn text_of(panic: &(dyn std::any::Any + Send)) -> &str {
         .unwrap_or("without a text")
 }
 
-pub(super) fn settle(running: &Running, op: &str, slot: Option<Slot>, at: At, outcome: Outcome) -> Value {
+fn settle(running: &Running, op: &str, slot: Option<Slot>, at: At, outcome: Outcome) -> Value {
     match outcome {
         Ok(value) => value,
         Err(Fault::Passed(first)) => Value::Failed(first),
@@ -152,10 +157,10 @@ macro_rules! implement {
         $(extern "C" fn $sname(ctx: Ctx, $sslot: Slot, $($sarg: $sty,)* at: At) -> Handle { run(ctx, stringify!($sname), Some($sslot), at, |$s| $sbody) })*
         $(extern "C" fn $rname(ctx: Ctx, $($rarg: $rty,)* at: At) -> Handle { run(ctx, stringify!($rname), None, at, |$r| $rbody) })*
         $(extern "C" fn $uname(ctx: Ctx, x: Handle, at: At) -> Handle {
-            run(ctx, stringify!($uname), None, at, |r| { let x = r.arena.look(x)?; let $ux: &Value = &x; $ubody })
+            run(ctx, stringify!($uname), None, at, |r| { let $ux = r.arena.look(x)?; $ubody })
         })*
         $(extern "C" fn $zname(ctx: Ctx, a: Handle, b: Handle, at: At) -> Handle {
-            run(ctx, stringify!($zname), None, at, |r| { let (a, b) = (r.arena.look(a)?, r.arena.look(b)?); let ($za, $zb): (&Value, &Value) = (&a, &b); $zbody })
+            run(ctx, stringify!($zname), None, at, |r| { let ($za, $zb) = (r.arena.look(a)?, r.arena.look(b)?); $zbody })
         })*
     };
 }
