@@ -2,7 +2,7 @@
 //! step (`layer.scan`), and an op of the plugin's own (`op/1`). Each is held to what the built-in words compute.
 
 use dylm::{
-    LanguageModel, LoadOptions,
+    LanguageModel, LoadOptions, Trust,
     cache::{
         CacheOptions, State,
         prompt::{self, CachedText, Origin, PromptCache},
@@ -15,7 +15,7 @@ use plugin_api::abi::extension::Extension;
 use serde_json::json;
 use std::path::Path;
 use tests::{
-    binary::{self, dylm, one_sentence},
+    binary::{self, one_sentence},
     outside::{self, checkpoint, install},
     tiny::Expected,
 };
@@ -25,8 +25,8 @@ fn plugin(name: &str) -> tempfile::TempDir {
 }
 
 fn load_on(device: DeviceChoice, model: &Path, plugins: &Path) -> dylm::Result<LanguageModel> {
-    let dtype = DtypeChoice::Float32;
-    dylm::load(model.to_str(), &LoadOptions { plugins: vec![plugins.to_owned()], device, dtype, ..Default::default() })
+    let (plugins, dtype, trust) = (vec![plugins.to_owned()], DtypeChoice::Float32, Trust::All);
+    dylm::load(model.to_str(), &LoadOptions { plugins, device, dtype, trust, ..Default::default() })
 }
 
 fn load(model: &Path, plugins: &Path) -> dylm::Result<LanguageModel> {
@@ -108,7 +108,8 @@ unsafe impl Extension for Panics {
 #[test]
 fn an_extension_is_found_by_its_name_in_both_directions_and_an_unknown_one_is_none() {
     let (plugins, model) = (plugin("extended"), checkpoint(&[("model_type", "extended".into())]));
-    let library = Library::open(&Registry::new(&[plugins.path().to_owned()]).resolve("extended").unwrap()).unwrap();
+    let registry = Registry::new(&[plugins.path().to_owned()]).trusting(Trust::All);
+    let library = Library::open(&registry.resolve("extended").unwrap()).unwrap();
     assert_eq!(library.extension::<Languages>(), Some(Languages { count: 3 }));
     assert!(library.extension::<Size>().is_none(), "of the model, not of the architecture");
     assert_eq!(library.extension::<Panics>(), None, "a panic is no answer");
@@ -208,9 +209,7 @@ fn a_scan_goes_back_in_its_text_and_comes_back_from_a_file() {
 
 /// What `dylm generate` says of a mistake.
 fn refusal(model: &Path, plugins: &Path, what: &str) -> String {
-    let mut command = dylm();
-    command.args(["generate", "--max-tokens", "4", "--verbose", "false", "--model"]).arg(model);
-    let output = command.arg("--plugins").arg(plugins).output().unwrap();
+    let output = outside::generate(model, plugins, Path::new("/"));
     assert_eq!(output.status.code(), Some(1), "{what}: {}", output.status);
     one_sentence(&output, what)
 }
