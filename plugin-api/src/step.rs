@@ -174,7 +174,7 @@ impl Layer {
     /// The blocks of keys worth attending to, by an indexer whose heads choose apart: q `[tokens, heads, d]`, k `[tokens, 1, d]` (which
     /// joins a key cache of this layer); a block's score is the largest q·k of its keys. Gives what [`Attend::selection`] takes beside
     /// [`Attend::selection_block`], `[tokens, heads, count]`; each of these heads stands for a group of query heads, in their order.
-    /// <https://arxiv.org/abs/2502.11089>
+    /// <https://arxiv.org/abs/2502.11089>. Thread: step.
     #[track_caller]
     pub fn index_blocks(&mut self, q: Tensor, k: Tensor, choice: BlockChoice) -> Tensor {
         let (call, cache, BlockChoice { size, count, local }) = (Call::current(), self.next_keys(), choice);

@@ -221,7 +221,7 @@ impl SelfAttention {
         self.attend_how(qkv, layer, Attend::default())
     }
 
-    /// The same over some blocks of keys alone, those that [`Layer::index_blocks`] chose by `choice`.
+    /// The same over some blocks of keys alone, those that [`Layer::index_blocks`] chose by `choice`. Thread: step.
     #[track_caller]
     pub fn attend_chosen(&self, qkv: [Tensor; 3], chosen: &Tensor, choice: BlockChoice, layer: &mut Layer) -> Tensor {
         let selection_block = Some(choice.size);
