@@ -65,20 +65,23 @@ fn against_another_api(name: &str, change: impl Fn(&str, String) -> String) -> P
     AnotherApi::new(name, change).plugin("outsider", None, |text| text)
 }
 
+/// A field more at the end of a struct that ops take, and what plugins say in it.
+fn with_a_later_field(file: &str, text: String, value: u32) -> String {
+    if file == "src/abi/spec.rs" {
+        let (before, after) = text.split_once("pub struct AttendSpec {").unwrap();
+        let (fields, rest) = after.split_once("\n}\n").unwrap();
+        return format!("{before}pub struct AttendSpec {{{fields}\n    pub later: u64,\n}}\n{rest}");
+    }
+    let later = format!("let spec = AttendSpec {{\n            later: {value},");
+    replaced(file, text, "src/step.rs", "let spec = AttendSpec {", &later)
+}
+
 #[test]
 fn a_plugin_of_a_later_minor_version_without_new_ops_works() {
     let library = against_another_api("minor", |file, text| {
         let text = replaced(file, text, "Cargo.toml", "version = \"1.0.0\"", "version = \"1.3.0\"");
         let text = replaced(file, text, "src/abi/mod.rs", "MINOR: u32 = 0", "MINOR: u32 = 3");
-        // A field at the end of a struct that ops take.
-        let text = replaced(
-            file,
-            text,
-            "src/abi/spec.rs",
-            "    pub stride: u64,\n",
-            "    pub stride: u64,\n    pub later: u64,\n",
-        );
-        replaced(file, text, "src/step.rs", "reserved: 0,", "reserved: 0,\n            later: 0,")
+        with_a_later_field(file, text, 0)
     });
     let (plugins, model) = (install(&library), checkpoint(&[("model_type", "outsider".into())]));
     assert_eq!(tokens(&load(model.path(), plugins.path()).unwrap()), tokens_of_the_plugin_in_tree());
@@ -86,16 +89,7 @@ fn a_plugin_of_a_later_minor_version_without_new_ops_works() {
 
 #[test]
 fn a_struct_field_from_the_future_is_refused_only_when_it_is_used() {
-    let library = against_another_api("field", |file, text| {
-        let text = replaced(
-            file,
-            text,
-            "src/abi/spec.rs",
-            "    pub stride: u64,\n",
-            "    pub stride: u64,\n    pub later: u64,\n",
-        );
-        replaced(file, text, "src/step.rs", "reserved: 0,", "reserved: 0,\n            later: 7,")
-    });
+    let library = against_another_api("field", |file, text| with_a_later_field(file, text, 7));
     let sentence = refusal(&library);
     assert!(sentence.starts_with("attend: the plugin asks for a kind of attention"), "{sentence}");
     assert!(sentence.contains("src/lib.rs:"), "no place: {sentence}");
