@@ -138,7 +138,7 @@ impl Router {
         (chosen, weights)
     }
 
-    /// The weights `[tokens, k]` of experts that something else has chosen, ids `[tokens, k]`.
+    /// The weights `[tokens, k]` of experts that something else has chosen, ids `[tokens, k]`. Thread: step.
     #[track_caller]
     pub fn weigh(&self, x: &Tensor, chosen: &Tensor) -> Tensor {
         self.weights(&self.scores(&self.gate.forward(x)), chosen)
@@ -214,7 +214,7 @@ impl Moe {
         self.run(x, &chosen, &weights)
     }
 
-    /// The same with experts that something else has chosen, ids `[tokens, k]`.
+    /// The same with experts that something else has chosen, ids `[tokens, k]`. Thread: step.
     #[track_caller]
     pub fn forward_to(&self, x: &Tensor, chosen: &Tensor) -> Tensor {
         self.run(x, chosen, &self.router.weigh(x, chosen))
