@@ -250,15 +250,17 @@ pub fn host() -> Host {
 fn tables_of(tables: Tables) -> (OpsRef, &'static TypeLayout) {
     match tables {
         Tables::Today => (ops(), <OpsRef as StableAbi>::LAYOUT),
-        // SAFETY: both are pointers to tables that begin alike; how long they are their headers say, and the accessors of later ops look.
-        Tables::Oldest => (
-            unsafe { transmute::<oldest::OpsRef, OpsRef>(tables!(ops::oldest, build {} layers {} tensors {})) },
-            <oldest::OpsRef as StableAbi>::LAYOUT,
-        ),
-        // SAFETY: as above.
+        Tables::Oldest => {
+            let tables = tables!(ops::oldest, build {} layers {} tensors {});
+            // SAFETY: both are pointers to tables that begin alike; how long they are their headers say, and the accessors of later ops look.
+            let ops = unsafe { transmute::<oldest::OpsRef, OpsRef>(tables) };
+            (ops, <oldest::OpsRef as StableAbi>::LAYOUT)
+        }
         Tables::Newer => {
             let tables = tables!(ops::newer, build { later_has: has } layers {} tensors { later_neg: neg });
-            (unsafe { transmute::<newer::OpsRef, OpsRef>(tables) }, <newer::OpsRef as StableAbi>::LAYOUT)
+            // SAFETY: as above.
+            let ops = unsafe { transmute::<newer::OpsRef, OpsRef>(tables) };
+            (ops, <newer::OpsRef as StableAbi>::LAYOUT)
         }
     }
 }
