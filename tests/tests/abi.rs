@@ -136,27 +136,3 @@ fn refusal(library: &Path) -> String {
     }
     sentence
 }
-
-#[cfg(target_os = "linux")]
-#[test]
-fn a_library_is_opened_once_and_stays_when_its_models_are_gone() {
-    let (plugins, model) = (install(&outsider(None)), checkpoint(&[("model_type", "outsider".into())]));
-    let mapped = || {
-        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
-        let folder = plugins.path().to_str().unwrap().to_owned();
-        maps.lines()
-            .filter(|line| line.contains(&folder))
-            .map(|line| line.split(' ').next().unwrap().to_owned())
-            .collect::<Vec<_>>()
-    };
-    assert_eq!(mapped(), [] as [String; 0]);
-    let first = load(model.path(), plugins.path()).unwrap();
-    let once = mapped();
-    assert!(!once.is_empty());
-    let second = load(model.path(), plugins.path()).unwrap();
-    assert_eq!(mapped(), once);
-    drop((first, second));
-    assert_eq!(mapped(), once);
-    assert!(load(model.path(), plugins.path()).is_ok());
-    assert_eq!(mapped(), once);
-}
