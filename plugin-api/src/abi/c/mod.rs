@@ -30,9 +30,9 @@ pub struct Host {
     pub tensors: *const ops::TensorOps,
     /// config.json's keys, during `create`.
     pub config: *const ConfigOps,
-    /// Says why the running call fails, with one of the `ERROR_*` codes. The first one counts.
+    /// Says why the running call fails, with one of the `ERROR_*` codes. The first one counts. Thread: call.
     pub error: extern "C" fn(Ctx, u32, Text),
-    /// Whether `error` was called, by the plugin or by a reader of `config`: its code, or 0.
+    /// Whether `error` was called, by the plugin or by a reader of `config`: its code, or 0. Thread: call.
     pub failed: extern "C" fn(Ctx) -> u32,
     /// A named extension of the host, or null. Thread: any.
     pub extension: extern "C" fn(Text) -> *const (),
@@ -44,17 +44,18 @@ pub struct Host {
 pub struct ConfigOps {
     /// Its length in bytes.
     pub size: u64,
-    /// A whole number from `least` to `most`; `otherwise` `u64::MAX` demands the key. After an error, `least`.
+    /// A whole number from `least` to `most`; `otherwise` `u64::MAX` demands the key. After an error, `least`. Thread: new.
     pub whole: extern "C" fn(Ctx, Text, least: u64, most: u64, otherwise: u64) -> u64,
-    /// A number; `otherwise` NaN demands the key. After an error, 0.
+    /// A number; `otherwise` NaN demands the key. After an error, 0. Thread: new.
     pub number: extern "C" fn(Ctx, Text, otherwise: f64) -> f64,
-    /// 1 for true, 0 for false; `otherwise` 2 demands the key. After an error, 0.
+    /// 1 for true, 0 for false; `otherwise` 2 demands the key. After an error, 0. Thread: new.
     pub flag: extern "C" fn(Ctx, Text, otherwise: u32) -> u32,
     /// A text, ended by a zero byte that does not count, until `create` returns; null `otherwise` demands the key. After an error, empty.
+    /// Thread: new.
     pub text: extern "C" fn(Ctx, Text, otherwise: Text) -> Text,
-    /// The value as JSON, likewise; empty for an absent key.
+    /// The value as JSON, likewise; empty for an absent key. Thread: new.
     pub json: extern "C" fn(Ctx, Text) -> Text,
-    /// Entries of a list; 0 for an absent key.
+    /// Entries of a list; 0 for an absent key. Thread: new.
     pub count: extern "C" fn(Ctx, Text) -> u64,
 }
 
@@ -69,13 +70,13 @@ pub struct Model {
     pub caches: *const CacheSpec,
     /// How many of these there are.
     pub cache_count: u64,
-    /// ids `[tokens]` -> hidden `[tokens, dim]`
+    /// ids `[tokens]` -> hidden `[tokens, dim]`. Thread: any, one call at a time, never re-entered.
     pub forward: Option<extern "C" fn(*const (), &Host, Ctx, Handle) -> Handle>,
-    /// hidden `[rows, dim]` -> logits `[rows, vocab]`
+    /// hidden `[rows, dim]` -> logits `[rows, vocab]`. Thread: any, one call at a time, never re-entered.
     pub head: Option<extern "C" fn(*const (), &Host, Ctx, Handle) -> Handle>,
     /// Ends the model. Thread: any, once.
     pub drop: Option<extern "C" fn(*mut ())>,
-    /// A named extension of the model, or null. None is as good.
+    /// A named extension of the model, or null. None is as good. Thread: any, one call at a time.
     pub extension: Option<extern "C" fn(*const (), Text) -> *const ()>,
 }
 
