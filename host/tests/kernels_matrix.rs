@@ -187,12 +187,7 @@ fn products_agree_with_plain_sums_in_every_format_and_instruction_set() {
             for isa in Isa::available() {
                 let mut got = vec![f32::NAN; tokens * rows];
                 m.matmul_on(isa, &x, &mut got);
-                assert_close(
-                    &got,
-                    &want,
-                    0.0,
-                    &format!("{format:?} [{rows}, {cols}] x {tokens} tokens, {isa:?}"),
-                );
+                assert_close(&got, &want, 0.0, &format!("{format:?} [{rows}, {cols}] x {tokens} tokens, {isa:?}"));
             }
         }
     }
@@ -211,12 +206,7 @@ fn dense_and_fp8_products_take_any_number_of_columns() {
                 for isa in Isa::available() {
                     let mut got = vec![f32::NAN; tokens * 5];
                     m.matmul_on(isa, &x, &mut got);
-                    assert_close(
-                        &got,
-                        &want,
-                        0.0,
-                        &format!("{format:?}, {cols} columns, {tokens} tokens, {isa:?}"),
-                    );
+                    assert_close(&got, &want, 0.0, &format!("{format:?}, {cols} columns, {tokens} tokens, {isa:?}"));
                 }
             }
         }
