@@ -9,8 +9,8 @@ mod gpu;
 mod metal;
 
 use super::{
+    call::{build, run, with_running},
     running::Running,
-    table::{build, run, with_running},
     value::{Fault, Outcome, Value, fault},
 };
 use crate::{

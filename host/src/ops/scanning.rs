@@ -3,8 +3,8 @@
 //! made of ops itself.
 
 use super::{
+    call::{finish, text_of, with_running},
     running::Running,
-    table::{finish, text_of, with_running},
     value::{Outcome, Value, fault},
 };
 use crate::cache::memory;

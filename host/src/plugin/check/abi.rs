@@ -69,16 +69,30 @@ pub fn poorer_host(subject: &Subject) -> Outcome {
     Ok(String::new())
 }
 
+/// A host of ABI 1.0 is enough for whoever says no more.
+pub fn oldest_host(subject: &Subject) -> Outcome {
+    let needs = subject.note()?.needs;
+    if !needs.is_empty() {
+        return Err(Stop::Skip(format!("it needs ops that came later: {}", needs.join(", "))));
+    }
+    with_tables(subject, Tables::Oldest, "with a dylm of ABI 1.0, which its note says is enough")
+}
+
 /// A host with more ops than the plugin knows makes no difference.
 pub fn newer_host(subject: &Subject) -> Outcome {
+    with_tables(subject, Tables::Newer, "with a later dylm, whose op table is longer")
+}
+
+/// Whether a host with these tables gives what this one gives.
+fn with_tables(subject: &Subject, tables: Tables, what: &str) -> Outcome {
     subject.each(|example| {
         let model = subject.model(example)?;
         let text = text(&model, subject.job.seed, 5);
         let today = whole(&model, &text)?;
-        play_host(Tables::Newer);
-        let later = subject.model(example).and_then(|model| whole(&model, &text));
+        play_host(tables);
+        let then = subject.model(example).and_then(|model| whole(&model, &text));
         play_host(Tables::Today);
-        near("with a later dylm, whose op table is longer", &later?, &today, BOUND)?;
+        near(what, &then.map_err(|stop| stop.of(what))?, &today, BOUND)?;
         Ok(String::new())
     })
 }

@@ -107,6 +107,8 @@ tests! {
         "Compare ids as whole texts, and return None for all others.";
     Build => "abi-poorer-host" abi::poorer_host: "a host without its ops is refused with one sentence",
         "export_plugin! does this; a plugin without it compares the host's op table before it calls an op.";
+    Run => "abi-oldest-host" abi::oldest_host: "its note names every op that a host of ABI 1.0 lacks",
+        "export_plugin! does this; do not reach ops around the words of plugin-api.";
     Run => "abi-newer-host" abi::newer_host: "a host with more ops than it knows makes no difference",
         "export_plugin! does this; a plugin without it reads the op table by the length that it was compiled with.";
     Build gate => "config-examples" config::examples: "each example builds, agrees with its tensors and runs on shapes",

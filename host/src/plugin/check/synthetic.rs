@@ -285,3 +285,64 @@ fn length(recipe: &Recipe, axis: usize) -> Option<usize> {
         other => given(other).and_then(|dims| dims.get(axis).copied()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn stored(name: &str) -> Arc<Recipe> {
+        Arc::new(Recipe::Stored(name.into()))
+    }
+
+    fn needed(recipes: &[(Recipe, &[usize])]) -> Demand {
+        let mut demand = Demand::default();
+        recipes.iter().for_each(|(recipe, dims)| demand.need(recipe, Some(dims), (1.0, 0.5)));
+        demand
+    }
+
+    fn shape<'a>(demand: &'a Demand, name: &str) -> &'a [usize] {
+        &demand.0[name].shape
+    }
+
+    #[test]
+    fn a_fused_tensor_is_as_long_as_the_last_part_of_it_that_somebody_takes() {
+        let rows = |from, to| Recipe::Rows(stored("qkv"), from, to);
+        assert_eq!(shape(&needed(&[(rows(0, 8), &[8, 5]), (rows(8, 12), &[4, 5])]), "qkv"), [12, 5]);
+        let halves = [0, 1].map(|half| (Recipe::Every(stored("gate_up"), 0, half, 2), &[6usize, 5][..]));
+        assert_eq!(shape(&needed(&halves), "gate_up"), [12, 5]);
+        let lanes = Recipe::Narrow(Arc::new(Recipe::Transpose(stored("conv1d"))), 0, 3, 7);
+        assert_eq!(shape(&needed(&[(lanes, &[4, 5])]), "conv1d"), [5, 7]);
+    }
+
+    #[test]
+    fn what_is_put_together_is_taken_apart() {
+        let stack = Recipe::Stack(vec![stored("a"), stored("b")]);
+        let demand = needed(&[(stack, &[2, 3, 4])]);
+        assert_eq!((shape(&demand, "a"), shape(&demand, "b")), (&[3, 4][..], &[3, 4][..]));
+        let join = Recipe::Join(vec![Arc::new(Recipe::Rows(stored("a"), 2, 4)), stored("b")], 0);
+        let demand = needed(&[(join, &[7, 3])]);
+        assert_eq!((shape(&demand, "a"), shape(&demand, "b")), (&[4, 3][..], &[5, 3][..]));
+    }
+
+    #[test]
+    fn a_reshape_tells_only_how_many_numbers_there_are_where_nobody_tells_more() {
+        let reshape = || Recipe::Reshape(stored("w"), vec![2, 3, 4]);
+        assert_eq!(shape(&needed(&[(reshape(), &[2, 3, 4])]), "w"), [2, 3, 4]);
+        let plain = Recipe::Stored("w".into());
+        assert_eq!(shape(&needed(&[(reshape(), &[2, 3, 4]), (plain, &[6, 4])]), "w"), [6, 4]);
+    }
+
+    #[test]
+    fn numbers_lie_where_the_transforms_want_them_and_follow_from_seed_and_name() {
+        // A norm that stores w - 1, halved.
+        let demand = needed(&[(Recipe::Affine(stored("norm"), 2.0, 1.0), &[1000])]);
+        let made = &demand.0["norm"];
+        assert_eq!((made.center, made.width), (0.0, 0.25));
+        let numbers = made.numbers(1, "norm", 1000);
+        assert!(numbers.iter().all(|x| x.abs() <= 0.25));
+        assert!((numbers.iter().sum::<f32>() / 1000.0).abs() < 0.02);
+        assert_eq!(numbers, made.numbers(1, "norm", 1000));
+        assert_ne!(numbers, made.numbers(2, "norm", 1000));
+        assert_ne!(numbers, made.numbers(1, "other", 1000));
+    }
+}
