@@ -10,8 +10,8 @@ use crate::{
     ops::{
         arena::Arena,
         building::Building,
+        lending::Call,
         running::{CacheShapes, Part, Running},
-        table::Call,
         value::Value,
         watch::Watch,
     },

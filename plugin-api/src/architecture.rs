@@ -41,13 +41,13 @@ pub trait Architecture: 'static {
 /// Replay contract: `forward` and `head` are pure functions of their arguments' shapes. They read no values, no clock and no files, and
 /// for equal token counts they issue equal ops, so that the host may record a step once and replay it.
 pub trait Model: Send + 'static {
-    /// What each layer must remember, in the order in which [`Step::layers`] hands the layers out.
+    /// What each layer must remember, in the order in which [`Step::layers`] hands the layers out. Thread: any, one call at a time.
     fn caches(&self) -> Vec<Cache>;
 
-    /// The new tokens of all sequences of the step, one after the other, ids `[tokens]` -> hidden `[tokens, dim]`.
+    /// The new tokens of all sequences of the step, one after the other, ids `[tokens]` -> hidden `[tokens, dim]`. Thread: any, one call at a time.
     fn forward(&self, tokens: &Tensor, step: &mut Step) -> Tensor;
 
-    /// Hidden `[rows, dim]` -> logits `[rows, vocab]`, for those rows whose logits somebody wants.
+    /// Hidden `[rows, dim]` -> logits `[rows, vocab]`, for those rows whose logits somebody wants. Thread: any, one call at a time.
     fn head(&self, hidden: &Tensor) -> Tensor;
 
     /// What this model offers to hosts that ask by name: see [`abi::extension`](crate::abi::extension). Thread: any, one call at a time.

@@ -115,6 +115,7 @@ pub struct Experts(pub(crate) Slot);
 impl Experts {
     /// Experts from sources that the author found: gate (none for kinds without one), up and down, stacked
     /// `[experts, hidden, dim]` and `[experts, dim, hidden]`, and with `shape.bias` their biases `[experts, hidden]` and `[experts, dim]`.
+    /// Thread: new.
     #[track_caller]
     pub fn of(
         shape: ExpertsShape,
@@ -132,6 +133,7 @@ impl Experts {
     }
 
     /// Runs the chosen experts and adds up their results by weight: x `[tokens, dim]`, chosen and weights `[tokens, k]` -> `[tokens, dim]`.
+    /// Thread: step.
     #[track_caller]
     pub fn forward(&self, x: &Tensor, chosen: &Tensor, weights: &Tensor) -> Tensor {
         let call = Call::current();
@@ -142,6 +144,7 @@ impl Experts {
 impl Weights {
     /// Routed experts below this prefix, in whichever layout the checkpoint has: `switch_mlp.gate_proj.weight` (stacked),
     /// `experts.0.gate_proj.weight` or `experts.0.w1.weight` (one by one), `experts.gate_up_proj` (stacked and fused) and so on.
+    /// Thread: new.
     #[track_caller]
     pub fn experts(&self, shape: ExpertsShape) -> Experts {
         let (call, spec) = (Call::current(), shape.spec());

@@ -13,7 +13,7 @@ macro_rules! layers {
         #[derive(Debug)]
         pub struct $name(pub(crate) Slot);
         impl $name {
-            $($(#[$mdoc])* #[track_caller] pub fn $method(&self, x: &Tensor) -> Tensor {
+            $($(#[$mdoc])* #[doc = "Thread: step."] #[track_caller] pub fn $method(&self, x: &Tensor) -> Tensor {
                 let call = Call::current();
                 Tensor::own(call.ops.$op()(call.ctx, self.0, x.handle(), At::caller()))
             })*
@@ -88,7 +88,7 @@ impl Conv1d {
 pub struct Parameter(pub(crate) Slot);
 
 impl Parameter {
-    /// The tensor, for this step.
+    /// The tensor, for this step. Thread: step.
     #[track_caller]
     pub fn tensor(&self) -> Tensor {
         let call = Call::current();

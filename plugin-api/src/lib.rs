@@ -75,6 +75,8 @@ pub mod architecture;
 pub mod blocks;
 pub mod cache;
 pub mod config;
+#[doc = include_str!("contract.md")]
+pub mod contract {}
 pub mod experts;
 pub mod export;
 pub mod layers;

@@ -132,7 +132,7 @@ pub struct Op(Slot);
 const NO_EXTENSION: &str = "this dylm does not take ops of plugins (it has no extension op/1); update dylm";
 
 impl Weights {
-    /// Gives the host an op of the plugin's own. `name` is for messages.
+    /// Gives the host an op of the plugin's own. `name` is for messages. Thread: new.
     #[track_caller]
     pub fn op<T: OwnOp>(&self, name: &str, op: T) -> Op {
         let (call, at) = (Call::current(), At::caller());
@@ -164,7 +164,7 @@ impl Weights {
 }
 
 impl Op {
-    /// Runs it.
+    /// Runs it. Thread: step.
     #[track_caller]
     pub fn apply(&self, inputs: &[&Tensor]) -> Tensor {
         let Some(ops) = of_host::<OwnOps>() else { return Tensor::failed(NO_EXTENSION) };

@@ -40,7 +40,7 @@ impl Layer {
     /// the result. Inputs `[tokens, ..]` come as `[1, ..]`, a state of shape `[a, b]` as `[1, a, b]`, and so must go what the step gives;
     /// all in f32, as are weights that the step uses. States are 0 before a sequence's first token. Gives `[tokens, ..]`.
     ///
-    /// Replay contract: the step issues the same ops for every token.
+    /// Replay contract: the step issues the same ops for every token. Thread: step.
     #[track_caller]
     pub fn scan<const S: usize, const N: usize, F>(&mut self, inputs: [&Tensor; N], step: F) -> Tensor
     where

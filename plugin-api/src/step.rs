@@ -74,19 +74,20 @@ pub struct Step {
 }
 
 impl Step {
-    /// The layers, in the order of [`Model::caches`](crate::Model::caches).
+    /// The layers, in the order of [`Model::caches`](crate::Model::caches). Thread: step.
     pub fn layers(&mut self) -> impl Iterator<Item = Layer> + use<> {
         let places = self.places.clone();
         (0..places.layers()).map(move |index| Layer { places: places.clone(), index, attended: 0, recurred: 0 })
     }
 
-    /// Where each token stands in its sequence, from 0: ids `[tokens]`, for learned position embeddings and arithmetic.
+    /// Where each token stands in its sequence, from 0: ids `[tokens]`, for learned position embeddings and arithmetic. Thread: step.
     #[track_caller]
     pub fn positions(&self) -> Tensor {
         positions()
     }
 
     /// Ids `[tokens]` of the n-grams that end at each token: `Σ id(t - i) * base^i mod modulus` over i < n, with 0 before the start.
+    /// Thread: step.
     #[track_caller]
     pub fn ngrams(&self, tokens: &Tensor, n: usize, base: usize, modulus: usize) -> Tensor {
         let call = Call::current();
@@ -124,13 +125,13 @@ impl Layer {
         self.places.place(self.index, true, self.recurred - 1)
     }
 
-    /// Where each token stands in its sequence, from 0: ids `[tokens]`.
+    /// Where each token stands in its sequence, from 0: ids `[tokens]`. Thread: step.
     #[track_caller]
     pub fn positions(&self) -> Tensor {
         positions()
     }
 
-    /// Turns x `[tokens, heads, head_dim]` by each token's position.
+    /// Turns x `[tokens, heads, head_dim]` by each token's position. Thread: step.
     #[track_caller]
     pub fn rotate(&mut self, rope: &Rope, x: Tensor) -> Tensor {
         let call = Call::current();
@@ -138,7 +139,7 @@ impl Layer {
     }
 
     /// Softmax attention of q `[tokens, heads, d]` over all keys so far; k `[tokens, kv_heads, d]` and v `[tokens, kv_heads, e]` join the
-    /// cache first. Grouped heads share keys. Gives `[tokens, heads, e]`.
+    /// cache first. Grouped heads share keys. Gives `[tokens, heads, e]`. Thread: step.
     #[track_caller]
     pub fn attend(&mut self, q: Tensor, k: Tensor, v: Tensor, how: &Attend) -> Tensor {
         let (cache, pooled) = (self.next_keys(), self.next_pooled(how));
@@ -146,14 +147,14 @@ impl Layer {
     }
 
     /// Attention where the first `lanes` lanes of a key are its value, as in MLA over latents: k `[tokens, kv_heads, d]` alone joins the
-    /// cache. Gives `[tokens, heads, lanes]`.
+    /// cache. Gives `[tokens, heads, lanes]`. Thread: step.
     #[track_caller]
     pub fn attend_latent(&mut self, q: Tensor, k: Tensor, lanes: usize, how: &Attend) -> Tensor {
         let (cache, pooled) = (self.next_keys(), self.next_pooled(how));
         attend(cache, pooled, q, [k.handle(), Handle::NONE], lanes, how)
     }
 
-    /// Attention over the keys and values of another layer (from 0, and earlier in this step): those of its first `attend`.
+    /// Attention over the keys and values of another layer (from 0, and earlier in this step): those of its first `attend`. Thread: step.
     #[track_caller]
     pub fn attend_to(&mut self, layer: usize, q: Tensor, how: &Attend) -> Tensor {
         let (cache, pooled) = (self.places.place(layer, false, 0), self.next_pooled(how));
@@ -162,7 +163,7 @@ impl Layer {
 
     /// The `count` keys worth attending to, by an indexer of its own: q `[tokens, heads, d]`, k `[tokens, 1, d]` (which joins a key cache
     /// of this layer), weights `[tokens, heads]`; a key's score is `Σ weight * relu(q·k)` over the heads. Gives what
-    /// [`Attend::selection`] takes. <https://arxiv.org/abs/2512.02556>
+    /// [`Attend::selection`] takes. <https://arxiv.org/abs/2512.02556>. Thread: step.
     #[track_caller]
     pub fn index(&mut self, q: Tensor, k: Tensor, weights: Tensor, count: usize) -> Tensor {
         let (call, cache) = (Call::current(), self.next_keys());
@@ -173,7 +174,7 @@ impl Layer {
     /// The blocks of keys worth attending to, by an indexer whose heads choose apart: q `[tokens, heads, d]`, k `[tokens, 1, d]` (which
     /// joins a key cache of this layer); a block's score is the largest q·k of its keys. Gives what [`Attend::selection`] takes beside
     /// [`Attend::selection_block`], `[tokens, heads, count]`; each of these heads stands for a group of query heads, in their order.
-    /// <https://arxiv.org/abs/2502.11089>
+    /// <https://arxiv.org/abs/2502.11089>. Thread: step.
     #[track_caller]
     pub fn index_blocks(&mut self, q: Tensor, k: Tensor, choice: BlockChoice) -> Tensor {
         let (call, cache, BlockChoice { size, count, local }) = (Call::current(), self.next_keys(), choice);
@@ -183,7 +184,7 @@ impl Layer {
         Tensor::own(index_blocks(call.ctx, cache, q.handle(), k.handle(), SpecRef::new(&spec), At::caller()))
     }
 
-    /// x `[tokens, channels]`, each channel folded with its kernel over the tokens up to its own. Needs [`Conv1d::cache`].
+    /// x `[tokens, channels]`, each channel folded with its kernel over the tokens up to its own. Needs [`Conv1d::cache`]. Thread: step.
     #[track_caller]
     pub fn conv1d(&mut self, conv: &Conv1d, x: &Tensor) -> Tensor {
         let (call, cache) = (Call::current(), self.next_state());
@@ -194,7 +195,7 @@ impl Layer {
 macro_rules! recurrences {
     ($($(#[$doc:meta])* $name:ident($($arg:ident),*);)*) => {
         impl Layer {
-            $($(#[$doc])* #[track_caller] pub fn $name(&mut self $(, $arg: &Tensor)*) -> Tensor {
+            $($(#[$doc])* #[doc = "Thread: step."] #[track_caller] pub fn $name(&mut self $(, $arg: &Tensor)*) -> Tensor {
                 let (call, cache) = (Call::current(), self.next_state());
                 Tensor::own(call.ops.$name()(call.ctx, cache $(, $arg.handle())*, At::caller()))
             })*

@@ -88,21 +88,21 @@ impl Tensor {
         handle
     }
 
-    /// A failed tensor: what the author found wrong, carried to the host like the failure of an op.
+    /// A failed tensor: what the author found wrong, carried to the host like the failure of an op. Thread: step.
     #[track_caller]
     pub fn failed(message: &str) -> Self {
         let call = Call::current();
         Tensor::own(call.ops.fail()(call.ctx, message.into(), At::caller()))
     }
 
-    /// Joins tensors along the last axis.
+    /// Joins tensors along the last axis. Thread: step.
     #[track_caller]
     pub fn concat(parts: &[&Tensor]) -> Tensor {
         let (call, handles) = (Call::current(), parts.iter().map(|t| t.handle).collect::<Vec<_>>());
         Tensor::own(call.ops.concat()(call.ctx, RSlice::from_slice(&handles), At::caller()))
     }
 
-    /// The k largest entries of the last axis, largest first, and where they stood: `[.., n]` -> two of `[.., k]`.
+    /// The k largest entries of the last axis, largest first, and where they stood: `[.., n]` -> two of `[.., k]`. Thread: step.
     #[track_caller]
     pub fn topk(&self, k: usize) -> (Tensor, Tensor) {
         let call = Call::current();
@@ -112,13 +112,13 @@ impl Tensor {
 }
 
 impl Tensor {
-    /// Each vector of the last axis as a matrix of one row: `[.., n]` -> `[.., 1, n]`.
+    /// Each vector of the last axis as a matrix of one row: `[.., n]` -> `[.., 1, n]`. Thread: step.
     #[track_caller]
     pub fn row(&self) -> Tensor {
         self.unflatten(1)
     }
 
-    /// Each vector of the last axis as a matrix of one column: `[.., n]` -> `[.., n, 1]`.
+    /// Each vector of the last axis as a matrix of one column: `[.., n]` -> `[.., n, 1]`. Thread: step.
     #[track_caller]
     pub fn column(&self) -> Tensor {
         self.row().transpose()
@@ -144,7 +144,7 @@ impl Drop for Tensor {
 macro_rules! words {
     ($($(#[$doc:meta])* $name:ident($($arg:ident: $ty:ty => $pass:expr),*);)*) => {
         impl Tensor {
-            $($(#[$doc])* #[track_caller] pub fn $name(&self $(, $arg: $ty)*) -> Tensor {
+            $($(#[$doc])* #[doc = "Thread: step."] #[track_caller] pub fn $name(&self $(, $arg: $ty)*) -> Tensor {
                 let call = Call::current();
                 Tensor::own(call.ops.$name()(call.ctx, self.handle $(, $pass)*, At::caller()))
             })*

@@ -28,12 +28,12 @@ impl Weights {
         format!("{}{name}", self.prefix)
     }
 
-    /// The part of the checkpoint whose names begin with `name` and a dot.
+    /// The part of the checkpoint whose names begin with `name` and a dot. Thread: any.
     pub fn at(&self, name: &str) -> Weights {
         Weights { prefix: format!("{}{name}.", self.prefix) }
     }
 
-    /// `n` blocks of one kind, named 0, 1, 2 ..
+    /// `n` blocks of one kind, named 0, 1, 2 .. Thread: any.
     pub fn each<T>(&self, n: usize, mut block: impl FnMut(&Weights, usize) -> Result<T>) -> Result<Vec<T>> {
         if n > MOST_LAYERS {
             return Err(
@@ -43,28 +43,28 @@ impl Weights {
         (0..n).map(|i| block(&self.at(&i.to_string()), i)).collect()
     }
 
-    /// Whether the checkpoint has this tensor, for checkpoints that come in several layouts.
+    /// Whether the checkpoint has this tensor, for checkpoints that come in several layouts. Thread: new.
     #[track_caller]
     pub fn has(&self, name: &str) -> bool {
         let call = Call::current();
         call.ops.has()(call.ctx, RStr::from_str(&self.full(name)), At::caller()) != 0
     }
 
-    /// Whether the checkpoint has this tensor in just this shape, for layouts whose names are alike.
+    /// Whether the checkpoint has this tensor in just this shape, for layouts whose names are alike. Thread: new.
     #[track_caller]
     pub fn has_shape(&self, name: &str, dims: &[usize]) -> bool {
         let (call, dims) = (Call::current(), dims.iter().map(|&d| d as u64).collect::<Vec<_>>());
         call.ops.has_shape()(call.ctx, RStr::from_str(&self.full(name)), RSlice::from_slice(&dims), At::caller()) != 0
     }
 
-    /// The stored tensor of this name, to be transformed before use: `w.source("qkv_proj.weight").rows(0..64)`.
+    /// The stored tensor of this name, to be transformed before use: `w.source("qkv_proj.weight").rows(0..64)`. Thread: new.
     #[track_caller]
     pub fn source(&self, name: &str) -> Source {
         let call = Call::current();
         Source(call.ops.source()(call.ctx, RStr::from_str(&self.full(name)), At::caller()))
     }
 
-    /// `name.weight` `[outputs, inputs]` and, with `bias`, `name.bias` `[outputs]`.
+    /// `name.weight` `[outputs, inputs]` and, with `bias`, `name.bias` `[outputs]`. Thread: new.
     #[track_caller]
     pub fn linear(&self, name: &str, inputs: usize, outputs: usize, bias: bool) -> Linear {
         let weight = self.source(&format!("{name}.weight"));
@@ -72,7 +72,7 @@ impl Weights {
         Linear::of(weight, bias, inputs, outputs)
     }
 
-    /// Several projections of one input, each with its outputs; the host may run them as one.
+    /// Several projections of one input, each with its outputs; the host may run them as one. Thread: new.
     #[track_caller]
     pub fn linears<const N: usize>(&self, inputs: usize, bias: bool, named: [(&str, usize); N]) -> [Linear; N] {
         let layers = named.map(|(name, outputs)| self.linear(name, inputs, outputs, bias));
@@ -81,19 +81,19 @@ impl Weights {
         layers
     }
 
-    /// `name.weight` `[vocab, dim]`
+    /// `name.weight` `[vocab, dim]`. Thread: new.
     #[track_caller]
     pub fn embedding(&self, name: &str, vocab: usize, dim: usize) -> Embedding {
         Embedding::of(self.source(&format!("{name}.weight")), vocab, dim)
     }
 
-    /// `name.weight` `[dim]`
+    /// `name.weight` `[dim]`. Thread: new.
     #[track_caller]
     pub fn rms_norm(&self, name: &str, dim: usize, eps: f32) -> RmsNorm {
         RmsNorm::of(self.source(&format!("{name}.weight")), dim, eps)
     }
 
-    /// `name.weight` and, with `bias`, `name.bias`, both `[dim]`
+    /// `name.weight` and, with `bias`, `name.bias`, both `[dim]`. Thread: new.
     #[track_caller]
     pub fn layer_norm(&self, name: &str, dim: usize, eps: f32, bias: bool) -> LayerNorm {
         let weight = self.source(&format!("{name}.weight"));
@@ -101,27 +101,28 @@ impl Weights {
         LayerNorm(norm(abi::NORM_LAYER, weight.0, bias, dim, eps))
     }
 
-    /// `name.weight` `[heads, outputs, inputs]`: one linear layer a head.
+    /// `name.weight` `[heads, outputs, inputs]`: one linear layer a head. Thread: new.
     #[track_caller]
     pub fn multi_linear(&self, name: &str, heads: usize, inputs: usize, outputs: usize) -> MultiLinear {
         MultiLinear::of(self.source(&format!("{name}.weight")), None, heads, inputs, outputs)
     }
 
     /// `name.weight` of `channels * kernel` numbers (`[channels, 1, kernel]` or `[channels, kernel, 1]`) and, with `bias`, `name.bias`
-    /// `[channels]`.
+    /// `[channels]`. Thread: new.
     #[track_caller]
     pub fn conv1d(&self, name: &str, channels: usize, kernel: usize, bias: bool) -> Conv1d {
         let bias = bias.then(|| self.source(&format!("{name}.bias")));
         Conv1d::of(self.source(&format!("{name}.weight")), bias, channels, kernel)
     }
 
-    /// A tensor used as it is.
+    /// A tensor used as it is. Thread: new.
     #[track_caller]
     pub fn tensor(&self, name: &str, dims: &[usize]) -> Parameter {
         Parameter::of(self.source(name), dims)
     }
 
     /// Rotary angles for the first `dims` lanes of a head. `scaling` is config.json's `rope_scaling`, of any type the host knows.
+    /// Thread: new.
     #[track_caller]
     pub fn rope(&self, dims: usize, theta: f32, scaling: &Option<RopeScaling>) -> Rope {
         let (call, scaling) = (Call::current(), scaling.as_ref().map_or("", |s| &s.0));
@@ -129,7 +130,7 @@ impl Weights {
         Rope { slot, flags: 0 }
     }
 
-    /// Tensors below this prefix that the architecture does not use: a vision tower, a training head.
+    /// Tensors below this prefix that the architecture does not use: a vision tower, a training head. Thread: new.
     #[track_caller]
     pub fn ignore(&self, prefix: &str) {
         let call = Call::current();
@@ -148,69 +149,69 @@ impl Source {
         Source(call.ops.transform()(call.ctx, self.0, kind, RSlice::from_slice(ints), factor, At::caller()))
     }
 
-    /// Numbers `[len]` that a formula gives and no checkpoint stores.
+    /// Numbers `[len]` that a formula gives and no checkpoint stores. Thread: new.
     #[track_caller]
     pub fn numbers(values: &[f32]) -> Source {
         let call = Call::current();
         Source(call.ops.numbers()(call.ctx, RSlice::from_slice(values), At::caller()))
     }
 
-    /// Some rows (entries of the first axis).
+    /// Some rows (entries of the first axis). Thread: new.
     #[track_caller]
     pub fn rows(self, range: std::ops::Range<usize>) -> Source {
         self.transform(abi::TRANSFORM_ROWS, &[range.start as u64, range.end as u64], 0.0)
     }
 
-    /// Every element plus `number`: norms whose checkpoint stores `w - 1`.
+    /// Every element plus `number`: norms whose checkpoint stores `w - 1`. Thread: new.
     #[track_caller]
     pub fn plus(self, number: f32) -> Source {
         self.transform(abi::TRANSFORM_PLUS, &[], number.into())
     }
 
-    /// Every element times `number`.
+    /// Every element times `number`. Thread: new.
     #[track_caller]
     pub fn times(self, number: f32) -> Source {
         self.transform(abi::TRANSFORM_SCALE, &[], number.into())
     }
 
-    /// The last two axes exchanged.
+    /// The last two axes exchanged. Thread: new.
     #[track_caller]
     pub fn transpose(self) -> Source {
         self.transform(abi::TRANSFORM_TRANSPOSE, &[], 0.0)
     }
 
-    /// The same elements in another shape.
+    /// The same elements in another shape. Thread: new.
     #[track_caller]
     pub fn reshape(self, dims: &[usize]) -> Source {
         self.transform(abi::TRANSFORM_RESHAPE, &dims.iter().map(|&d| d as u64).collect::<Vec<_>>(), 0.0)
     }
 
-    /// Some entries of an axis.
+    /// Some entries of an axis. Thread: new.
     #[track_caller]
     pub fn narrow(self, axis: usize, range: std::ops::Range<usize>) -> Source {
         self.transform(abi::TRANSFORM_NARROW, &[axis as u64, range.start as u64, range.end as u64], 0.0)
     }
 
-    /// Every `step`-th entry of an axis, from `start` on: one of several tensors that are stored in turns.
+    /// Every `step`-th entry of an axis, from `start` on: one of several tensors that are stored in turns. Thread: new.
     #[track_caller]
     pub fn every(self, axis: usize, start: usize, step: usize) -> Source {
         self.transform(abi::TRANSFORM_EVERY, &[axis as u64, start as u64, step as u64], 0.0)
     }
 
-    /// Each row (last axis) divided by its length, which counts as `least` at least.
+    /// Each row (last axis) divided by its length, which counts as `least` at least. Thread: new.
     #[track_caller]
     pub fn unit_rows(self, least: f32) -> Source {
         self.transform(abi::TRANSFORM_UNIT_ROWS, &[], least.into())
     }
 
-    /// Sources joined along an axis that they have.
+    /// Sources joined along an axis that they have. Thread: new.
     #[track_caller]
     pub fn join(parts: &[Source], axis: usize) -> Source {
         let (call, ids) = (Call::current(), parts.iter().map(|s| s.0).collect::<Vec<_>>());
         Source(call.ops.join()(call.ctx, RSlice::from_slice(&ids), axis as u64, At::caller()))
     }
 
-    /// Sources of one shape along a new first axis.
+    /// Sources of one shape along a new first axis. Thread: new.
     #[track_caller]
     pub fn stack(parts: &[Source]) -> Source {
         let (call, ids) = (Call::current(), parts.iter().map(|s| s.0).collect::<Vec<_>>());
@@ -226,7 +227,7 @@ fn norm(kind: u32, weight: SourceId, bias: SourceId, dim: usize, eps: f32) -> Sl
 }
 
 impl Linear {
-    /// A linear layer over transformed sources: weight `[outputs, inputs]`, bias `[outputs]`.
+    /// A linear layer over transformed sources: weight `[outputs, inputs]`, bias `[outputs]`. Thread: new.
     #[track_caller]
     pub fn of(weight: Source, bias: Option<Source>, inputs: usize, outputs: usize) -> Linear {
         let (call, bias) = (Call::current(), bias.map_or(SourceId::NONE, |b| b.0));
@@ -235,7 +236,7 @@ impl Linear {
 }
 
 impl MultiLinear {
-    /// One linear layer a head over transformed sources: weight `[heads, outputs, inputs]`, bias `[heads, outputs]`.
+    /// One linear layer a head over transformed sources: weight `[heads, outputs, inputs]`, bias `[heads, outputs]`. Thread: new.
     #[track_caller]
     pub fn of(weight: Source, bias: Option<Source>, heads: usize, inputs: usize, outputs: usize) -> MultiLinear {
         let (call, bias) = (Call::current(), bias.map_or(SourceId::NONE, |b| b.0));
@@ -245,7 +246,7 @@ impl MultiLinear {
 }
 
 impl Conv1d {
-    /// A convolution over transformed sources: weight of `channels * kernel` numbers, channel by channel, bias `[channels]`.
+    /// A convolution over transformed sources: weight of `channels * kernel` numbers, channel by channel, bias `[channels]`. Thread: new.
     #[track_caller]
     pub fn of(weight: Source, bias: Option<Source>, channels: usize, kernel: usize) -> Conv1d {
         let (call, bias) = (Call::current(), bias.map_or(SourceId::NONE, |b| b.0));
@@ -255,7 +256,7 @@ impl Conv1d {
 }
 
 impl Embedding {
-    /// A table over a transformed source `[vocab, dim]`.
+    /// A table over a transformed source `[vocab, dim]`. Thread: new.
     #[track_caller]
     pub fn of(weight: Source, vocab: usize, dim: usize) -> Embedding {
         let call = Call::current();
@@ -264,7 +265,7 @@ impl Embedding {
 }
 
 impl LayerNorm {
-    /// A norm over transformed sources `[dim]`.
+    /// A norm over transformed sources `[dim]`. Thread: new.
     #[track_caller]
     pub fn of(weight: Source, bias: Option<Source>, dim: usize, eps: f32) -> LayerNorm {
         LayerNorm(norm(abi::NORM_LAYER, weight.0, bias.map_or(SourceId::NONE, |b| b.0), dim, eps))
@@ -278,7 +279,7 @@ impl LayerNorm {
 }
 
 impl RmsNorm {
-    /// A norm over a transformed weight `[dim]`.
+    /// A norm over a transformed weight `[dim]`. Thread: new.
     #[track_caller]
     pub fn of(weight: Source, dim: usize, eps: f32) -> RmsNorm {
         RmsNorm(norm(abi::NORM_RMS, weight.0, SourceId::NONE, dim, eps))
@@ -292,7 +293,7 @@ impl RmsNorm {
 }
 
 impl Parameter {
-    /// A transformed source as a tensor of this shape.
+    /// A transformed source as a tensor of this shape. Thread: new.
     #[track_caller]
     pub fn of(source: Source, dims: &[usize]) -> Parameter {
         let (call, dims) = (Call::current(), dims.iter().map(|&d| d as u64).collect::<Vec<_>>());

@@ -10,7 +10,7 @@ use abi_stable::{
     type_layout::{TLData, TLField, TLFields, TypeLayout},
 };
 use plugin_api::abi::{
-    self, AttendSpec, ExpertsSpec,
+    self, AttendSpec, BlockChoiceSpec, ExpertsSpec,
     later::{ASKS_ELF, ASKS_MACHO, ASKS_PE, NEEDS_ELF, NEEDS_MACHO, NEEDS_PE},
     note::{self, Facts, SECTION_ELF, SECTION_MACHO, SECTION_PE, VENDOR},
     ops::{OpsRef, PARAMETERS},
@@ -24,6 +24,10 @@ use std::{
 fn here() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
+
+/// Structs that ops take and that later versions extend at their ends.
+const GROWING: [&TypeLayout; 3] =
+    [<AttendSpec as StableAbi>::LAYOUT, <BlockChoiceSpec as StableAbi>::LAYOUT, <ExpertsSpec as StableAbi>::LAYOUT];
 
 /// Everything that crosses.
 fn dump() -> Vec<String> {
@@ -41,15 +45,12 @@ fn dump() -> Vec<String> {
     ];
     lines.extend(note_keys());
     let mut types = Types { seen: Vec::new(), lines: Vec::new() };
-    for layout in [
-        <OpsRef as StableAbi>::LAYOUT,
-        <FactoryRef as StableAbi>::LAYOUT,
-        <AttendSpec as StableAbi>::LAYOUT,
-        <ExpertsSpec as StableAbi>::LAYOUT,
-    ] {
+    for layout in [<OpsRef as StableAbi>::LAYOUT, <FactoryRef as StableAbi>::LAYOUT] {
         types.add(layout);
     }
+    GROWING.into_iter().for_each(|spec| types.add(spec));
     lines.extend(types.lines);
+    lines.extend(structs(&types.seen));
     lines.extend(constants());
     let mut sorted = lines.clone();
     sorted.sort();
@@ -99,8 +100,7 @@ impl Types {
             }
             TLData::Struct { fields } => {
                 // A spec may grow at its end, so its size is no promise.
-                let grows = [<AttendSpec as StableAbi>::LAYOUT, <ExpertsSpec as StableAbi>::LAYOUT];
-                self.lines.push(match grows.iter().any(|spec| called(spec) == name) {
+                self.lines.push(match GROWING.iter().any(|spec| called(spec) == name) {
                     true => format!("struct {name}: grows at its end, aligned to {align}"),
                     false => format!("struct {name}: {size} bytes, aligned to {align}"),
                 });
@@ -188,6 +188,33 @@ fn sources() -> Vec<(String, String)> {
     files.iter().map(|path| (name(path), fs::read_to_string(path).unwrap())).collect()
 }
 
+/// The structs that no op and no frozen object leads to, as the sources have them: those of named extensions.
+fn structs(seen: &[String]) -> Vec<String> {
+    let mut lines = Vec::new();
+    for (_, text) in sources() {
+        let code = text.split("#[cfg(test)]").next().unwrap();
+        for part in code.split("#[repr(C)]").skip(1) {
+            let Some((head, rest)) = part.split_once("pub struct ").and_then(|(_, part)| part.split_once(" {\n"))
+            else {
+                continue;
+            };
+            let name = head.split('<').next().unwrap();
+            let known = |seen: &String| seen.split(['<', '>']).any(|word| word == name);
+            if head.contains('$') || seen.iter().any(known) {
+                continue;
+            }
+            let fields = rest.split("\n}").next().unwrap();
+            let code = fields.lines().map(str::trim).filter(|line| !line.starts_with("//") && !line.starts_with('#'));
+            // A function with many parameters goes over several lines.
+            let whole = code.collect::<Vec<_>>().join(" ").replace("( ", "(").replace(", )", ")");
+            for (nth, field) in whole.split("pub ").filter(|field| !field.trim().is_empty()).enumerate() {
+                lines.push(format!("struct {head}, repr(C), {nth}: {}", field.trim().trim_end_matches(',')));
+            }
+        }
+    }
+    lines
+}
+
 /// The numbers with a meaning, and the names of extensions, as the sources have them.
 fn constants() -> Vec<String> {
     let mut lines = Vec::new();
@@ -200,7 +227,7 @@ fn constants() -> Vec<String> {
                 continue;
             };
             if name.chars().all(|c| c.is_ascii_uppercase() || c.is_ascii_digit() || c == '_')
-                && value.starts_with("u32 = ")
+                && ["u32 = ", "usize = "].iter().any(|of| value.starts_with(of))
             {
                 // The minor grows with every line that is appended here.
                 let minor = file == "mod.rs" && name == "MINOR";
@@ -278,13 +305,30 @@ fn every_struct_that_may_grow_crosses_with_its_size_in_front() {
     assert!(has("struct SpecRef at 8 start: "));
     let growing: Vec<&str> =
         lines.iter().filter(|line| line.contains("grows at its end")).map(String::as_str).collect();
-    assert_eq!(growing.len(), 2, "{growing:?}");
+    let spec = sources().into_iter().find(|(file, _)| file == "spec.rs").unwrap().1;
+    assert_eq!(growing.len(), spec.split("#[cfg(test)]").next().unwrap().matches(" Grows for ").count(), "{growing:?}");
     // No function takes one of these, or anything else that is not frozen, by a pointer without a size.
-    for line in lines.iter().filter(|line| line.contains("extern \"C\" fn(")) {
+    let first_hand = |line: &&String| line.contains("extern \"C\" fn(") && !line.contains(", repr(C), ");
+    for line in lines.iter().filter(first_hand) {
         let rest = ["&Host", "*const ()", "*mut ()", "-> *const"]
             .iter()
             .fold(line.clone(), |line, known| line.replace(known, ""));
         assert!(!rest.contains(['&', '*']), "{line}");
     }
     assert!(has("struct Host: 24 bytes"), "the host object is frozen: its growth is named extensions");
+}
+
+#[test]
+fn no_op_gives_an_address_or_anything_that_must_be_freed() {
+    let lines = dump();
+    let ops: Vec<&String> =
+        lines.iter().filter(|line| line.starts_with("table ") && line.contains("fn(Ctx, ")).collect();
+    assert!(ops.len() > 80, "{} ops", ops.len());
+    for op in ops {
+        let (takes, gives) = op.split_once("fn(Ctx, ").unwrap().1.split_once("At)").unwrap();
+        let gives = gives.trim_end_matches(", later than 1.0").trim_start_matches(" -> ");
+        assert!(["", "Handle", "Pair", "Slot", "SourceId", "u8"].contains(&gives), "{op}");
+        // Texts and lists are borrowed: the types that own theirs are others.
+        assert!(!["RString", "RVec", "RBox", "RArc"].iter().any(|owner| takes.contains(owner)), "{op}");
+    }
 }

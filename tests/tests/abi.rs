@@ -65,20 +65,23 @@ fn against_another_api(name: &str, change: impl Fn(&str, String) -> String) -> P
     AnotherApi::new(name, change).plugin("outsider", None, |text| text)
 }
 
+/// A field more at the end of a struct that ops take, and what plugins say in it.
+fn with_a_later_field(file: &str, text: String, value: u32) -> String {
+    if file == "src/abi/spec.rs" {
+        let (before, after) = text.split_once("pub struct AttendSpec {").unwrap();
+        let (fields, rest) = after.split_once("\n}\n").unwrap();
+        return format!("{before}pub struct AttendSpec {{{fields}\n    pub later: u64,\n}}\n{rest}");
+    }
+    let later = format!("let spec = AttendSpec {{\n            later: {value},");
+    replaced(file, text, "src/step.rs", "let spec = AttendSpec {", &later)
+}
+
 #[test]
 fn a_plugin_of_a_later_minor_version_without_new_ops_works() {
     let library = against_another_api("minor", |file, text| {
         let text = replaced(file, text, "Cargo.toml", "version = \"1.0.0\"", "version = \"1.3.0\"");
         let text = replaced(file, text, "src/abi/mod.rs", "MINOR: u32 = 0", "MINOR: u32 = 3");
-        // A field at the end of a struct that ops take.
-        let text = replaced(
-            file,
-            text,
-            "src/abi/spec.rs",
-            "    pub stride: u64,\n",
-            "    pub stride: u64,\n    pub later: u64,\n",
-        );
-        replaced(file, text, "src/step.rs", "reserved: 0,", "reserved: 0,\n            later: 0,")
+        with_a_later_field(file, text, 0)
     });
     let (plugins, model) = (install(&library), checkpoint(&[("model_type", "outsider".into())]));
     assert_eq!(tokens(&load(model.path(), plugins.path()).unwrap()), tokens_of_the_plugin_in_tree());
@@ -86,16 +89,7 @@ fn a_plugin_of_a_later_minor_version_without_new_ops_works() {
 
 #[test]
 fn a_struct_field_from_the_future_is_refused_only_when_it_is_used() {
-    let library = against_another_api("field", |file, text| {
-        let text = replaced(
-            file,
-            text,
-            "src/abi/spec.rs",
-            "    pub stride: u64,\n",
-            "    pub stride: u64,\n    pub later: u64,\n",
-        );
-        replaced(file, text, "src/step.rs", "reserved: 0,", "reserved: 0,\n            later: 7,")
-    });
+    let library = against_another_api("field", |file, text| with_a_later_field(file, text, 7));
     let sentence = refusal(&library);
     assert!(sentence.starts_with("attend: the plugin asks for a kind of attention"), "{sentence}");
     assert!(sentence.contains("src/lib.rs:"), "no place: {sentence}");
@@ -141,4 +135,28 @@ fn refusal(library: &Path) -> String {
         assert!(long.stderr.len() > 1000, "no long form: {}", String::from_utf8_lossy(&long.stderr));
     }
     sentence
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_library_is_opened_once_and_stays_when_its_models_are_gone() {
+    let (plugins, model) = (install(&outsider(None)), checkpoint(&[("model_type", "outsider".into())]));
+    let mapped = || {
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        let folder = plugins.path().to_str().unwrap().to_owned();
+        maps.lines()
+            .filter(|line| line.contains(&folder))
+            .map(|line| line.split(' ').next().unwrap().to_owned())
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(mapped(), [] as [String; 0]);
+    let first = load(model.path(), plugins.path()).unwrap();
+    let once = mapped();
+    assert!(!once.is_empty());
+    let second = load(model.path(), plugins.path()).unwrap();
+    assert_eq!(mapped(), once);
+    drop((first, second));
+    assert_eq!(mapped(), once);
+    assert!(load(model.path(), plugins.path()).is_ok());
+    assert_eq!(mapped(), once);
 }

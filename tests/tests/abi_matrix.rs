@@ -3,7 +3,7 @@
 //! plays the others: see `Tables`.
 
 use dylm::{
-    GenerateOptions, LanguageModel, LoadOptions,
+    GenerateOptions, LanguageModel, LoadOptions, Trust,
     plugin::{
         library::{Tables, play_host},
         note::Note,
@@ -34,7 +34,7 @@ fn tokens(tables: Tables, model: &Path, plugins: &Path) -> Result<Vec<u32>, Stri
 }
 
 fn generate(model: &Path, plugins: &Path) -> dylm::Result<Vec<u32>> {
-    let options = LoadOptions { plugins: vec![plugins.to_owned()], trust: dylm::Trust::All, ..Default::default() };
+    let options = LoadOptions { plugins: vec![plugins.to_owned()], trust: Trust::All, ..Default::default() };
     let lm: LanguageModel = dylm::load(model.to_str(), &options)?;
     let options = GenerateOptions { max_tokens: 24, ignore_eos: true, ..Default::default() };
     let prompt = Expected::read(&tests::tiny::fixtures().join("llama")).unwrap().prompt;
@@ -62,8 +62,8 @@ fn later() -> AnotherApi {
             file,
             text,
             "src/abi/ops.rs",
-            "ops_today! { build {} layers {} tensors {} }",
-            "ops_today! {
+            "ops_today! { op_tables }",
+            "ops_today! { op_tables
                 build { later fn later_has(name: RStr<'_>) -> u8; }
                 layers {}
                 tensors { later fn later_neg(x: Handle) -> Handle; }
@@ -175,7 +175,8 @@ fn a_file_names_the_later_ops_that_its_code_calls_and_no_others() {
 fn a_plugin_that_needs_a_later_op_is_refused_in_one_sentence_with_the_cure() {
     let plugins = install(&later().plugin("calls", None, calls));
     let model = checkpoint(&[("model_type", "outsider".into())]);
-    let output = trusting(dylm().arg("generate").arg("--model").arg(model.path()), plugins.path()).output();
+    let mut dylm = dylm();
+    let output = trusting(dylm.arg("generate").arg("--model").arg(model.path()), plugins.path()).output();
     let sentence = one_sentence(&output.unwrap(), "a plugin with a later op");
     assert!(sentence.contains("needs the op later_has, which this dylm does not have; update dylm"), "{sentence}");
 }
@@ -189,8 +190,7 @@ fn calling_a_missing_op_fails_the_step_in_one_sentence_with_the_cure() {
         if build_too {
             dylm.env("BUILD_TOO", "1");
         }
-        trusting(dylm.arg("generate").arg("--model").arg(model.path()), plugins.path());
-        let output = dylm.output().unwrap();
+        let output = trusting(dylm.arg("generate").arg("--model").arg(model.path()), plugins.path()).output().unwrap();
         assert_eq!((output.status.code(), output.stdout.len()), (Some(1), 0), "{}", output.status);
         String::from_utf8(output.stderr).unwrap()
     };

@@ -1,15 +1,16 @@
 //! What the host does for a plugin: the op table, and behind each entry a check of shapes and then the numbers.
 //!
-//! `table` is the ABI face, `call` what happens around every op; `building` (with `experts`) runs while a plugin names its weights,
-//! `running`, `attending` and `recurring` (with `linear_attention`, `pooling`, a plugin's own step in `scanning`, its own ops in `own_op`)
-//! while it computes. `arena` turns handles into values; `value` has the ops that need neither weights nor sequence; `watch` writes down what a
-//! plugin called.
+//! `table` is the ABI face, `call` what happens around every op, `lending` whose call it is; `building` (with `experts`) runs while a plugin
+//! names its weights, `running`, `attending` and `recurring` (with `linear_attention`, `pooling`, a plugin's own step in `scanning`, its
+//! own ops in `own_op`) while it computes. `arena` turns handles into values; `value` has the ops that need neither weights nor sequence;
+//! `watch` writes down what a plugin called.
 
 pub(crate) mod arena;
 pub(crate) mod attending;
 pub(crate) mod building;
 pub(crate) mod call;
 mod experts;
+pub(crate) mod lending;
 mod linear_attention;
 pub(crate) mod own_op;
 mod pooling;

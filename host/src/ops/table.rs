@@ -1,7 +1,6 @@
 //! The op tables themselves: one `extern "C"` function for each op, between the handles outside and the values inside. What happens around
-//! every one of them is `call`'s.
+//! every one of them is `call`'s; whose call it is `lending` tells.
 
-pub use super::call::{Call, stray_calls};
 use super::{
     call::{build, run, with_running},
     scanning::scan,
@@ -12,6 +11,7 @@ use abi_stable::{
     StableAbi,
     prefix_type::PrefixTypeTrait,
     std_types::{RSlice, RStr},
+    type_layout::TypeLayout,
 };
 use plugin_api::abi::{
     At, Ctx, Handle, Pair, Slot, SourceId, SpecRef,
@@ -243,7 +243,12 @@ pub fn names() -> &'static [&'static str] {
 
 /// What every call of a plugin gets to see of the host.
 pub fn host() -> Host {
-    let (ops, layout) = match played() {
+    let (ops, layout) = tables_of(played());
+    Host { ops, layout, extension: extension::of_host }
+}
+
+fn tables_of(tables: Tables) -> (OpsRef, &'static TypeLayout) {
+    match tables {
         Tables::Today => (ops(), <OpsRef as StableAbi>::LAYOUT),
         // SAFETY: both are pointers to tables that begin alike; how long they are their headers say, and the accessors of later ops look.
         Tables::Oldest => (
@@ -255,6 +260,26 @@ pub fn host() -> Host {
             let tables = tables!(ops::newer, build { later_has: has } layers {} tensors { later_neg: neg });
             (unsafe { transmute::<newer::OpsRef, OpsRef>(tables) }, <newer::OpsRef as StableAbi>::LAYOUT)
         }
-    };
-    Host { ops, layout, extension: extension::of_host }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_op_is_the_same_function_in_the_table_of_every_minor() {
+        let today = ops().addresses();
+        assert!(today.iter().all(|(_, function)| !function.is_null()));
+        for tables in [Tables::Oldest, Tables::Newer] {
+            // What a plugin of any age calls is today's implementation: no minor has a body of its own that could stay behind.
+            let theirs = tables_of(tables).0.addresses();
+            assert_eq!(theirs, today, "{tables:?}");
+        }
+        // The same for ops under a new name: the test's own later ones are those that they repeat.
+        let newer = tables!(ops::newer, build { later_has: has } layers {} tensors { later_neg: neg });
+        let at = |name: &str| newer.addresses().into_iter().find(|(op, _)| *op == name).map(|(_, function)| function);
+        assert_eq!(at("later_neg"), at("neg"));
+        assert_eq!(at("later_has"), at("has"));
+    }
 }

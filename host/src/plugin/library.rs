@@ -4,7 +4,7 @@
 use super::{file::PluginFile, note::Note, permissions::refuse_others, registry::Found};
 use crate::cache::memory;
 use crate::error::{Error, Result};
-use crate::ops::table::{self, Call};
+use crate::ops::{lending::Call, table};
 use abi_stable::{
     library::{AbiHeaderRef, LibraryError},
     std_types::RResult,

@@ -109,7 +109,7 @@ pub unsafe fn read<T: Extension>(table: *const ()) -> Option<T> {
     }
 }
 
-/// The host's extension of that name, or `None` if this host has none. Thread: during `new`, `forward` and `head`, on theirs.
+/// The host's extension of that name, or `None` if this host has none. Thread: call.
 pub fn of_host<T: Extension>() -> Option<T> {
     // SAFETY: the host's answer to that very id; its tables live as long as the process.
     unsafe { read(Call::current().extension(T::ID)) }

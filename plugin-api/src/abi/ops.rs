@@ -18,6 +18,19 @@ use abi_stable::{
     std_types::{RSlice, RStr},
 };
 
+/// Where the ops of a table may be called.
+macro_rules! thread {
+    (build) => {
+        "Thread: new."
+    };
+    (layers) => {
+        "Thread: step."
+    };
+    (tensors) => {
+        "Thread: step."
+    };
+}
+
 /// Declares the tables: a struct of function pointers each, the root that holds them, and the list of all names for notes and `dylm check`.
 macro_rules! op_tables {
     ($($table:ident = $(#[$tdoc:meta])* $struct:ident $ref:ident {
@@ -32,10 +45,11 @@ macro_rules! op_tables {
             #[sabi(kind(Prefix(prefix_ref = $ref)))]
             #[allow(missing_docs)]
             pub struct $struct {
-                $($(#[$doc])* pub $name: extern "C" fn(Ctx, $($ty,)* At) $(-> $ret)?,)*
+                $($(#[$doc])* #[doc = thread!($table)] pub $name: extern "C" fn(Ctx, $($ty,)* At) $(-> $ret)?,)*
                 #[sabi(last_prefix_field)]
+                #[doc = thread!($table)]
                 pub $lname: extern "C" fn(Ctx, $($lty,)* At) $(-> $lret)?,
-                $($(#[$adoc])* pub $aname: extern "C" fn(Ctx, $($aty,)* At) $(-> $aret)?,)*
+                $($(#[$adoc])* #[doc = thread!($table)] pub $aname: extern "C" fn(Ctx, $($aty,)* At) $(-> $aret)?,)*
             }
         )*
 
@@ -65,6 +79,16 @@ macro_rules! op_tables {
                 })*
             )*
 
+            /// Where each op's function lies, in ABI order; null for one that this table lacks.
+            #[doc(hidden)]
+            pub fn addresses(self) -> Vec<(&'static str, *const ())> {
+                vec![$(
+                    $((stringify!($name), self.$table().$name() as *const ()),)*
+                    (stringify!($lname), self.$table().$lname() as *const ()),
+                    $((stringify!($aname), self.$table().$aname().map_or(std::ptr::null(), |op| op as *const ())),)*
+                )*]
+            }
+
             /// Whether the table has an op of this name.
             pub fn offers(self, name: &str) -> bool {
                 match name {
@@ -75,7 +99,7 @@ macro_rules! op_tables {
         }
 
         /// Whether the host has an op that was appended after ABI 1.0: `if have::newer() { x.newer() } else { .. }`. Asking, anywhere in a
-        /// plugin, tells hosts that the plugin can do without that op. Thread: the call's.
+        /// plugin, tells hosts that the plugin can do without that op. Thread: call.
         pub mod have {
             #[allow(unused_imports)] // in tables without later ops
             use super::{Call, stamp};
@@ -98,9 +122,9 @@ macro_rules! op_tables {
     };
 }
 
-/// The tables of ABI 1.0, with what is appended to each.
+/// The tables of ABI 1.0, with what is appended to each, handed to a macro that makes something of them.
 macro_rules! ops_1_0 {
-    (build { $($build:tt)* } layers { $($layers:tt)* } tensors { $($tensors:tt)* }) => { op_tables! {
+    ($into:ident build { $($build:tt)* } layers { $($layers:tt)* } tensors { $($tensors:tt)* }) => { $into! {
         build = /// What a plugin asks for while it describes a model: during `create`.
         BuildOps BuildOpsRef {
             // ---- building: during `create` ----
@@ -215,7 +239,7 @@ macro_rules! ops_1_0 {
             // ---- handles ----
             /// One more owner of a tensor.
             fn retain(x: Handle) -> Handle;
-            /// One owner fewer.
+            /// One owner fewer; outside of the step, on any thread, nothing at all.
             fn release(x: Handle);
             /// A failed tensor that says so.
             fn fail(message: RStr<'_>) -> Handle;
@@ -299,29 +323,30 @@ macro_rules! ops_1_0 {
     } };
 }
 
-/// Today's tables: ABI 1.0 and what came later, each op in front of the dots of its table. A macro, so that `newer` can go on.
+/// Today's tables, ABI 1.0 and what came later: a later op stands in front of the dots of its table, `later fn newer(x: Handle) -> Handle;`.
 macro_rules! ops_today {
-    (build { $($build:tt)* } layers { $($layers:tt)* } tensors { $($tensors:tt)* }) => { ops_1_0! {
+    ($into:ident) => { ops_today! { $into build {} layers {} tensors {} } };
+    ($into:ident build { $($build:tt)* } layers { $($layers:tt)* } tensors { $($tensors:tt)* }) => { ops_1_0! { $into
         build { $($build)* }
         layers { $($layers)* }
         tensors { $($tensors)* }
     } };
 }
 
-ops_today! { build {} layers {} tensors {} }
+ops_today! { op_tables }
 
 /// The tables of ABI 1.0 alone: what the tests of "a new plugin on an old host" hand to a plugin.
 #[doc(hidden)]
 pub mod oldest {
     use super::*;
-    ops_1_0! { build {} layers {} tensors {} }
+    ops_1_0! { op_tables build {} layers {} tensors {} }
 }
 
 /// The tables as a later host might have them: what the tests of "an old plugin never notices" hand to a plugin.
 #[doc(hidden)]
 pub mod newer {
     use super::*;
-    ops_today! {
+    ops_today! { op_tables
         build {
             /// `has`, once more.
             later fn later_has(name: RStr<'_>) -> u8;

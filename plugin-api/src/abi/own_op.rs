@@ -13,9 +13,9 @@ use abi_stable::std_types::{RSlice, RStr};
 #[derive(Clone, Copy, Debug)]
 pub struct OwnOps {
     /// Gives an op to the model that is being built. The host owns it from then on, also where it refuses it, and calls its `drop` once.
-    /// The slot lives as long as the model. Thread: during `create`, on its thread.
+    /// The slot lives as long as the model. Thread: new.
     pub register: extern "C" fn(Ctx, name: RStr<'_>, op: &Definition<'_>, At) -> Slot,
-    /// Runs the op on these tensors. Thread: during `forward` and `head`, on theirs.
+    /// Runs the op on these tensors. Thread: step.
     pub apply: extern "C" fn(Ctx, Slot, inputs: RSlice<'_, Handle>, At) -> Handle,
 }
 
@@ -34,11 +34,11 @@ pub struct Definition<'a> {
     pub size: u64,
     /// The plugin's own.
     pub data: *const (),
-    /// The shape of the output for inputs of these shapes: all that a dry run calls.
+    /// The shape of the output for inputs of these shapes: all that a dry run calls. Thread: any.
     pub shape: extern "C" fn(*const (), inputs: RSlice<'_, RSlice<'_, u64>>, output: &mut Shape, &Complaint) -> u32,
-    /// The numbers.
+    /// The numbers. Thread: any, several at once.
     pub cpu: extern "C" fn(*const (), inputs: RSlice<'_, RawView>, output: &RawView, &Complaint) -> u32,
-    /// How to start a kernel for `device` (a `KERNEL_*`), for inputs and an output of these shapes.
+    /// How to start a kernel for `device` (a `KERNEL_*`), for inputs and an output of these shapes. Thread: any.
     pub launch: extern "C" fn(
         *const (),
         device: u32,
@@ -93,7 +93,7 @@ pub const VIEW_F32: u32 = 0;
 pub struct Complaint {
     /// The host's own.
     pub data: *mut (),
-    /// One sentence, borrowed for the call.
+    /// One sentence, borrowed for the call. Thread: any, while the function runs that got it.
     pub say: extern "C" fn(*mut (), RStr<'_>),
 }
 

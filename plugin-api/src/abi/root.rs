@@ -52,15 +52,15 @@ pub const ERROR_ABI: u32 = 3;
 pub struct ModelObject {
     /// The plugin's own model.
     pub data: *mut (),
-    /// What each cache must remember, in the order of `Step::layers`.
+    /// What each cache must remember, in the order of `Step::layers`. Thread: any, one call at a time.
     pub caches: extern "C" fn(*const ()) -> RVec<CacheSpec>,
-    /// ids `[tokens]` -> hidden `[tokens, dim]`
+    /// ids `[tokens]` -> hidden `[tokens, dim]`. Thread: any, one call at a time, never re-entered.
     pub forward: extern "C" fn(*const (), &Host, Ctx, Handle) -> RResult<Handle, PluginError>,
-    /// hidden `[rows, dim]` -> logits `[rows, vocab]`
+    /// hidden `[rows, dim]` -> logits `[rows, vocab]`. Thread: any, one call at a time, never re-entered.
     pub head: extern "C" fn(*const (), &Host, Ctx, Handle) -> RResult<Handle, PluginError>,
-    /// Ends the model.
+    /// Ends the model. Thread: any, once, last.
     pub drop: extern "C" fn(*mut ()),
-    /// A named extension of the model, or null.
+    /// A named extension of the model, or null. Thread: any, one call at a time.
     pub extension: extern "C" fn(*const (), RStr<'_>) -> *const (),
 }
 

@@ -90,7 +90,7 @@ pub struct AttendSpec {
 
 /// How `index_blocks` chooses.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(StableAbi, Clone, Copy, Debug, PartialEq)]
 pub struct BlockChoiceSpec {
     /// 0.
     pub flags: u32,

@@ -47,7 +47,7 @@ impl Read for SiluOnly {
 }
 
 impl Activation {
-    /// The same shape.
+    /// The same shape. Thread: step.
     #[track_caller]
     pub fn forward(self, x: &Tensor) -> Tensor {
         match self {

@@ -46,6 +46,7 @@ pub struct SelfAttention {
 
 impl SelfAttention {
     /// `q_proj`, `k_proj`, `v_proj` with `qkv_bias` or none, `o_proj` with `o_bias` or none; scale `head_dim^-½`, no rope, no window.
+    /// Thread: new.
     #[track_caller]
     pub fn new(w: &Weights, h: Heads, qkv_bias: bool, o_bias: bool) -> Self {
         let (q, kv) = (h.heads * h.head_dim, h.kv_heads * h.head_dim);
@@ -54,7 +55,7 @@ impl SelfAttention {
     }
 
     /// Queries, keys and values stored one below the other in `name.weight` `[(heads + 2 kv_heads) * head_dim, dim]`, with `bias` or
-    /// none; `o_proj` has its own.
+    /// none; `o_proj` has its own. Thread: new.
     #[track_caller]
     pub fn fused(w: &Weights, name: &str, h: Heads, bias: bool, o_proj: Linear) -> Self {
         let (q, kv) = (h.heads * h.head_dim, h.kv_heads * h.head_dim);
@@ -67,7 +68,7 @@ impl SelfAttention {
     }
 
     /// Queries, keys and values stored group by group in `name.weight`: the query heads that share a key head, then it, then its value
-    /// head; with `bias` or none; `o_proj` has its own.
+    /// head; with `bias` or none; `o_proj` has its own. Thread: new.
     #[track_caller]
     pub fn grouped(w: &Weights, name: &str, h: Heads, bias: bool, o_proj: Linear) -> Self {
         let (d, sharing) = (h.head_dim, h.heads / h.kv_heads.max(1));
@@ -197,7 +198,7 @@ impl SelfAttention {
         Self { softcap, ..self }
     }
 
-    /// Queries, keys and values `[tokens, heads, head_dim]`, normalized and turned.
+    /// Queries, keys and values `[tokens, heads, head_dim]`, normalized and turned. Thread: step.
     #[track_caller]
     pub fn project(&self, x: &Tensor, layer: &mut Layer) -> [Tensor; 3] {
         let [q, k, v] = [&self.q_proj, &self.k_proj, &self.v_proj].map(|proj| proj.forward(x));
@@ -214,13 +215,13 @@ impl SelfAttention {
         [grown(q, self.growth, layer), k, v]
     }
 
-    /// Attention over all keys so far, heads joined: `[tokens, heads * head_dim]`, for what stands between it and `o_proj`.
+    /// Attention over all keys so far, heads joined: `[tokens, heads * head_dim]`, for what stands between it and `o_proj`. Thread: step.
     #[track_caller]
     pub fn attend(&self, qkv: [Tensor; 3], layer: &mut Layer) -> Tensor {
         self.attend_how(qkv, layer, Attend::default())
     }
 
-    /// The same over some blocks of keys alone, those that [`Layer::index_blocks`] chose by `choice`.
+    /// The same over some blocks of keys alone, those that [`Layer::index_blocks`] chose by `choice`. Thread: step.
     #[track_caller]
     pub fn attend_chosen(&self, qkv: [Tensor; 3], chosen: &Tensor, choice: BlockChoice, layer: &mut Layer) -> Tensor {
         let selection_block = Some(choice.size);
@@ -235,13 +236,13 @@ impl SelfAttention {
         layer.attend(q, k, v, &Attend { scale, window, chunk, softcap, sinks, slopes, blocks, ..how }).merge_heads()
     }
 
-    /// The output projection.
+    /// The output projection. Thread: step.
     #[track_caller]
     pub fn output(&self, attended: &Tensor) -> Tensor {
         self.o_proj.forward(attended)
     }
 
-    /// `[tokens, dim]` -> `[tokens, dim]`
+    /// `[tokens, dim]` -> `[tokens, dim]`. Thread: step.
     #[track_caller]
     pub fn forward(&self, x: &Tensor, layer: &mut Layer) -> Tensor {
         let attended = self.attend(self.project(x, layer), layer);

@@ -5,7 +5,7 @@ use crate::{Cache, Ffn, GatedMlp, Layer, Mlp, Moe, Norm, SelfAttention, Tensor};
 
 /// What lets tokens see each other: attention, a recurrence, or a whole block around one.
 pub trait Mixer {
-    /// `[tokens, dim]` -> `[tokens, dim]`
+    /// `[tokens, dim]` -> `[tokens, dim]`. Thread: step.
     fn forward(&self, x: &Tensor, layer: &mut Layer) -> Tensor;
     /// What it remembers.
     fn cache(&self) -> Cache;
@@ -24,7 +24,7 @@ impl<M: Mixer + ?Sized> Mixer for Box<M> {
 
 /// What treats each token alone.
 pub trait FeedForward {
-    /// `[tokens, dim]` -> `[tokens, dim]`
+    /// `[tokens, dim]` -> `[tokens, dim]`. Thread: step.
     fn forward(&self, x: &Tensor) -> Tensor;
 }
 

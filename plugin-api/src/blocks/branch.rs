@@ -47,7 +47,7 @@ impl<M: Mixer> Mixer for Branch<M> {
 
 impl<M: Mixer> Decoder<Branch<M>> {
     /// Under the names of Mamba's models: `backbone.embeddings`, `backbone.layers.N.norm` and `.mixer` (made by `mixer`),
-    /// `backbone.norm_f`, `lm_head`.
+    /// `backbone.norm_f`, `lm_head`. Thread: new.
     #[track_caller]
     pub fn backbone(
         w: &Weights,

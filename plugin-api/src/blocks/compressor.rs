@@ -26,7 +26,7 @@ pub struct Compressor {
 }
 
 impl Compressor {
-    /// Entries of `dim` lanes: `wkv` and `wgate` `[windows * dim, inputs]`, `ape` `[rate, windows * dim]`, `norm` `[dim]`.
+    /// Entries of `dim` lanes: `wkv` and `wgate` `[windows * dim, inputs]`, `ape` `[rate, windows * dim]`, `norm` `[dim]`. Thread: new.
     #[track_caller]
     pub fn new(w: &Weights, of: Compression, [inputs, dim]: [usize; 2], norm_eps: f32, rope: Rope) -> Self {
         let lanes = of.windows * dim;
@@ -41,7 +41,7 @@ impl Compressor {
     }
 
     /// x `[tokens, inputs]` -> `[tokens, 1, dim]`, an entry in the row of a window's last token: what [`Pooled`](crate::Pooled) and
-    /// [`Layer::index`] take.
+    /// [`Layer::index`] take. Thread: step.
     #[track_caller]
     pub fn forward(&self, x: &Tensor, layer: &mut Layer) -> Tensor {
         let pooled = layer.pool(&self.wkv.forward(x), &self.wgate.forward(x), &self.ape.tensor());

@@ -13,13 +13,13 @@ pub enum LmHead {
 
 impl LmHead {
     /// `tied` is config.json's `tie_word_embeddings`; where it is silent, the head is tied if the checkpoint has no other. A tied
-    /// checkpoint may store the table under `lm_head` too; that copy is not read.
+    /// checkpoint may store the table under `lm_head` too; that copy is not read. Thread: new.
     #[track_caller]
     pub fn new(w: &Weights, embedding: &Embedding, vocab: usize, dim: usize, tied: Option<bool>) -> Self {
         Self::named(w, "lm_head", embedding, vocab, dim, tied)
     }
 
-    /// The same under another name than `lm_head`.
+    /// The same under another name than `lm_head`. Thread: new.
     #[track_caller]
     pub fn named(w: &Weights, name: &str, embedding: &Embedding, vocab: usize, dim: usize, tied: Option<bool>) -> Self {
         if tied.unwrap_or_else(|| !w.has(&format!("{name}.weight"))) {
@@ -29,7 +29,7 @@ impl LmHead {
         Self::Own(w.linear(name, dim, vocab, false))
     }
 
-    /// Hidden `[rows, dim]` -> logits `[rows, vocab]`
+    /// Hidden `[rows, dim]` -> logits `[rows, vocab]`. Thread: step.
     #[track_caller]
     pub fn forward(&self, hidden: &Tensor) -> Tensor {
         match self {
@@ -85,7 +85,7 @@ macro_rules! decoder_shape {
 }
 
 impl<B> Decoder<B> {
-    /// Under the usual names: `model.embed_tokens`, `model.layers.N` (each made by `block`), `model.norm` (RMS), `lm_head`.
+    /// Under the usual names: `model.embed_tokens`, `model.layers.N` (each made by `block`), `model.norm` (RMS), `lm_head`. Thread: new.
     #[track_caller]
     pub fn new(w: &Weights, shape: DecoderShape, block: impl FnMut(&Weights, usize) -> Result<B>) -> Result<Self> {
         let (model, dim) = (w.at("model"), shape.hidden_size);
@@ -117,13 +117,13 @@ impl<B> Decoder<B> {
         Self { softcap, ..self }
     }
 
-    /// ids `[tokens]` -> `[tokens, dim]`, what the first block sees.
+    /// ids `[tokens]` -> `[tokens, dim]`, what the first block sees. Thread: step.
     #[track_caller]
     pub fn embed(&self, tokens: &Tensor) -> Tensor {
         scaled(self.embed_tokens.forward(tokens), self.embed_scale)
     }
 
-    /// ids `[tokens]` -> hidden `[tokens, dim]`, the last norm included.
+    /// ids `[tokens]` -> hidden `[tokens, dim]`, the last norm included. Thread: step.
     #[track_caller]
     pub fn forward(
         &self,
@@ -134,7 +134,7 @@ impl<B> Decoder<B> {
         self.forward_from(self.embed(tokens), step, block)
     }
 
-    /// The same from embeddings `[tokens, dim]` that the author has normalized or added to.
+    /// The same from embeddings `[tokens, dim]` that the author has normalized or added to. Thread: step.
     #[track_caller]
     pub fn forward_from(
         &self,
@@ -145,7 +145,7 @@ impl<B> Decoder<B> {
         self.norm.forward(&step.through(&self.layers, embedded, block))
     }
 
-    /// Hidden `[rows, dim]` -> logits `[rows, vocab]`
+    /// Hidden `[rows, dim]` -> logits `[rows, vocab]`. Thread: step.
     #[track_caller]
     pub fn head(&self, hidden: &Tensor) -> Tensor {
         let logits = scaled(self.lm_head.forward(hidden), self.logit_scale);
@@ -176,7 +176,7 @@ impl<B: Mixer + Send + 'static> Model for Decoder<B> {
 
 impl Step {
     /// Sends x through one block after the other, each with the memory that stands in its place in
-    /// [`Model::caches`]: `step.through(&self.layers, x, Block::forward)`.
+    /// [`Model::caches`]: `step.through(&self.layers, x, Block::forward)`. Thread: step.
     #[track_caller]
     pub fn through<B>(
         &mut self,

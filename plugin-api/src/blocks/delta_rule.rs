@@ -44,13 +44,13 @@ pub struct DeltaRule {
 }
 
 impl DeltaRule {
-    /// One convolution `name.weight` over all channels.
+    /// One convolution `name.weight` over all channels. Thread: new.
     #[track_caller]
     pub fn new(w: &Weights, name: &str, shape: DeltaShape) -> Self {
         Self::of(w.conv1d(name, shape.channels(), shape.kernel, false), shape)
     }
 
-    /// A convolution each for queries, keys and values, `name.weight` of these names.
+    /// A convolution each for queries, keys and values, `name.weight` of these names. Thread: new.
     #[track_caller]
     pub fn apart(w: &Weights, names: [&str; 3], shape: DeltaShape) -> Self {
         let weights = names.map(|name| w.source(&format!("{name}.weight")));
@@ -64,7 +64,7 @@ impl DeltaRule {
     }
 
     /// qkv `[tokens, channels]`, g (log decay) `[tokens, heads]` or `[tokens, heads, d]`, beta `[tokens, heads]` ->
-    /// `[tokens, heads, e]`.
+    /// `[tokens, heads, e]`. Thread: step.
     #[track_caller]
     pub fn forward(&self, qkv: &Tensor, g: &Tensor, beta: &Tensor, layer: &mut Layer) -> Tensor {
         let DeltaShape { d, e, .. } = self.shape;

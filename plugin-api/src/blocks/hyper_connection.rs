@@ -19,7 +19,7 @@ pub struct HyperShape {
 }
 
 impl HyperShape {
-    /// `[tokens, dim]` -> streams `[tokens, streams, dim]`, all of them the same at first.
+    /// `[tokens, dim]` -> streams `[tokens, streams, dim]`, all of them the same at first. Thread: step.
     #[track_caller]
     pub fn spread(&self, x: &Tensor) -> Tensor {
         Tensor::concat(&vec![x; self.streams]).unflatten(self.streams)
@@ -54,7 +54,7 @@ pub struct HyperConnection {
 }
 
 impl HyperConnection {
-    /// `name` and `fn` W `[(2 + n) n, n dim]`, `base` b `[(2 + n) n]`, `scale` a `[3]`.
+    /// `name` and `fn` W `[(2 + n) n, n dim]`, `base` b `[(2 + n) n]`, `scale` a `[3]`. Thread: new.
     #[track_caller]
     pub fn new(w: &Weights, name: &str, shape: HyperShape) -> Self {
         let outputs = (2 + shape.streams) * shape.streams;
@@ -63,7 +63,7 @@ impl HyperConnection {
         Self { shape, norm, mix, base: tensor("base", outputs), scale: tensor("scale", 3) }
     }
 
-    /// Streams `[tokens, n, dim]` -> the same after the sublayer, `[tokens, dim]` -> `[tokens, dim]`.
+    /// Streams `[tokens, n, dim]` -> the same after the sublayer, `[tokens, dim]` -> `[tokens, dim]`. Thread: step.
     #[track_caller]
     pub fn around(&self, streams: &Tensor, sublayer: impl FnOnce(&Tensor) -> Tensor) -> Tensor {
         let (n, eps) = (self.shape.streams, self.shape.eps);
@@ -89,7 +89,7 @@ pub struct HyperHead {
 }
 
 impl HyperHead {
-    /// `name` and `fn` W `[n, n dim]`, `base` b `[n]`, `scale` a `[1]`.
+    /// `name` and `fn` W `[n, n dim]`, `base` b `[n]`, `scale` a `[1]`. Thread: new.
     #[track_caller]
     pub fn new(w: &Weights, name: &str, shape: HyperShape) -> Self {
         let (norm, mix) = shape.projection(w, name, shape.streams);
@@ -97,7 +97,7 @@ impl HyperHead {
         Self { shape, norm, mix, base: tensor("base", shape.streams), scale: tensor("scale", 1) }
     }
 
-    /// Streams `[tokens, n, dim]` -> `[tokens, dim]`
+    /// Streams `[tokens, n, dim]` -> `[tokens, dim]`. Thread: step.
     #[track_caller]
     pub fn forward(&self, streams: &Tensor) -> Tensor {
         let mixed = self.mix.forward(&self.norm.forward(&streams.flatten()));

@@ -41,7 +41,7 @@ pub struct KimiDelta {
 
 impl KimiDelta {
     /// `q_proj` and so on or `qkv_proj`; `q_conv1d` or MLX's `q_conv.conv` and so on or its `qkv_conv.conv`; `f_proj` or `f_a_proj` and `f_b_proj`, likewise `g`. `bound` is the lowest
-    /// log decay, below 0, of models that have one.
+    /// log decay, below 0, of models that have one. Thread: new.
     #[track_caller]
     pub fn new(w: &Weights, s: KimiDeltaShape, bound: Option<f32>) -> Self {
         let KimiDeltaShape { dim, heads, head_dim: d, kernel, eps } = s;

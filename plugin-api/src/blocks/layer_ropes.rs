@@ -48,7 +48,7 @@ impl Read for LayerRopes {
 }
 
 impl LayerRopes {
-    /// The rope of a layer that slides, or of one that sees all keys, for heads of `head_dim` lanes.
+    /// The rope of a layer that slides, or of one that sees all keys, for heads of `head_dim` lanes. Thread: new.
     #[track_caller]
     pub fn rope(&self, w: &Weights, head_dim: usize, slides: bool) -> Rope {
         let set = if slides { &self.sliding_attention } else { &self.full_attention };

@@ -64,7 +64,7 @@ pub struct Mamba {
 }
 
 impl Mamba {
-    /// Under the names of the paper's code: `in_proj`, `conv1d`, `x_proj`, `dt_proj`, `A_log`, `D`, `out_proj`.
+    /// Under the names of the paper's code: `in_proj`, `conv1d`, `x_proj`, `dt_proj`, `A_log`, `D`, `out_proj`. Thread: new.
     #[track_caller]
     pub fn new(w: &Weights, shape: MambaShape) -> Self {
         let MambaShape { dim, inner, state, kernel, dt_rank, bias, conv_bias, .. } = shape;

@@ -39,7 +39,7 @@ pub struct GatedNorm {
 }
 
 impl GatedNorm {
-    /// `name.weight` `[dim]`: `norm(x * silu(z))`, each of `groups` equal parts of the lanes normalized alone.
+    /// `name.weight` `[dim]`: `norm(x * silu(z))`, each of `groups` equal parts of the lanes normalized alone. Thread: new.
     #[track_caller]
     pub fn new(w: &Weights, name: &str, dim: usize, groups: usize, eps: f32) -> Self {
         let (norm, groups) = match groups {
@@ -54,7 +54,7 @@ impl GatedNorm {
         Self { gate_first: !yes, ..self }
     }
 
-    /// x and z `[tokens, dim]` -> `[tokens, dim]`
+    /// x and z `[tokens, dim]` -> `[tokens, dim]`. Thread: step.
     #[track_caller]
     pub fn forward(&self, x: &Tensor, z: &Tensor) -> Tensor {
         if self.gate_first { self.normalized(&z.swiglu(x)) } else { z.swiglu(&self.normalized(x)) }
@@ -120,7 +120,7 @@ pub struct Mamba2 {
 
 impl Mamba2 {
     /// Under the names of the paper's code: `in_proj`, `conv1d`, `dt_bias`, `A_log`, `D`, `out_proj`; without a norm only the gate is
-    /// left.
+    /// left. Thread: new.
     #[track_caller]
     pub fn new(w: &Weights, shape: Mamba2Shape, norm: impl Into<Option<GatedNorm>>) -> Self {
         let Mamba2Shape { dim, heads, groups, state, .. } = shape;

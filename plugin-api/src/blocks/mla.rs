@@ -63,13 +63,13 @@ const EPS: f32 = 1e-6;
 
 impl Mla {
     /// The names of DeepSeek's checkpoints, without a rope no positions; per-head matrices as `kv_b_proj` `[heads * (nope + v), rank]` (all keys and values of a head
-    /// below each other) or as MLX splits it, `embed_q` `[heads, rank, nope]` and `unembed_out` `[heads, v, rank]`.
+    /// below each other) or as MLX splits it, `embed_q` `[heads, rank, nope]` and `unembed_out` `[heads, v, rank]`. Thread: new.
     #[track_caller]
     pub fn new(w: &Weights, s: MlaShape, rope: impl Into<Option<Rope>>) -> Self {
         Self::named(w, "o_proj", s, rope)
     }
 
-    /// The same with another name for the output's projection.
+    /// The same with another name for the output's projection. Thread: new.
     #[track_caller]
     pub fn named(w: &Weights, o_proj: &str, s: MlaShape, rope: impl Into<Option<Rope>>) -> Self {
         let (dim, heads, rank) = (s.hidden_size, s.num_attention_heads, s.kv_lora_rank);
@@ -129,7 +129,7 @@ impl Mla {
         Self { growth, ..self }
     }
 
-    /// Multiplies all queries by the first number and the latents of keys and values, not the turned keys, by the second.
+    /// Multiplies all queries by the first number and the latents of keys and values, not the turned keys, by the second. Thread: new.
     #[track_caller]
     pub fn latent_scales(self, w: &Weights, queries: f32, latents: f32) -> Self {
         let norm = w.source("kv_a_layernorm.weight").times(latents);
@@ -137,7 +137,7 @@ impl Mla {
         Self { scale: self.scale * queries, kv_a_layernorm, ..self }
     }
 
-    /// What queries are made of: their latent `[tokens, q_lora_rank]`, or x.
+    /// What queries are made of: their latent `[tokens, q_lora_rank]`, or x. Thread: step.
     #[track_caller]
     pub fn query_latent(&self, x: &Tensor) -> Tensor {
         match &self.queries {
@@ -147,6 +147,7 @@ impl Mla {
     }
 
     /// x `[tokens, dim]` and its [`query_latent`](Self::query_latent) -> `[tokens, dim]`, over the selected keys only, if any are.
+    /// Thread: step.
     #[track_caller]
     pub fn attend(&self, x: &Tensor, latent: &Tensor, selection: Option<&Tensor>, layer: &mut Layer) -> Tensor {
         let (rank, nope, turned) = (self.shape.kv_lora_rank, self.shape.qk_nope_head_dim, self.shape.qk_rope_head_dim);

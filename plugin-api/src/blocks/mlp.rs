@@ -15,13 +15,13 @@ pub struct GatedMlp {
 }
 
 impl GatedMlp {
-    /// `gate_proj` and `up_proj` `[hidden, dim]`, `down_proj` `[dim, hidden]`, all with `bias` or none.
+    /// `gate_proj` and `up_proj` `[hidden, dim]`, `down_proj` `[dim, hidden]`, all with `bias` or none. Thread: new.
     #[track_caller]
     pub fn new(w: &Weights, dim: usize, hidden: usize, bias: bool, act: Activation) -> Self {
         Self::named(w, ["gate_proj", "up_proj", "down_proj"], dim, hidden, bias, act)
     }
 
-    /// The same under other names, in the same order.
+    /// The same under other names, in the same order. Thread: new.
     #[track_caller]
     pub fn named(w: &Weights, names: [&str; 3], dim: usize, hidden: usize, bias: bool, act: Activation) -> Self {
         let [gate_proj, up_proj] = w.linears(dim, bias, [(names[0], hidden), (names[1], hidden)]);
@@ -33,7 +33,7 @@ impl GatedMlp {
         Self { gate_proj, up_proj, down_proj, act, alpha: None, limit: None }
     }
 
-    /// Gate and up stored as one `name.weight` `[2 * hidden, dim]`, gate first, beside `down_proj`; no biases.
+    /// Gate and up stored as one `name.weight` `[2 * hidden, dim]`, gate first, beside `down_proj`; no biases. Thread: new.
     #[track_caller]
     pub fn fused(w: &Weights, name: &str, dim: usize, hidden: usize, act: Activation) -> Self {
         let gate_up = w.source(&format!("{name}.weight"));
@@ -53,7 +53,7 @@ impl GatedMlp {
         Self { alpha: Some(alpha), limit: Some(limit), ..self }
     }
 
-    /// `[tokens, dim]` -> `[tokens, dim]`
+    /// `[tokens, dim]` -> `[tokens, dim]`. Thread: step.
     #[track_caller]
     pub fn forward(&self, x: &Tensor) -> Tensor {
         let (gate, up) = (self.gate_proj.forward(x), self.up_proj.forward(x));
@@ -80,13 +80,13 @@ pub struct Mlp {
 }
 
 impl Mlp {
-    /// The two projections by their names, `[hidden, dim]` and `[dim, hidden]`, both with `bias` or none.
+    /// The two projections by their names, `[hidden, dim]` and `[dim, hidden]`, both with `bias` or none. Thread: new.
     #[track_caller]
     pub fn new(w: &Weights, names: [&str; 2], dim: usize, hidden: usize, bias: bool, act: Activation) -> Self {
         Self { up: w.linear(names[0], dim, hidden, bias), down: w.linear(names[1], hidden, dim, bias), act }
     }
 
-    /// `[tokens, dim]` -> `[tokens, dim]`
+    /// `[tokens, dim]` -> `[tokens, dim]`. Thread: step.
     #[track_caller]
     pub fn forward(&self, x: &Tensor) -> Tensor {
         self.down.forward(&self.act.forward(&self.up.forward(x)))

@@ -119,13 +119,13 @@ impl Router {
         Self { scale, ..self }
     }
 
-    /// x `[tokens, dim]` -> the chosen experts and their weights, `[tokens, k]` each.
+    /// x `[tokens, dim]` -> the chosen experts and their weights, `[tokens, k]` each. Thread: step.
     #[track_caller]
     pub fn forward(&self, x: &Tensor) -> (Tensor, Tensor) {
         self.choose(&self.gate.forward(x))
     }
 
-    /// The same from the router's logits `[tokens, experts]`.
+    /// The same from the router's logits `[tokens, experts]`. Thread: step.
     #[track_caller]
     pub fn choose(&self, logits: &Tensor) -> (Tensor, Tensor) {
         let scores = self.scores(logits);
@@ -138,7 +138,7 @@ impl Router {
         (chosen, weights)
     }
 
-    /// The weights `[tokens, k]` of experts that something else has chosen, ids `[tokens, k]`.
+    /// The weights `[tokens, k]` of experts that something else has chosen, ids `[tokens, k]`. Thread: step.
     #[track_caller]
     pub fn weigh(&self, x: &Tensor, chosen: &Tensor) -> Tensor {
         self.weights(&self.scores(&self.gate.forward(x)), chosen)
@@ -207,14 +207,14 @@ impl Moe {
         Self { shared_gate: Some(gate), ..self }
     }
 
-    /// `[tokens, dim]` -> `[tokens, dim]`
+    /// `[tokens, dim]` -> `[tokens, dim]`. Thread: step.
     #[track_caller]
     pub fn forward(&self, x: &Tensor) -> Tensor {
         let (chosen, weights) = self.router.forward(x);
         self.run(x, &chosen, &weights)
     }
 
-    /// The same with experts that something else has chosen, ids `[tokens, k]`.
+    /// The same with experts that something else has chosen, ids `[tokens, k]`. Thread: step.
     #[track_caller]
     pub fn forward_to(&self, x: &Tensor, chosen: &Tensor) -> Tensor {
         self.run(x, chosen, &self.router.weigh(x, chosen))
@@ -243,7 +243,7 @@ pub enum Ffn {
 }
 
 impl Ffn {
-    /// `[tokens, dim]` -> `[tokens, dim]`
+    /// `[tokens, dim]` -> `[tokens, dim]`. Thread: step.
     #[track_caller]
     pub fn forward(&self, x: &Tensor) -> Tensor {
         match self {

@@ -12,7 +12,7 @@ pub(super) enum OutputGate {
 }
 
 impl OutputGate {
-    /// x `[tokens, dim]` is what attention saw, attended `[tokens, heads * head_dim]` what it gave.
+    /// x `[tokens, dim]` is what attention saw, attended `[tokens, heads * head_dim]` what it gave. Thread: step.
     #[track_caller]
     pub fn forward(&self, x: &Tensor, attended: Tensor, head_dim: usize) -> Tensor {
         match self {

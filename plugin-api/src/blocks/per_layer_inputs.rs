@@ -28,7 +28,7 @@ pub struct PerLayerShape {
 }
 
 impl PerLayerInputs {
-    /// `embed_tokens_per_layer`, `per_layer_model_projection` and `per_layer_projection_norm`.
+    /// `embed_tokens_per_layer`, `per_layer_model_projection` and `per_layer_projection_norm`. Thread: new.
     #[track_caller]
     pub fn new(w: &Weights, shape: PerLayerShape) -> Self {
         let PerLayerShape { vocab, layers, dim, width, eps } = shape;
@@ -40,7 +40,7 @@ impl PerLayerInputs {
         }
     }
 
-    /// ids `[tokens]` and what they embed to, `[tokens, dim]` -> one `[tokens, width]` for each layer.
+    /// ids `[tokens]` and what they embed to, `[tokens, dim]` -> one `[tokens, width]` for each layer. Thread: step.
     #[track_caller]
     pub fn forward(&self, tokens: &Tensor, embedded: &Tensor, step: &Step) -> Vec<Tensor> {
         let PerLayerShape { vocab, layers, dim, width, .. } = self.shape;
@@ -64,7 +64,7 @@ pub struct PerLayerGate {
 }
 
 impl PerLayerGate {
-    /// `per_layer_input_gate` `[width, dim]`, `per_layer_projection` `[dim, width]` and `post_per_layer_input_norm`.
+    /// `per_layer_input_gate` `[width, dim]`, `per_layer_projection` `[dim, width]` and `post_per_layer_input_norm`. Thread: new.
     #[track_caller]
     pub fn new(w: &Weights, dim: usize, width: usize, eps: f32, act: Activation) -> Self {
         Self {
@@ -75,7 +75,7 @@ impl PerLayerGate {
         }
     }
 
-    /// x `[tokens, dim]`, input `[tokens, width]` -> `[tokens, dim]`
+    /// x `[tokens, dim]`, input `[tokens, width]` -> `[tokens, dim]`. Thread: step.
     #[track_caller]
     pub fn forward(&self, x: &Tensor, input: &Tensor) -> Tensor {
         let gate = self.act.forward(&self.per_layer_input_gate.forward(x));

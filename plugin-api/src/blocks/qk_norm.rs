@@ -18,7 +18,7 @@ pub(super) enum QkNorm {
 }
 
 impl QkNorm {
-    /// `[tokens, heads * head_dim]`, before the heads are told apart.
+    /// `[tokens, heads * head_dim]`, before the heads are told apart. Thread: step.
     #[track_caller]
     pub fn of_whole(&self, q: Tensor, k: Tensor) -> (Tensor, Tensor) {
         match self {
@@ -27,7 +27,7 @@ impl QkNorm {
         }
     }
 
-    /// `[tokens, heads, head_dim]`, before the rope.
+    /// `[tokens, heads, head_dim]`, before the rope. Thread: step.
     #[track_caller]
     pub fn of_heads(&self, q: Tensor, k: Tensor) -> (Tensor, Tensor) {
         match self {
@@ -39,7 +39,7 @@ impl QkNorm {
         }
     }
 
-    /// `[tokens, heads, head_dim]`, after the rope.
+    /// `[tokens, heads, head_dim]`, after the rope. Thread: step.
     #[track_caller]
     pub fn of_turned(&self, q: Tensor, k: Tensor) -> (Tensor, Tensor) {
         match self {

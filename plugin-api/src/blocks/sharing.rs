@@ -31,7 +31,7 @@ enum Keys {
 impl SharingAttention {
     /// `q_proj`, `k_proj`, `v_proj` and `o_proj`, all with `bias` or none, `q_norm` and `k_norm` of `head_dim` lanes. With a `lender`,
     /// keys and values are those of that layer (from 0), and this one's own projections are not read; with `k_eq_v` there is no `v_proj`,
-    /// values are what `k_proj` gives.
+    /// values are what `k_proj` gives. Thread: new.
     #[track_caller]
     pub fn new(
         w: &Weights,

@@ -16,12 +16,7 @@ use crate::{
     device::{DeviceChoice, DtypeChoice, Placement},
     error::{Error, Result},
     load::LoadOptions,
-    ops::{
-        arena::Arena,
-        running::Running,
-        table::{self, Call},
-        value::Value,
-    },
+    ops::{arena::Arena, lending::Call, running::Running, table, value::Value},
     plugin::{
         file::PluginFile,
         library::Library,

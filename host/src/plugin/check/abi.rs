@@ -7,10 +7,7 @@ use super::{
     synthetic::Fill,
 };
 use crate::{
-    ops::{
-        building::Building,
-        table::{self, Call},
-    },
+    ops::{building::Building, lending::Call, table},
     plugin::library::{Tables, play_host},
     weights::{checkpoint::Checkpoint, recipe::Pantry},
 };

@@ -10,11 +10,7 @@ use super::{
 use crate::{
     error::Error,
     model::Plan,
-    ops::{
-        building::Building,
-        table::{self, Call},
-        value::Value as Tensor,
-    },
+    ops::{building::Building, lending::Call, table, value::Value as Tensor},
     weights::{checkpoint::Checkpoint, recipe::Pantry},
 };
 use serde_json::{Map, Value, json};

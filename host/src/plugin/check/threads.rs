@@ -6,7 +6,7 @@ use super::{
     subject::{Example, Subject},
     synthetic::Fill,
 };
-use crate::{model::Model, ops::table::stray_calls, plugin::check::subject::load};
+use crate::{model::Model, ops::lending::stray_calls, plugin::check::subject::load};
 use std::thread;
 
 const TOKENS: usize = 9;
