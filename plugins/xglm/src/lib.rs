@@ -105,4 +105,4 @@ impl Model for Xglm {
     }
 }
 
-export_plugin!(Xglm);
+export_plugin!(Xglm, examples = ["../../tests/fixtures/tiny/xglm/config.json"]);
