@@ -127,14 +127,18 @@ fn is_count(name: &str) -> bool {
 pub fn key<T: Read>(json: &Value, at: &str, name: &str) -> Result<Option<T>> {
     match json.get(name).filter(|v| !v.is_null()) {
         None => Ok(None),
-        Some(value) if is_count(name) && value.as_f64().is_some_and(|count| count > MOST) => {
-            Err(Error(format!("config.json: {at}{name} is {}, it should be at most {MOST}", short(value))))
-        }
-        Some(value) => match T::read(value) {
-            Some(value) => Ok(Some(value)),
-            None => Err(Error(format!("config.json: {at}{name} is {}, it should be {}", short(value), T::WHAT))),
-        },
+        Some(value) => found(value, &format!("{at}{name}")).map(Some),
     }
+}
+
+/// Reads a value that was found at this path.
+pub fn found<T: Read>(value: &Value, path: &str) -> Result<T> {
+    let name = path.rsplit('.').next().unwrap_or(path);
+    if is_count(name) && value.as_f64().is_some_and(|count| count > MOST) {
+        return Err(Error(format!("config.json: {path} is {}, it should be at most {MOST}", short(value))));
+    }
+    let wrong = || Error(format!("config.json: {path} is {}, it should be {}", short(value), T::WHAT));
+    T::read(value).ok_or_else(wrong)
 }
 
 fn short(value: &Value) -> String {

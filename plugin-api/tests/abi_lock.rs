@@ -10,7 +10,7 @@ use abi_stable::{
     type_layout::{TLData, TLField, TLFields, TypeLayout},
 };
 use plugin_api::abi::{
-    self, AttendSpec, BlockChoiceSpec, ExpertsSpec,
+    self, AttendSpec, BlockChoiceSpec, ExpertsSpec, c,
     later::{ASKS_ELF, ASKS_MACHO, ASKS_PE, NEEDS_ELF, NEEDS_MACHO, NEEDS_PE},
     note::{self, Facts, SECTION_ELF, SECTION_MACHO, SECTION_PE, VENDOR},
     ops::{OpsRef, PARAMETERS},
@@ -18,6 +18,7 @@ use plugin_api::abi::{
 };
 use std::{
     fs,
+    mem::offset_of,
     path::{Path, PathBuf},
 };
 
@@ -52,6 +53,7 @@ fn dump() -> Vec<String> {
     lines.extend(types.lines);
     lines.extend(structs(&types.seen));
     lines.extend(constants());
+    lines.extend(plain_c());
     let mut sorted = lines.clone();
     sorted.sort();
     sorted.dedup();
@@ -183,6 +185,7 @@ fn entry(field: &TLField) -> String {
 
 fn sources() -> Vec<(String, String)> {
     let mut files: Vec<PathBuf> = fs::read_dir(here().join("src/abi")).unwrap().map(|e| e.unwrap().path()).collect();
+    files.retain(|path| path.is_file());
     files.sort();
     let name = |path: &Path| path.file_name().unwrap().to_string_lossy().into_owned();
     files.iter().map(|path| (name(path), fs::read_to_string(path).unwrap())).collect()
@@ -212,6 +215,31 @@ fn structs(seen: &[String]) -> Vec<String> {
             }
         }
     }
+    lines
+}
+
+/// The entry for plain C: where each op and each field lies.
+fn plain_c() -> Vec<String> {
+    let symbol = String::from_utf8_lossy(c::SYMBOL).trim_end_matches('\0').to_owned();
+    let mut lines = vec![format!("symbol {symbol}: dylm.h's dylm_plugin")];
+    for (table, places) in c::ops::TABLES {
+        lines.extend(places.iter().map(|(op, place)| format!("c table {table} at {place} {op}")));
+    }
+    macro_rules! fields {
+        ($($ty:ident: $($field:ident),*;)*) => {$(
+            $(lines.push(format!(concat!("c ", stringify!($ty), " at {} ", stringify!($field)), offset_of!(c::$ty, $field)));)*
+        )*};
+    }
+    fields! {
+        Host: size, major, minor, build, layers, tensors, config, error, failed, extension;
+        ConfigOps: size, whole, number, flag, text, json, count;
+        Model: size, data, caches, cache_count, forward, head, drop, extension;
+        Plugin: size, major, minor, note, create, extension;
+        Text: start, len;
+        Lent: size, start;
+        Step: data, run;
+    }
+    lines.push(format!("c frozen: Model {} bytes, Plugin {} bytes", size_of::<c::Model>(), size_of::<c::Plugin>()));
     lines
 }
 

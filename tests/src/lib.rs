@@ -3,6 +3,8 @@
 
 pub mod another_api;
 pub mod binary;
+pub mod c_header;
+pub mod in_c;
 pub mod models;
 pub mod outside;
 pub mod packing;

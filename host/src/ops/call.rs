@@ -38,7 +38,7 @@ pub fn with_running<T>(ctx: Ctx, op: &str, at: At, f: impl FnOnce(&mut Running) 
         Call::Running(running) => Some(f(&mut *alone(running, ctx, op, at)?)),
         Call::Building(building) => {
             let building = &mut *alone(building, ctx, op, at)?;
-            building.complain(format!("{op}: called while the model was being built (at {}:{})", at.file, at.line));
+            building.complain(format!("{op}: called while the model was being built (at {at})"));
             None
         }
     })
@@ -59,7 +59,7 @@ fn settle(running: &Running, op: &str, slot: Option<Slot>, at: At, outcome: Outc
         Err(Fault::Passed(first)) => Value::Failed(first),
         Err(Fault::New(what)) => {
             let of = slot.map(|s| format!(" of {}", running.name(s))).unwrap_or_default();
-            Value::Failed(Rc::new(format!("{op}{of}: {what} (at {}:{})", at.file, at.line)))
+            Value::Failed(Rc::new(format!("{op}{of}: {what} (at {at})")))
         }
     }
 }
@@ -74,7 +74,7 @@ pub fn build<T>(ctx: Ctx, op: &str, otherwise: T, at: At, f: impl FnOnce(&mut Bu
                 .ok()
         }
         Call::Running(running) => {
-            let misuse = format!("{op}: called while the model was running (at {}:{})", at.file, at.line);
+            let misuse = format!("{op}: called while the model was running (at {at})");
             alone(running, ctx, op, at)?.misuse.get_or_insert(misuse);
             None
         }

@@ -86,8 +86,8 @@ pub fn with_call<T>(ctx: Ctx, op: &str, at: At, f: impl FnOnce(&Call<'_>) -> Opt
             return None;
         }
         STRAY.fetch_add(1, Ordering::Relaxed);
-        blame(ctx.0, || format!("{op}: called on another thread than the call's (at {}:{})", at.file, at.line));
-        blame(lent, || format!("{op}: called with a context that is not this call's (at {}:{})", at.file, at.line));
+        blame(ctx.0, || format!("{op}: called on another thread than the call's (at {at})"));
+        blame(lent, || format!("{op}: called with a context that is not this call's (at {at})"));
         return None;
     }
     // SAFETY: `lend` put this pointer there from a `&Call` on this thread, and takes it away before that borrow ends.
@@ -98,7 +98,7 @@ pub fn with_call<T>(ctx: Ctx, op: &str, at: At, f: impl FnOnce(&Call<'_>) -> Opt
 pub fn alone<'a, T>(call: &'a RefCell<T>, ctx: Ctx, op: &str, at: At) -> Option<RefMut<'a, T>> {
     let inside = call.try_borrow_mut();
     if inside.is_err() {
-        blame(ctx.0, || format!("{op}: called while another op was running (at {}:{})", at.file, at.line));
+        blame(ctx.0, || format!("{op}: called while another op was running (at {at})"));
     }
     inside.ok()
 }

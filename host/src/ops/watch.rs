@@ -28,7 +28,7 @@ impl Op {
             Err(Fault::New(why)) => Err(why),
             Err(Fault::Passed(why)) => Err(why.to_string()),
         };
-        Op { name: name.to_owned(), slot: slot.map(|s| s.0), dims, at: format!("{}:{}", at.file, at.line) }
+        Op { name: name.to_owned(), slot: slot.map(|s| s.0), dims, at: at.to_string() }
     }
 }
 

@@ -28,7 +28,7 @@ impl Library {
     /// What the plugin offers under this name, before any model is built; `None` if it has no such extension.
     pub fn extension<T: Extension>(&self) -> Option<T> {
         // SAFETY: the factory's answer to that very id; libraries stay open.
-        unsafe { extension::read((self.factory.extension())(T::ID.into())) }
+        unsafe { extension::read(self.factory.extension(T::ID)) }
     }
 }
 

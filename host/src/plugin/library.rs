@@ -1,7 +1,7 @@
 //! A plugin file -> its factory -> models. The only place that opens a library, and it opens each once and for good: code that other
 //! threads may still run, or whose errors are still printed, must not be unmapped.
 
-use super::{file::PluginFile, note::Note, permissions::refuse_others, registry::Found};
+use super::{c_entry::Factory, file::PluginFile, note::Note, permissions::refuse_others, registry::Found};
 use crate::cache::memory;
 use crate::error::{Error, Result};
 use crate::ops::{lending::Call, table};
@@ -10,7 +10,7 @@ use abi_stable::{
     std_types::RResult,
 };
 use plugin_api::abi::{
-    self, CacheSpec, Handle, checking,
+    self, CacheSpec, Handle, c, checking,
     root::{FactoryRef, Host, ModelObject, PluginError},
 };
 use std::{
@@ -20,7 +20,7 @@ use std::{
 };
 
 /// More layers with a memory than any model has.
-const MOST_CACHES: usize = 100_000;
+pub(super) const MOST_CACHES: usize = 100_000;
 
 /// More numbers of state than any model has: 16 GiB of them.
 const MOST_NUMBERS: usize = 1 << 32;
@@ -35,11 +35,11 @@ pub struct Library {
     pub path: PathBuf,
     /// What it says of itself.
     pub note: Note,
-    pub(super) factory: FactoryRef,
+    pub(super) factory: Factory,
 }
 
 /// Opened libraries stay open; a second request for a file gets the first one's factory. With the hash that was agreed to, if one had to be.
-static OPENED: Mutex<BTreeMap<PathBuf, (FactoryRef, Option<String>)>> = Mutex::new(BTreeMap::new());
+static OPENED: Mutex<BTreeMap<PathBuf, (Factory, Option<String>)>> = Mutex::new(BTreeMap::new());
 
 impl Library {
     /// Opens the plugin that the registry found: nothing of it runs before its file is whole, in nobody else's hands, and agreed to.
@@ -73,7 +73,7 @@ impl Library {
                 factory
             }
         };
-        let inside = Note::parse(factory.note().as_bytes()).ok();
+        let inside = Note::parse(factory.note()).ok();
         // Which ops the code calls only the linker knew, so the note inside does not say it.
         let inside = inside.map(|inside| inside.with_ops(note.needs.clone(), note.asks.clone()));
         if factory.major() != abi::MAJOR || inside.as_ref() != Some(note) {
@@ -87,12 +87,17 @@ impl Library {
 
     /// Whether the system's loader, asked again, gives the same factory.
     pub(crate) fn is_the_same_again(&self) -> Result<bool> {
-        Ok(std::ptr::addr_eq(self.factory.0.to_raw_ptr(), open(&self.path, &self.path)?.0.to_raw_ptr()))
+        Ok(self.factory.address() == open(&self.path, &self.path)?.address())
+    }
+
+    /// Whether it came through the door for plain C, where there are neither panics nor layouts.
+    pub(crate) fn is_in_c(&self) -> bool {
+        matches!(self.factory, Factory::C(_))
     }
 
     /// What the factory answers to the name of an extension.
     pub(crate) fn answer(&self, id: &str) -> *const () {
-        self.factory.extension()(id.into())
+        self.factory.extension(id)
     }
 
     /// The configurations that the plugin carries for `dylm check`.
@@ -108,15 +113,14 @@ impl Library {
 
     /// Whether the plugin would build for this host at all. Thread: any.
     pub(crate) fn meet(&self, host: &Host, call: &Call, config: &str) -> Result<(), PluginError> {
-        let object = call.lend(|ctx| (self.factory.create())(host, ctx, config.into()).into_result())?;
+        let object = call.lend(|ctx| self.factory.create(host, ctx, config).into_result())?;
         (object.drop)(object.data);
         Ok(())
     }
 
     /// Builds a model for `config`; what the plugin asks for is written down in `call`.
     pub(crate) fn create(&self, call: &Call, config: &str) -> Result<Object> {
-        let host = table::host();
-        let object = call.lend(|ctx| result(self.factory.create()(&host, ctx, config.into())))?;
+        let object = call.lend(|ctx| result(self.factory.create(&table::host(), ctx, config)))?;
         let caches = (object.caches)(object.data).into_vec();
         let object = Object { object: Mutex::new(object), caches };
         // Only now, for the object must be dropped if this fails.
@@ -207,7 +211,7 @@ fn result<T>(r: RResult<T, PluginError>) -> Result<T> {
 
 /// dlopen, then abi_stable's own header, its self-tests, and the layout of the factory: each before the next trusts it.
 /// `path` is for messages, `by` leads to the file.
-fn open(path: &Path, by: &Path) -> Result<FactoryRef> {
+fn open(path: &Path, by: &Path) -> Result<Factory> {
     let refuse = |what: String| Error::plugin(format!("{}: {what}", path.display()));
     // SAFETY: runs the library's initializers, which is what a user asks for by putting a plugin on the search path.
     #[cfg(unix)]
@@ -230,12 +234,17 @@ fn open(path: &Path, by: &Path) -> Result<FactoryRef> {
     };
     // SAFETY: `export_plugin!` declares this symbol as a `LibHeader`, which starts with an `AbiHeader`; the type is checked next.
     let symbol = unsafe { library.get::<AbiHeaderRef>(abi::SYMBOL).map(|symbol| *symbol) };
+    // SAFETY: DYLM_PLUGIN of dylm.h declares this symbol as a `c::Plugin` of some version; its size is looked at next.
+    let in_c = unsafe { library.get::<*const c::Plugin>(c::SYMBOL).map(|symbol| *symbol) };
     // Even a library that is none of ours stays: its initializers have run, and may have started threads.
     std::mem::forget(library);
+    if let (Err(_), Ok(plugin)) = (&symbol, in_c) {
+        return Factory::of_c(plugin, path);
+    }
     let header =
         symbol.map_err(|e| refuse(format!("has a note, but is no plugin ({e}); build it with export_plugin!")))?;
     let header = header.upgrade().map_err(unlike)?;
     header.ensure_layout::<FactoryRef>().map_err(unlike)?;
     // SAFETY: the layout was checked in the line above.
-    unsafe { header.init_root_module_with_unchecked_layout::<FactoryRef>() }.map_err(unlike)
+    unsafe { header.init_root_module_with_unchecked_layout::<FactoryRef>() }.map(Factory::Rust).map_err(unlike)
 }

@@ -41,7 +41,7 @@ pub struct Note {
     /// What for.
     #[serde(default)]
     pub target: String,
-    /// "unwind" or "abort".
+    /// "unwind" or "abort"; "none" in plain C.
     #[serde(default)]
     pub panic: String,
 }

@@ -1,6 +1,7 @@
 //! What crosses between host and plugin, and nothing else: plain values, borrowed slices, and handles that only the host can read.
 //! The only place, with the host's `plugin` folder, where abi_stable is seen; leaving it would change these files alone.
 
+pub mod c;
 pub mod checking;
 pub mod extension;
 pub mod later;
@@ -15,6 +16,10 @@ pub use spec::{AttendSpec, BlockChoiceSpec, ExpertsSpec, SpecRef};
 use abi_stable::{
     StableAbi,
     std_types::{RSlice, RSliceMut, RStr},
+};
+use std::{
+    borrow::Cow,
+    fmt::{self, Display, Formatter},
 };
 
 /// The ABI's major number: another one means that neither side can talk to the other.
@@ -94,6 +99,14 @@ impl At {
     pub fn caller() -> Self {
         let here = std::panic::Location::caller();
         At { file: RStr::from_str(here.file()), line: here.line() }
+    }
+}
+
+/// `file:line`. A plugin in C may have been compiled in a folder whose name is not UTF-8, or say nothing.
+impl Display for At {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        let file = if self.file.as_ptr().is_null() { Cow::default() } else { String::from_utf8_lossy(self.file.as_rslice().as_slice()) };
+        write!(f, "{file}:{}", self.line)
     }
 }
 

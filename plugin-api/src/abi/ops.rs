@@ -152,7 +152,8 @@ macro_rules! ops_1_0 {
             fn norm_layer(kind: u32, weight: SourceId, bias: SourceId, dim: u64, eps: f64) -> Slot;
             /// Routed experts below `prefix`, in any of the layouts that checkpoints use; `spec` is an `ExpertsSpec`.
             fn experts_layer(prefix: RStr<'_>, spec: SpecRef<'_>) -> Slot;
-            /// The same from sources that the plugin found itself: gate, up, down, then their biases; `SourceId::NONE` for what there is not.
+            /// The same from sources that the plugin found itself: gate, up, down, then their biases; `SourceId::NONE` for what there is
+            /// not; `spec` is an `ExpertsSpec`.
             fn experts_from(sources: RSlice<'_, SourceId>, spec: SpecRef<'_>) -> Slot;
             /// One linear layer a head: weight `[heads, outputs, inputs]`, bias `[heads, outputs]`.
             fn multi_linear_layer(weight: SourceId, bias: SourceId, heads: u64, inputs: u64, outputs: u64) -> Slot;
@@ -334,6 +335,7 @@ macro_rules! ops_today {
 }
 
 ops_today! { op_tables }
+pub(super) use {ops_1_0, ops_today};
 
 /// The tables of ABI 1.0 alone: what the tests of "a new plugin on an old host" hand to a plugin.
 #[doc(hidden)]

@@ -28,9 +28,17 @@ impl<'a> SpecRef<'a> {
         SpecRef { size: size_of::<T>() as u64, start: std::ptr::from_ref(spec).cast(), _borrowed: PhantomData }
     }
 
+    /// From plain C, which says both itself.
+    ///
+    /// # Safety
+    /// `size` bytes from `start` on stay readable for `'a`.
+    pub(super) unsafe fn from_parts(size: u64, start: *const u8) -> Self {
+        SpecRef { size, start, _borrowed: PhantomData }
+    }
+
     /// The struct as this side knows it; `None` if the caller set something that this side has never heard of.
     pub fn read<T: Grows>(&self) -> Option<T> {
-        // SAFETY: `new` is the only way to make a `SpecRef`, from a borrow that is still held; without padding every byte is a number.
+        // SAFETY: `new` takes these from a borrow that is still held, and `from_parts` makes its caller promise the same; without padding every byte is a number.
         let bytes = unsafe { std::slice::from_raw_parts(self.start, self.size as usize) };
         let known = bytes.len().min(size_of::<T>());
         if bytes[known..].iter().any(|&b| b != 0) {

@@ -65,6 +65,7 @@ pub fn abi(subject: &Subject) -> Outcome {
 pub fn panic(subject: &Subject) -> Outcome {
     match subject.note()?.panic.as_str() {
         "unwind" => Ok("unwind".into()),
+        "none" if subject.library()?.is_in_c() => Ok("none: plain C".into()),
         other => Err(Stop::fail(format!("it says {other:?}, so its first panic would end dylm"))),
     }
 }
