@@ -4,6 +4,7 @@
 //! very words and ABI that this dylm was built with.
 
 mod archive;
+pub mod model;
 pub mod names;
 
 use crate::{

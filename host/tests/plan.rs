@@ -189,6 +189,26 @@ fn a_model_that_will_not_fit_is_said_not_to_and_fails_only_where_that_was_asked_
     assert_eq!((&told["fits"], &told["memory"]["4_bit"]["fits"]), (&false.into(), &false.into()));
 }
 
+#[cfg(unix)]
+#[test]
+fn on_a_gpu_the_weights_count_unpacked_and_against_its_own_memory() {
+    use std::os::unix::fs::PermissionsExt;
+    let hub = hub_of_llama();
+    let folder = tempfile::tempdir().unwrap();
+    let tool = folder.path().join("nvidia-smi");
+    fs::write(&tool, "#!/bin/sh\necho 'Toy GPU, 1, 1'\n").unwrap();
+    fs::set_permissions(&tool, fs::Permissions::from_mode(0o755)).unwrap();
+    let mut dylm = binary::dylm();
+    dylm.args(["plan", ID, "--device", "cuda"]).env("PATH", folder.path());
+    let said = run(&mut dylm, &hub);
+    let out = String::from_utf8_lossy(&said.stdout);
+    assert_eq!(said.status.code(), Some(0));
+    assert!(
+        out.contains("this will not fit: in bf16 it takes about ") && out.contains("this machine's Toy GPU has 1.0 MB"),
+        "{out}"
+    );
+}
+
 #[test]
 fn packed_forms_take_what_their_bits_say() {
     let hub = hub_of_llama();

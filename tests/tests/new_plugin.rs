@@ -124,6 +124,42 @@ fn a_copy_of_one_of_dylm_s_plugins_says_what_the_original_says() {
 }
 
 #[test]
+fn a_variant_with_other_tensors_gets_a_model_of_its_own() {
+    let desk = Desk::new("variant");
+    let made = desk.make("variant", "");
+    let lib = made.join("src/lib.rs");
+    let source = fs::read_to_string(&lib).unwrap();
+    // Normalized queries and keys, as in Qwen3.
+    let rope = ".rope(w.rope(head_dim, c.rope_theta, &c.rope_scaling));";
+    let norms = "let [q_norm, k_norm] =\n        [\"q_norm\", \"k_norm\"].map(|name| w.at(\"self_attn\").rms_norm(name, head_dim, c.rms_norm_eps));\n";
+    let variant = source
+        .replace(rope, &rope.replace(';', "\n        .head_norms(q_norm, k_norm);"))
+        .replace("    let attention = ", &format!("    {norms}    let attention = "));
+    assert_ne!(source, variant);
+    fs::write(&lib, variant).unwrap();
+    let run = |line: &str, code: i32| {
+        let output = desk.run(line, &made);
+        let text = [output.stdout, output.stderr].map(|bytes| String::from_utf8(bytes).unwrap()).concat();
+        assert_eq!(output.status.code(), Some(code), "{line}: {text}");
+        text
+    };
+    run("cargo build --locked", 0);
+    let plugins = "--plugins target/debug --trust-plugin";
+    assert!(
+        run(&format!("dylm plan tiny {plugins}"), 1)
+            .contains("model.layers.0.self_attn.q_norm.weight: not in the checkpoint")
+    );
+    assert!(
+        run(&format!("dylm new-model tiny {plugins}"), 2).contains("there are weights already; --force writes over it")
+    );
+    run(&format!("dylm new-model tiny {plugins} --force"), 0);
+    run(&format!("dylm plan tiny {plugins}"), 0);
+    let words = "--prompt hello --max-tokens 12 --verbose false";
+    assert!(run(&format!("dylm generate {plugins} --model tiny {words}"), 0).len() > 4);
+    run(&format!("dylm check target/debug/{} --only caches,shapes,build", outside::file_name("variant")), 0);
+}
+
+#[test]
 fn a_crate_can_begin_with_any_model_type_that_dylm_serves() {
     let folder = tempfile::tempdir().unwrap();
     let api = Path::new(env!("CARGO_MANIFEST_DIR")).join("../plugin-api");

@@ -13,6 +13,7 @@ pub mod generate;
 pub mod inspect;
 pub mod interrupt;
 pub mod lines;
+pub mod new_model;
 pub mod new_plugin;
 pub mod plan;
 pub mod plugins;
@@ -63,6 +64,8 @@ enum Command {
     NewPlugin(new_plugin::NewPlugin),
     #[command(name = crate::plugin::first_opening::COMMAND, hide = true)]
     FirstOpening(consent::Child),
+    /// Make up small weights for a config.json, as its plugin asks for them
+    NewModel(new_model::NewModel),
     /// Measure the speed of a model, or of the boundary between dylm and plugins
     #[command(alias = "benchmark")]
     Bench(Box<bench::Bench>),
@@ -83,6 +86,7 @@ pub fn main() -> ExitCode {
         Command::CheckChild(child) => child.run(),
         Command::NewPlugin(new_plugin) => new_plugin.run(),
         Command::FirstOpening(child) => child.run(),
+        Command::NewModel(new_model) => new_model.run(),
         Command::Bench(bench) => bench.run(),
     };
     match result {

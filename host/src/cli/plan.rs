@@ -253,24 +253,25 @@ impl Fit {
         line(self.sentence())
     }
 
+    /// "this fits", "this is tight" or "this will not fit", with the numbers that say so.
     fn sentence(&self) -> String {
         let (Some((memory, place)), Some((name, need))) = (self.place(), self.chosen()) else {
             return "this system does not tell how much memory it has".into();
         };
+        let how = |name: &str| if name == "as stored" { name.to_owned() } else { format!("in {name}") };
         let (all, total, free) = (size(need.total()), size(memory.total), size(memory.free));
+        let takes = format!("{} it takes about {all}, {place} has {total}", how(name));
         if need.total() <= memory.free {
-            return format!("this fits: {name} it takes about {all}, {place} has {total}, {free} of it free");
+            return format!("this fits: {takes}, {free} of it free");
         }
         if need.total() <= memory.total {
-            return format!(
-                "this is tight: {name} it takes about {all}, {place} has {total}, but only {free} of it free now"
-            );
+            return format!("this is tight: {takes}, but only {free} of it free now");
         }
         let smaller = self.rows.iter().filter(|_| !self.on_gpu).find(|(_, other)| other.total() <= memory.total);
         let cure = match smaller {
-            Some((name, other)) => format!("{name} it would take {}", size(other.total())),
+            Some((name, other)) => format!("{} it would take {}", how(name), size(other.total())),
             None => "take a smaller model, or a machine with more memory".to_owned(),
         };
-        format!("this will not fit: {name} it takes about {all}, {place} has {total}; {cure}")
+        format!("this will not fit: {takes}; {cure}")
     }
 }

@@ -236,6 +236,10 @@ impl Value {
         }
         let dims = Dims::from_slice(b);
         match (self, indices) {
+            // A table of ids may have been saved as floats.
+            (Value::Real(t), Value::Real(i)) if i.dtype().is_float() => {
+                t.gather(&i.to_dtype(DType::U32)?, D::Minus1).map(Value::Real).map_err(Fault::from)
+            }
             (Value::Real(t), Value::Real(i)) => t.gather(i, D::Minus1).map(Value::Real).map_err(Fault::from),
             _ => Ok(Value::Planned(dims)),
         }

@@ -35,6 +35,7 @@ pub struct MlaShape {
 enum Queries {
     Direct(Linear),
     Latent { q_a_proj: Linear, q_a_layernorm: Norm, q_b_proj: Linear },
+    Gated { q_a_proj: Linear, q_a_layernorm: Norm, q_b_proj: Linear },
 }
 
 /// ```text
@@ -42,6 +43,7 @@ enum Queries {
 /// qₙ, qᵣ = x Wq or RMSNorm(x Wqa) Wqb       per head; qᵣ turned
 /// o = softmax([qₙ Wk, qᵣ] · [c, r]ᵀ s) · c  per head, in the latent space
 /// y = [o Wvᵀ ..] Wo
+/// gated: [qₙ, qᵣ, g] = [RMSNorm(x Wqa), x Wqa] Wqg per head, y = [o Wvᵀ * sigmoid(g) ..] Wo
 /// ```
 #[derive(Debug)]
 pub struct Mla {
@@ -77,6 +79,12 @@ impl Mla {
         let q = heads * (nope + s.qk_rope_head_dim);
         let queries = match s.q_lora_rank {
             None => Queries::Direct(w.linear("q_proj", dim, q, false)),
+            // The two have one name, but never one shape.
+            Some(q_rank) if w.has_shape("q_b_proj.weight", &[q + heads * value, 2 * q_rank]) => Queries::Gated {
+                q_a_proj: w.linear("q_a_proj", dim, q_rank, s.attention_bias),
+                q_a_layernorm: w.rms_norm("q_a_layernorm", q_rank, EPS).into(),
+                q_b_proj: w.linear("q_b_proj", 2 * q_rank, q + heads * value, false),
+            },
             Some(q_rank) => Queries::Latent {
                 q_a_proj: w.linear("q_a_proj", dim, q_rank, s.attention_bias),
                 q_a_layernorm: w.rms_norm("q_a_layernorm", q_rank, EPS).into(),
@@ -137,12 +145,17 @@ impl Mla {
         Self { scale: self.scale * queries, kv_a_layernorm, ..self }
     }
 
-    /// What queries are made of: their latent `[tokens, q_lora_rank]`, or x. Thread: step.
+    /// What queries are made of: their latent `[tokens, q_lora_rank]`, or x. Where they are gated, the latent before its norm follows it.
+    /// Thread: step.
     #[track_caller]
     pub fn query_latent(&self, x: &Tensor) -> Tensor {
         match &self.queries {
             Queries::Direct(_) => x.clone(),
             Queries::Latent { q_a_proj, q_a_layernorm, .. } => q_a_layernorm.forward(&q_a_proj.forward(x)),
+            Queries::Gated { q_a_proj, q_a_layernorm, .. } => {
+                let latent = q_a_proj.forward(x);
+                Tensor::concat(&[&q_a_layernorm.forward(&latent), &latent])
+            }
         }
     }
 
@@ -154,8 +167,15 @@ impl Mla {
         let q = match &self.queries {
             Queries::Direct(q_proj) => q_proj.forward(latent),
             Queries::Latent { q_b_proj, .. } => q_b_proj.forward(latent),
+            Queries::Gated { q_b_proj, .. } => q_b_proj.forward(latent),
         };
-        let q = q.split_heads(nope + turned);
+        let (q, gate) = match &self.queries {
+            Queries::Gated { .. } => {
+                let both = q.split_heads(nope + turned + self.shape.v_head_dim);
+                (both.narrow(0, nope + turned), Some(both.narrow(nope + turned, self.shape.v_head_dim)))
+            }
+            _ => (q.split_heads(nope + turned), None),
+        };
         let kv = self.kv_a_proj_with_mqa.forward(x);
         let c = self.kv_a_layernorm.forward(&kv.narrow(0, rank)).split_heads(rank);
         let mut turn = |x: Tensor| match &self.rope {
@@ -170,6 +190,10 @@ impl Mla {
         let by_head = self.unembed_out.forward(&attended);
         let by_head = match &self.gate {
             Some((gate, lanes)) => by_head * gate.forward(x).sigmoid().split_heads(*lanes),
+            None => by_head,
+        };
+        let by_head = match gate {
+            Some(gate) => by_head * gate.sigmoid(),
             None => by_head,
         };
         self.o_proj.forward(&by_head.merge_heads())

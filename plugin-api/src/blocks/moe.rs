@@ -49,6 +49,7 @@ pub struct Router {
     softcap: Option<f32>,
     correction: Option<Parameter>,
     groups: Option<(usize, usize, GroupScore)>,
+    zeroed: bool,
     normalized: Option<f32>,
     scale: f32,
 }
@@ -69,6 +70,7 @@ impl Router {
             softcap: None,
             correction: None,
             groups: None,
+            zeroed: false,
             normalized: None,
             scale: 1.0,
         }
@@ -107,6 +109,11 @@ impl Router {
     /// Chooses among the experts of the best `kept` of `groups` groups only. <https://arxiv.org/abs/2405.04434>
     pub fn groups(self, groups: usize, kept: usize, by: GroupScore) -> Self {
         Self { groups: (groups > 1 && kept < groups).then_some((groups, kept, by)), ..self }
+    }
+
+    /// Experts of groups that are out count as 0, which beats those whose corrected score is below.
+    pub fn zeroed_groups(self) -> Self {
+        Self { zeroed: true, ..self }
     }
 
     /// Scales the weights to a sum of 1; `eps` joins the sum that divides.
@@ -176,9 +183,12 @@ impl Router {
             GroupScore::Best => grouped.max(),
             GroupScore::BestTwo => grouped.topk(2).0.sum(),
         };
+        let stays = of_group.flatten().top_mask(kept);
         // [tokens, groups, 1]: 0 in the groups that stay, far below any score elsewhere.
-        let out = (of_group.flatten().top_mask(kept) - 1.0) * 1e9;
-        (grouped + out.unflatten(groups)).flatten()
+        match self.zeroed {
+            true => (grouped * stays.unflatten(groups)).flatten(),
+            false => (grouped + ((stays - 1.0) * 1e9).unflatten(groups)).flatten(),
+        }
     }
 }
 

@@ -1,5 +1,5 @@
 //! DeepSeek V2, V3 and V3.2, and the models of others in their shape: Kimi K2, GLM 4.7 Flash, GLM 5, JoyAI,
-//! A.X K1 (a norm after each MoE), Mistral Small 4, and Youtu (all dense).
+//! A.X K1 (a norm after each MoE) and K2 (gates on norms and on what attention gives), Mistral Small 4, and Youtu (all dense).
 //! V2: <https://arxiv.org/abs/2405.04434>, V3: <https://arxiv.org/abs/2412.19437>, V3.2: <https://arxiv.org/abs/2512.02556>
 //!
 //! ```text
@@ -14,6 +14,7 @@
 //! V3.2: attention sees only the keys of the k largest Iₛ = Σⱼ wⱼ relu(qⱼ · kₛ) over an indexer's heads j
 //!   q = rope(c Wq), k = rope(LayerNorm(x Wk)), w = x Ww / √(heads d), c the queries' latent
 //!   GLM 5: some layers use the selection of the one before
+//! A.X K2: V3.2 with RMSNorm(x) * sigmoid(silu(RMSNorm(x) W₁) W₂) before MLA and MoE, and gated queries
 //! ```
 
 use plugin_api::prelude::*;
@@ -50,14 +51,15 @@ config! {
         topk_group: usize where >= 1 = n_group.max(1),
         norm_topk_prob: bool = true,
         routed_scaling_factor: f32 = if matches!(kind.as_str(), "deepseek_v2" | "mistral4") { 1.0 } else { 2.5 },
-        first_k_dense_replace: usize = if matches!(kind.as_str(), "axk1" | "glm4_moe_lite") { 1 } else { 0 },
+        first_k_dense_replace: usize = if matches!(kind.as_str(), "axk1" | "axk2" | "glm4_moe_lite") { 1 } else { 0 },
         moe_layer_freq: usize where >= 1 = 1,
         mlp_layer_types: Option<Vec<String>> = None,
         // Layers that predict further tokens follow the last one.
         num_nextn_predict_layers: usize = 1,
         index_topk: usize where >= 1 = 2048,
         index_head_dim: usize where >= 2 = 128,
-        index_n_heads: usize where >= 1 = 64,
+        index_n_heads: usize where >= 1 = if kind == "axk2" { 16 } else { 64 },
+        gated_norm_rank: usize = 16,
         indexer_types: Option<Vec<String>> = None,
         index_topk_pattern: Option<String> = None,
         index_topk_freq: usize where >= 1 = 1,
@@ -95,6 +97,8 @@ struct Indexer {
     head_dim: usize,
     scale: f32,
     top_k: usize,
+    /// Lanes of the queries' latent.
+    rank: usize,
 }
 
 impl Indexer {
@@ -110,6 +114,7 @@ impl Indexer {
             head_dim,
             scale: ((heads * head_dim) as f32).powf(-0.5),
             top_k: c.index_topk,
+            rank: c.q_lora_rank.unwrap_or(c.hidden_size),
         }
     }
 
@@ -159,18 +164,45 @@ fn ffn(c: &Config, w: &Weights, layer: usize) -> Ffn {
             .groups(groups, kept, GroupScore::BestTwo)
             .normalized(c.norm_topk_prob, 1e-20),
     };
+    let router = if c.kind == "axk2" { router.zeroed_groups() } else { router };
     let shared = c.n_shared_experts.filter(|&n| n > 0).map(|n| mlp(&w.at("shared_experts"), n * hidden));
     let experts = w.experts(ExpertsShape::new(experts, dim, hidden));
     Ffn::Sparse(Moe::new(router.scale(c.routed_scaling_factor), experts).shared(shared))
 }
 
+/// RMSNorm, in A.X K2 with a gate.
+struct MaybeGated {
+    norm: RmsNorm,
+    /// W₁ and W₂.
+    gate: Option<[Linear; 2]>,
+}
+
+impl MaybeGated {
+    fn new(c: &Config, w: &Weights, name: &str, gated: bool) -> Self {
+        let (dim, rank, at) = (c.hidden_size, c.gated_norm_rank, w.at(name));
+        if !gated {
+            return Self { norm: w.rms_norm(name, dim, c.rms_norm_eps), gate: None };
+        }
+        let gate = [at.linear("W_down", dim, rank, false), at.linear("W_up", rank, dim, false)];
+        Self { norm: at.rms_norm("norm", dim, c.rms_norm_eps), gate: Some(gate) }
+    }
+
+    fn forward(&self, x: &Tensor) -> Tensor {
+        let y = self.norm.forward(x);
+        match &self.gate {
+            Some([down, up]) => &y * up.forward(&down.forward(&y).silu()).sigmoid(),
+            None => y,
+        }
+    }
+}
+
 struct Block {
-    input_layernorm: RmsNorm,
+    input_layernorm: MaybeGated,
     self_attn: Mla,
     /// Whether this layer sees selected keys only, and what chooses them; without, the layer before did.
     selects: bool,
     indexer: Option<Indexer>,
-    post_attention_layernorm: RmsNorm,
+    post_attention_layernorm: MaybeGated,
     mlp: Ffn,
     /// After a routed layer, in A.X K1.
     post_mlp_layernorm: Option<RmsNorm>,
@@ -178,20 +210,20 @@ struct Block {
 
 impl Block {
     fn new(c: &Config, w: &Weights, layer: usize) -> Self {
-        let norm = |name| w.rms_norm(name, c.hidden_size, c.rms_norm_eps);
+        let gated = c.kind == "axk2";
         let normed = c.kind == "axk1" && c.is_sparse(layer);
         if !normed {
             w.ignore("post_mlp_layernorm.");
         }
-        let (attn, selects) = (w.at("self_attn"), matches!(c.kind.as_str(), "deepseek_v32" | "glm_moe_dsa"));
+        let (attn, selects) = (w.at("self_attn"), matches!(c.kind.as_str(), "axk2" | "deepseek_v32" | "glm_moe_dsa"));
         Self {
-            input_layernorm: norm("input_layernorm"),
+            input_layernorm: MaybeGated::new(c, w, "input_layernorm", gated),
             self_attn: mla(c, &attn),
             selects,
             indexer: (selects && c.indexes(layer)).then(|| Indexer::new(c, &attn.at("indexer"))),
-            post_attention_layernorm: norm("post_attention_layernorm"),
+            post_attention_layernorm: MaybeGated::new(c, w, "post_attention_layernorm", gated && c.is_sparse(layer)),
             mlp: ffn(c, &w.at("mlp"), layer),
-            post_mlp_layernorm: normed.then(|| norm("post_mlp_layernorm")),
+            post_mlp_layernorm: normed.then(|| w.rms_norm("post_mlp_layernorm", c.hidden_size, c.rms_norm_eps)),
         }
     }
 
@@ -205,7 +237,7 @@ impl Block {
         let normed = self.input_layernorm.forward(x);
         let latent = self.self_attn.query_latent(&normed);
         if let Some(indexer) = &self.indexer {
-            *selection.borrow_mut() = Some(indexer.choose(&normed, &latent, layer));
+            *selection.borrow_mut() = Some(indexer.choose(&normed, &latent.narrow(0, indexer.rank), layer));
         }
         let selection = selection.borrow();
         let h = x + self.self_attn.attend(&normed, &latent, selection.as_ref().filter(|_| self.selects), layer);
@@ -222,6 +254,7 @@ impl Architecture for DeepseekV3 {
         "deepseek_v2",
         "deepseek_v32",
         "axk1",
+        "axk2",
         "glm4_moe_lite",
         "glm_moe_dsa",
         "joyai_llm_flash",

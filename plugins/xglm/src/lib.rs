@@ -27,8 +27,9 @@ config! {
 
 /// Position 0 stands in this row: fairseq's first rows were for the start and for padding.
 const OFFSET: usize = 2;
-/// Tables beyond this are a broken config's.
+/// Tables beyond these are a broken config's.
 const MOST_POSITIONS: usize = 1 << 16;
+const MOST_NUMBERS: usize = 1 << 26;
 const EPS: f32 = 1e-5;
 
 type Layers = Block<SelfAttention, Mlp>;
@@ -78,6 +79,9 @@ impl Architecture for Xglm {
             )
             .into());
         }
+        if positions.saturating_mul(dim) > MOST_NUMBERS {
+            return Err(format!("config.json: d_model is {dim}, too wide for a table of {positions} positions").into());
+        }
         // Old exporters stored the sines.
         model.ignore("embed_positions.");
         let embed_tokens = model.embedding("embed_tokens", c.vocab_size, dim);
@@ -105,4 +109,4 @@ impl Model for Xglm {
     }
 }
 
-export_plugin!(Xglm);
+export_plugin!(Xglm, examples = ["../../tests/fixtures/tiny/xglm/config.json"]);

@@ -38,8 +38,10 @@ use std::{
 };
 
 const LOADS: usize = 50;
-const CALLS: usize = 100_000;
-const ROUNDS: usize = 11;
+const LISTINGS: usize = 11;
+/// Calls of a round: short enough that the system interrupts few rounds, so that the median is of those that it did not.
+const CALLS: usize = 2_000;
+const ROUNDS: usize = 501;
 /// Files of the listing that is measured.
 const FILES: usize = 120;
 
@@ -86,7 +88,7 @@ pub fn measure(model_type: &str, options: &LoadOptions, as_json: bool) -> Done {
         row(op, ns, "ns", Some(OP_NS))?;
     }
     line(format_args!(
-        "Medians of {LOADS} loads, each of a fresh copy, and of {ROUNDS} listings and rounds of {CALLS} calls."
+        "Medians of {LOADS} loads, each of a fresh copy, of {LISTINGS} listings, and of {ROUNDS} rounds of {CALLS} calls."
     ))?;
     Ok(ExitCode::SUCCESS)
 }
@@ -120,7 +122,7 @@ fn listing(plugin: &Path) -> Result<f64> {
     let folder = tempfile::tempdir().map_err(Error::io("a temporary folder"))?;
     copies(plugin, folder.path(), FILES)?;
     let registry = Registry::of_folder(folder.path());
-    Ok(median((0..ROUNDS).map(|_| timed(|| black_box(plugins::list(&registry))).1).collect()))
+    Ok(median((0..LISTINGS).map(|_| timed(|| black_box(plugins::list(&registry))).1).collect()))
 }
 
 fn copies(plugin: &Path, folder: &Path, count: usize) -> Result<Vec<PathBuf>> {

@@ -30,6 +30,17 @@ pub enum Stop {
 /// What a test says: by a pass, what it saw, or nothing.
 pub type Outcome<T = String> = std::result::Result<T, Stop>;
 
+/// The weights that a plugin asks for where there are none, made up from `seed`, in f32.
+pub(crate) fn made_up_weights(
+    library: &crate::plugin::library::Library,
+    config: &crate::config::Config,
+    seed: u64,
+) -> crate::Result<crate::weights::checkpoint::Checkpoint> {
+    let made = synthetic::Demand::learn(library, config);
+    let made = made.and_then(|demand| demand.checkpoint(synthetic::Fill::Numbers, seed));
+    made.map_err(|(Stop::Fail(why) | Stop::Skip(why))| crate::Error::plugin(why))
+}
+
 impl From<crate::Error> for Stop {
     fn from(e: crate::Error) -> Self {
         Stop::Fail(e.to_string())

@@ -33,6 +33,8 @@ struct Made {
     width: f32,
     /// Told by a reshape, which leaves open how the numbers lie in the file.
     loose: bool,
+    /// Whole numbers: which experts a token goes to.
+    ids: bool,
 }
 
 /// The tensors that an architecture asks for, by name.
@@ -87,6 +89,12 @@ impl Demand {
                     _ => (0.0, 0.125),
                 };
                 demand.need(recipe, Some(&dims), (center, width));
+            }
+            // What is looked up and is no weight is looked up again elsewhere.
+            if let Wanted::Embedding { weight: Recipe::Stored(name), .. } = slot
+                && let Some(made) = demand.0.get_mut(name).filter(|_| !name.ends_with(".weight"))
+            {
+                made.ids = true;
             }
         }
         demand
@@ -145,7 +153,8 @@ impl Demand {
     }
 
     fn put(&mut self, name: &str, dims: Option<&[usize]>, (center, width): (f32, f32), loose: bool) {
-        let made = Made { shape: dims.unwrap_or(&[1]).to_vec(), center, width, loose: loose || dims.is_none() };
+        let made =
+            Made { shape: dims.unwrap_or(&[1]).to_vec(), center, width, loose: loose || dims.is_none(), ids: false };
         match self.0.get_mut(name) {
             None => drop(self.0.insert(name.to_owned(), made)),
             // Several slots may each take a part of it.
@@ -183,6 +192,13 @@ impl Demand {
             let put = |checkpoint: &mut Checkpoint, name: String, dtype, shape: Vec<usize>, bytes: Vec<u8>| {
                 Stored::new(dtype, shape, bytes.into(), file.clone()).and_then(|stored| checkpoint.insert(name, stored))
             };
+            if made.ids {
+                // Of two things there are two at least.
+                let ids = (0..count as u64).map(|index| super::steps::mix(seed ^ index) & 1);
+                let bytes = ids.flat_map(u64::to_le_bytes).collect();
+                put(&mut checkpoint, name.clone(), Dtype::I64, made.shape.clone(), bytes)?;
+                continue;
+            }
             let mut numbers = match fill {
                 Fill::Zeros => {
                     put(&mut checkpoint, name.clone(), Dtype::F32, made.shape.clone(), vec![0; 4 * count])?;
