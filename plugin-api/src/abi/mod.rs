@@ -105,7 +105,11 @@ impl At {
 /// `file:line`. A plugin in C may have been compiled in a folder whose name is not UTF-8, or say nothing.
 impl Display for At {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
-        let file = if self.file.as_ptr().is_null() { Cow::default() } else { String::from_utf8_lossy(self.file.as_rslice().as_slice()) };
+        let file = if self.file.as_ptr().is_null() {
+            Cow::default()
+        } else {
+            String::from_utf8_lossy(self.file.as_rslice().as_slice())
+        };
         write!(f, "{file}:{}", self.line)
     }
 }
