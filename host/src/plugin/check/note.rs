@@ -75,7 +75,8 @@ pub fn file_name(subject: &Subject) -> Outcome {
     let note = subject.note()?;
     let stem = subject.job.plugin.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
     let stem = stem.strip_prefix(std::env::consts::DLL_PREFIX).unwrap_or(stem);
-    if note.model_types.iter().any(|t| file_stem(t) == stem) {
+    // Or after the family, whose members' names begin so.
+    if !stem.is_empty() && note.model_types.iter().any(|t| file_stem(t).starts_with(stem)) {
         return Ok(stem.to_owned());
     }
     let first = note.model_types.first().map(|t| file_stem(t)).unwrap_or_default();
