@@ -15,7 +15,7 @@ use plugin_api::abi::extension::Extension;
 use serde_json::json;
 use std::path::Path;
 use tests::{
-    binary::{self, one_sentence},
+    binary::{self, dylm, one_sentence},
     outside::{self, checkpoint, install},
     tiny::Expected,
 };
@@ -233,6 +233,24 @@ fn a_mistake_in_a_scan_is_one_sentence_with_the_place() {
         let sentence = refusal(recurrence(rule).path(), plugins.path(), rule);
         for part in expected {
             assert!(sentence.contains(part), "{rule}: no {part:?} in: {sentence}");
+        }
+    }
+}
+
+#[test]
+fn dylm_check_finds_nothing_wrong_with_the_ways_out() {
+    for (name, key, ways) in
+        [("recurrence", "rule", &["delta, by scan", "lru, by scan"][..]), ("activation", "activation", &["own"])]
+    {
+        let library = outside::build(&outside::workspace(), name, name, None);
+        for way in ways {
+            let model = checkpoint(&[("model_type", json!(name)), (key, json!(way))]);
+            let mut command = dylm();
+            command.arg("check").arg(&library).args(["--cases", "20", "--timeout", "300", "--config"]);
+            let output = command.arg(model.path().join("config.json")).output().unwrap();
+            let told = String::from_utf8_lossy(&output.stdout);
+            assert!(output.status.success() && !told.contains("FAIL"), "{name}, {way}: {told}");
+            assert!(told.contains("replay-values"), "{name}, {way}: {told}");
         }
     }
 }

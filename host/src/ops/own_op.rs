@@ -24,7 +24,7 @@ use plugin_api::abi::{
     extension::Table,
     own_op::{Complaint, Definition, OwnOps, RawLaunch, RawView, Shape, VIEW_F32},
 };
-use std::sync::Arc;
+use std::{fmt, sync::Arc};
 
 /// What this host answers to `op/1`.
 pub static OWN_OPS: Table<OwnOps> = Table::new(OwnOps { register, apply });
@@ -33,7 +33,6 @@ pub static OWN_OPS: Table<OwnOps> = Table::new(OwnOps { register, apply });
 const MOST_NUMBERS: usize = 1 << 31;
 
 /// A plugin's op. Ends in the plugin when the model does.
-#[derive(Debug)]
 pub struct OwnOp {
     /// What the plugin calls it.
     pub name: String,
@@ -57,6 +56,13 @@ pub struct Kernel {
 unsafe impl Send for OwnOp {}
 // SAFETY: as above.
 unsafe impl Sync for OwnOp {}
+
+/// What the plugin asked for; where the op lies in memory is another matter for each model.
+impl fmt::Debug for OwnOp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("OwnOp").field("name", &self.name).field("kernels", &self.kernels).finish_non_exhaustive()
+    }
+}
 
 impl Drop for OwnOp {
     fn drop(&mut self) {
