@@ -41,7 +41,7 @@ impl AnotherApi {
     /// # Panics
     /// If it changes nothing: then what it looks for is not in plugin-api any more.
     pub fn new(name: &str, change: impl Fn(&str, String) -> String) -> Self {
-        let folder = binary::target().with_file_name("outside").join("changed").join(name);
+        let folder = binary::target().with_file_name("outside").join("other-api").join(name);
         let lock = folder.join("lock");
         write(&lock, "");
         let alone = File::open(&lock).and_then(|file| file.lock().map(|()| file));

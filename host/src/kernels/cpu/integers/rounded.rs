@@ -2,11 +2,11 @@
 //! the order in which the weights come out of their packing.
 
 use super::{Numbers, Order, SLACK};
+use std::arch::x86_64::*;
 
-/// The largest whole number that an activation becomes in so many bytes: the first byte never overflows, and f32 can still be rounded to
-/// whole numbers by an addition.
+/// The largest whole number that an activation becomes in so many bytes: the first byte never overflows.
 const fn most(bytes: usize) -> f32 {
-    if bytes == 2 { 127.0 * 256.0 } else { 127.0 * 32_768.0 }
+    if bytes == 2 { 127.0 * 256.0 } else { 127.0 * 65_536.0 }
 }
 
 /// A cache line of bytes.
@@ -23,7 +23,7 @@ pub(super) struct Rounded {
     offsets: Vec<[Line<[i32; 16]>; 2]>,
     /// For each token and chunk.
     steps: Vec<f32>,
-    /// For each token and group, with slack: the sum of the activations as they were.
+    /// For each token and group, with slack: the sum of the activations, rounded.
     sums: Vec<f32>,
     /// Lines of a chunk.
     lines: usize,
@@ -68,7 +68,8 @@ impl Rounded {
         let lines = self.lines;
         let bytes = self.bytes[chunks.start * lines..chunks.end * lines].chunks_exact_mut(lines);
         let mut offsets = if N::ZERO == 0 { &mut [][..] } else { &mut self.offsets[chunks.clone()] }.iter_mut();
-        for ((x, bytes), step) in x.chunks(64 * N::VECTORS).zip(bytes).zip(&mut self.steps[chunks]) {
+        let sums = self.sums.get_mut(t * (self.groups + SLACK)..).unwrap_or_default();
+        for (c, ((x, bytes), step)) in x.chunks(64 * N::VECTORS).zip(bytes).zip(&mut self.steps[chunks]).enumerate() {
             let mut padded = [0.0f32; 256];
             padded[..x.len()].copy_from_slice(x);
             let (mut peaks, mut strays) = ([0.0f32; 16], [0.0f32; 16]);
@@ -83,10 +84,20 @@ impl Rounded {
             // What is infinite or no number at all must not come out as a number: 0 times it is none.
             *step = peak / most(BYTES) + strays.into_iter().sum::<f32>();
             let mut whole = [0i32; 256];
-            for (whole, x) in whole.iter_mut().zip(&padded) {
-                // Adding 1.5 * 2^23 leaves the nearest whole number in the low bits.
-                const MAGIC: f32 = 12_582_912.0;
-                *whole = (x * per_step + MAGIC).to_bits().wrapping_sub(MAGIC.to_bits()) as i32;
+            for (whole, x) in whole.as_chunks_mut::<16>().0.iter_mut().zip(padded.as_chunks::<16>().0) {
+                // SAFETY: both are sixteen lanes long.
+                unsafe {
+                    let y = _mm512_mul_ps(_mm512_loadu_ps(x.as_ptr()), _mm512_set1_ps(per_step));
+                    _mm512_storeu_si512(whole.as_mut_ptr().cast(), _mm512_cvtps_epi32(y));
+                }
+            }
+            if N::BIASED {
+                // Of what is multiplied, not of what was meant: then a rounding counts by the weight, not by its two parts, which are larger.
+                for (i, whole) in whole[..64 * N::VECTORS].chunks(group.min(64 * N::VECTORS)).enumerate() {
+                    // Only what is no number could overflow, and the step says so then.
+                    let sum = whole.iter().fold(0i32, |sum, &y| sum.wrapping_add(y));
+                    sums[c * 64 * N::VECTORS / group + i] += sum as f32 * *step;
+                }
             }
             for v in 0..N::VECTORS {
                 for byte in (0..BYTES).rev() {
@@ -111,18 +122,6 @@ impl Rounded {
                         }
                     }
                 }
-            }
-        }
-        if N::BIASED {
-            let sums = &mut self.sums[t * (self.groups + SLACK)..];
-            for (sum, x) in sums.iter_mut().zip(x.chunks(group)) {
-                let mut lanes = [0.0f32; 16];
-                for x in x.as_chunks::<16>().0 {
-                    for (lane, x) in lanes.iter_mut().zip(x) {
-                        *lane += x;
-                    }
-                }
-                *sum = lanes.into_iter().sum();
             }
         }
     }
