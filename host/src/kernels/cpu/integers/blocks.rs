@@ -12,11 +12,27 @@ use super::{
 };
 use std::arch::x86_64::*;
 
-/// Two bytes at `p` as an f16.
+/// The f16 at the start of each of a row's blocks of `bytes`, and the one behind it, in f32, with zeros after them.
 #[inline(always)]
-unsafe fn half(p: *const u8) -> f32 {
-    // SAFETY: the caller vouches for two bytes and for AVX-512, which comes with F16C.
-    unsafe { _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(p.cast::<u16>().read_unaligned())))) }
+unsafe fn halves(row: *const u8, bytes: usize, blocks: usize, first: *mut f32, second: Option<*mut f32>) {
+    // SAFETY: the caller vouches for four bytes in each block, room for 16 floats more than blocks, and AVX-512.
+    unsafe {
+        let lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        let at = _mm512_mullo_epi32(lane, _mm512_set1_epi32(bytes as i32));
+        for b in (0..blocks).step_by(16) {
+            let mask = (u32::MAX >> (32 - (blocks - b).min(16))) as u16;
+            let words = _mm512_mask_i32gather_epi32::<1>(_mm512_setzero_si512(), mask, at, row.add(b * bytes).cast());
+            _mm512_storeu_ps(first.add(b), _mm512_cvtph_ps(_mm512_cvtepi32_epi16(words)));
+            if let Some(second) = second {
+                let upper = _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(words));
+                _mm512_storeu_ps(second.add(b), _mm512_cvtph_ps(upper));
+            }
+        }
+        _mm512_storeu_ps(first.add(blocks), _mm512_setzero_ps());
+        if let Some(second) = second {
+            _mm512_storeu_ps(second.add(blocks), _mm512_setzero_ps());
+        }
+    }
 }
 
 /// Q4_0 (18 bytes a block, zero at 8) and Q4_1 (20 bytes, with a minimum): f16 scale, f16 minimum, 16 bytes.
@@ -39,17 +55,7 @@ impl<const BYTES: usize, const MIDDLE: i32> Numbers for Q4<BYTES, MIDDLE> {
     #[inline(always)]
     unsafe fn scales(&self, r: usize, scales: *mut f32, biases: *mut f32) {
         // SAFETY: a row has a block for each 32 columns; the caller gave room.
-        unsafe {
-            let row = self.0.row(r);
-            for b in 0..self.0.cols / 32 {
-                *scales.add(b) = half(row.add(b * BYTES));
-                if Self::BIASED {
-                    *biases.add(b) = half(row.add(b * BYTES + 2));
-                }
-            }
-            _mm512_storeu_ps(scales.add(self.0.cols / 32), _mm512_setzero_ps());
-            _mm512_storeu_ps(biases.add(self.0.cols / 32), _mm512_setzero_ps());
-        }
+        unsafe { halves(self.0.row(r), BYTES, self.0.cols / 32, scales, Self::BIASED.then_some(biases)) }
     }
 
     #[inline(always)]
@@ -57,12 +63,12 @@ impl<const BYTES: usize, const MIDDLE: i32> Numbers for Q4<BYTES, MIDDLE> {
         let left = self.0.cols / 32 - 4 * c;
         // SAFETY: only blocks of the row are read; the caller vouches for the instruction set.
         unsafe {
-            let block = |b: usize| {
-                if b < left {
-                    _mm_loadu_si128(row.add((4 * c + b) * BYTES + BYTES - 16).cast())
-                } else {
-                    _mm_setzero_si128()
-                }
+            let at = row.add(4 * c * BYTES + BYTES - 16);
+            // Only the last chunk of a row may have fewer.
+            let whole = left >= 4;
+            let block = |b: usize| match whole || b < left {
+                true => _mm_loadu_si128(at.add(b * BYTES).cast()),
+                false => _mm_setzero_si128(),
             };
             let low = _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(block(0)), block(1));
             let high = _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(block(2)), block(3));
@@ -94,12 +100,7 @@ impl Numbers for Q8 {
     #[inline(always)]
     unsafe fn scales(&self, r: usize, scales: *mut f32, _: *mut f32) {
         // SAFETY: a row has a block for each 32 columns; the caller gave room.
-        unsafe {
-            for b in 0..self.0.cols / 32 {
-                *scales.add(b) = half(self.0.row(r).add(b * 34));
-            }
-            _mm512_storeu_ps(scales.add(self.0.cols / 32), _mm512_setzero_ps());
-        }
+        unsafe { halves(self.0.row(r), 34, self.0.cols / 32, scales, None) }
     }
 
     #[inline(always)]
