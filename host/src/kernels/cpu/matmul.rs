@@ -61,6 +61,9 @@ impl Matrix {
         assert!(isa == Isa::best() || Isa::available().contains(&isa), "this machine has no {isa:?}");
         let raw = Raw::of(self);
         let x = self.stored_order(x);
+        // Elsewhere all products are of floats, which are exact anyway.
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = exact;
         #[cfg(target_arch = "x86_64")]
         if isa == Isa::Vnni {
             let product = integers::Product { rows: self.rows(), cols: self.cols(), tokens, x: &x, exact };
@@ -99,14 +102,14 @@ impl Matrix {
 
 /// Output that several threads write, each its own rows.
 #[derive(Clone, Copy)]
-struct Output(*mut f32);
-// SAFETY: threads write disjoint elements, see `Call::run`.
+pub(super) struct Output(pub(super) *mut f32);
+// SAFETY: threads write disjoint elements, see `Call::run` and `Product::run`.
 unsafe impl Send for Output {}
 // SAFETY: as above.
 unsafe impl Sync for Output {}
 
 impl Output {
-    fn pointer(self) -> *mut f32 {
+    pub(super) fn pointer(self) -> *mut f32 {
         self.0
     }
 }

@@ -1,6 +1,7 @@
 //! The sums: four rows of weights against up to four tokens at a time, so that numbers taken out of their bytes serve several tokens.
 
 use super::{
+    super::matmul::Output,
     Numbers, SLACK,
     rounded::{Rounded, Token},
 };
@@ -23,20 +24,6 @@ pub(in super::super) struct Product<'a> {
     pub(in super::super) x: &'a [f32],
     /// Three bytes for an activation, which is as good as f32; two where it was of half the width anyway.
     pub(in super::super) exact: bool,
-}
-
-/// Output that several threads write, each its own rows.
-#[derive(Clone, Copy)]
-struct Output(*mut f32);
-// SAFETY: tasks write disjoint rows.
-unsafe impl Send for Output {}
-// SAFETY: as above.
-unsafe impl Sync for Output {}
-
-impl Output {
-    fn pointer(self) -> *mut f32 {
-        self.0
-    }
 }
 
 impl Product<'_> {
