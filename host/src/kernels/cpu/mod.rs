@@ -1,6 +1,6 @@
 //! Kernels for the CPU, in f32 arithmetic: packed matrices of every format, attention, and the small ops around them.
 //! Each is written once over `lanes` and compiled for AVX-512, AVX2 and plain Rust (NEON on ARM); the machine picks at run
-//! time. No result depends on the number of threads.
+//! time. No result depends on the number of threads. Packed whole numbers are multiplied as they are where the machine can (`integers`).
 
 // Tiles of registers are indexed by constants on several arrays at once.
 #![allow(clippy::needless_range_loop)]
