@@ -1,13 +1,13 @@
 //! A matrix of weights where it will be used: packed for dylm's own CPU kernels, or a tensor for candle on a GPU.
 //!
-//! On the CPU nothing is converted or copied: the kernels read the checkpoint's mapped bytes. On a GPU packed weights are dequantized
+//! On the CPU the kernels read the checkpoint's mapped bytes, or a copy in the order in which they are fastest, never both. On a GPU packed weights are dequantized
 //! when they are loaded, until dylm has its own kernels there.
 
 use super::slices::{filled, with_f32};
 use crate::{
     device::Placement,
     error::Result,
-    kernels::cpu::{Float, Format, Matrix},
+    kernels::cpu::{Float, Format, Matrix, Panels},
 };
 use candle_core::{D, DType, Tensor};
 
@@ -16,6 +16,8 @@ use candle_core::{D, DType, Tensor};
 pub enum Weight {
     /// For the CPU kernels.
     Packed(Matrix),
+    /// For those of the CPU kernels that want it laid out anew.
+    Panels(Panels),
     /// For candle, in the placement's type.
     Dense(Tensor),
     /// Either, for inputs that are rounded to eight bits first.
@@ -33,25 +35,35 @@ impl Weight {
             DType::F16 => Float::F16,
             _ => Float::F32,
         };
-        Ok(Weight::Packed(match matrix.format() {
+        let matrix = match matrix.format() {
             Format::Dense(is) if is != wanted && wanted != Float::F32 => {
                 let mut numbers = vec![0.0; matrix.rows() * matrix.cols()];
                 matrix.dequantize_rows(0..matrix.rows(), &mut numbers);
                 Matrix::quantize(&numbers, matrix.rows(), matrix.cols(), Format::Dense(wanted))?
             }
             _ => matrix,
-        }))
+        };
+        Ok(Weight::Packed(if place.dtype == DType::F32 { matrix } else { matrix.for_halves() }))
     }
 
-    /// The same weights, wrapped if `rounded`.
-    pub fn for_inputs_of_eight_bits(self, rounded: bool) -> Self {
-        if rounded { Weight::Rounded(Box::new(self)) } else { self }
+    /// The same weights as products of them are fastest here: rows no longer lie apart, and the checkpoint's own bytes are let go.
+    pub fn in_panels(self) -> Self {
+        match self {
+            Weight::Packed(m) if m.is_for_halves() => Panels::new(&m).map_or(Weight::Packed(m), Weight::Panels),
+            other => other,
+        }
+    }
+
+    /// The same weights for inputs that are rounded to eight bits first.
+    pub fn for_inputs_of_eight_bits(self) -> Self {
+        Weight::Rounded(Box::new(self))
     }
 
     /// Outputs.
     pub fn rows(&self) -> usize {
         match self {
             Weight::Packed(m) => m.rows(),
+            Weight::Panels(m) => m.rows(),
             Weight::Dense(t) => t.dims()[0],
             Weight::Rounded(w) => w.rows(),
         }
@@ -61,6 +73,7 @@ impl Weight {
     pub fn cols(&self) -> usize {
         match self {
             Weight::Packed(m) => m.cols(),
+            Weight::Panels(m) => m.cols(),
             Weight::Dense(t) => t.dims()[1],
             Weight::Rounded(w) => w.cols(),
         }
@@ -73,8 +86,8 @@ impl Weight {
             *last = self.rows();
         }
         match self {
-            Weight::Packed(m) if x.dtype() == DType::F32 => with_f32(x, |x| filled(dims, |out| m.matmul(x, out)))?,
-            Weight::Packed(m) => with_f32(x, |x| filled(dims, |out| m.matmul_halves(x, out)))?,
+            Weight::Packed(m) => with_f32(x, |x| filled(dims, |out| m.matmul(x, out)))?,
+            Weight::Panels(m) => with_f32(x, |x| filled(dims, |out| m.matmul(x, out)))?,
             Weight::Dense(w) => {
                 let rows = x.elem_count() / w.dims()[1].max(1);
                 let flat = x.reshape((rows, w.dims()[1]))?.to_dtype(w.dtype())?;
@@ -90,6 +103,9 @@ impl Weight {
             Weight::Packed(m) => {
                 super::slices::with_u32(ids, |ids| filled((ids.len(), m.cols()), |out| m.gather_rows(ids, out)))?
             }
+            Weight::Panels(m) => {
+                super::slices::with_u32(ids, |ids| filled((ids.len(), m.cols()), |out| m.gather_rows(ids, out)))?
+            }
             Weight::Dense(w) => w.index_select(ids, 0),
             Weight::Rounded(w) => w.gather(ids),
         }
@@ -99,6 +115,7 @@ impl Weight {
     pub fn numbers(&self) -> candle_core::Result<Tensor> {
         match self {
             Weight::Packed(m) => filled((m.rows(), m.cols()), |out| m.dequantize_rows(0..m.rows(), out)),
+            Weight::Panels(m) => filled((m.rows(), m.cols()), |out| m.dequantize(out)),
             Weight::Dense(w) => w.to_dtype(DType::F32),
             Weight::Rounded(w) => w.numbers(),
         }

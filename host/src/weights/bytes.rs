@@ -9,6 +9,7 @@ use std::{fs::File, ops::Deref, ops::Range, path::Path, sync::Arc};
 enum Owner {
     File(Arc<Mmap>),
     Memory(Arc<Vec<u8>>),
+    Room(Arc<Room>),
 }
 
 /// Shared, immutable bytes.
@@ -40,6 +41,76 @@ impl Bytes {
     }
 }
 
+impl Bytes {
+    /// Says that nobody will read these bytes soon: pages of a file that lie wholly among them stop counting as this process's memory. They
+    /// would be read again if somebody did.
+    pub fn let_go(&self) {
+        #[cfg(unix)]
+        if let Owner::File(map) = &self.owner {
+            const PAGE: usize = 1 << 14;
+            let (start, end) = (self.range.start.next_multiple_of(PAGE), self.range.end / PAGE * PAGE);
+            if start < end {
+                // SAFETY: the map is of a file and read-only, so dropped pages come back as they were. Refusal would only cost memory.
+                let _ = unsafe {
+                    map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, end - start)
+                };
+            }
+        }
+    }
+}
+
+/// Zeros to be written over before anybody shares them, on cache lines of their own, and on huge pages where the system has them and there
+/// is enough.
+pub struct Room {
+    lines: Vec<Line>,
+    len: usize,
+}
+
+/// A cache line.
+#[repr(C, align(64))]
+#[derive(Clone, Copy)]
+struct Line([u8; 64]);
+
+impl Room {
+    /// So many bytes.
+    pub fn new(len: usize) -> Self {
+        let lines = vec![Line([0; 64]); len.div_ceil(64)];
+        #[cfg(target_os = "linux")]
+        {
+            const HUGE: usize = 1 << 21;
+            let start = (lines.as_ptr() as usize).next_multiple_of(HUGE);
+            let end = (lines.as_ptr() as usize + 64 * lines.len()) / HUGE * HUGE;
+            if start < end {
+                // SAFETY: whole pages of our own memory; it is advice, which changes no byte.
+                unsafe { libc::madvise(start as *mut libc::c_void, end - start, libc::MADV_HUGEPAGE) };
+            }
+        }
+        Self { lines, len }
+    }
+}
+
+impl Deref for Room {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        // SAFETY: lines are bytes, at least `len` of them.
+        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.len) }
+    }
+}
+
+impl std::ops::DerefMut for Room {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as above, and borrowed alone.
+        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.len) }
+    }
+}
+
+impl From<Room> for Bytes {
+    fn from(room: Room) -> Self {
+        let range = 0..room.len;
+        Self { owner: Owner::Room(Arc::new(room)), range }
+    }
+}
+
 impl From<Vec<u8>> for Bytes {
     fn from(v: Vec<u8>) -> Self {
         let range = 0..v.len();
@@ -53,6 +124,7 @@ impl Deref for Bytes {
         let all: &[u8] = match &self.owner {
             Owner::File(m) => m,
             Owner::Memory(v) => v,
+            Owner::Room(room) => room,
         };
         &all[self.range.clone()]
     }

@@ -40,7 +40,8 @@ impl Loader<'_> {
         Ok(match wanted {
             Wanted::Linear { weight, bias, .. } => {
                 let (matrix, rounded) = self.pantry.linear(weight)?;
-                let placed = Weight::place(matrix, self.place)?.for_inputs_of_eight_bits(rounded);
+                let placed = Weight::place(matrix, self.place)?;
+                let placed = if rounded { placed.for_inputs_of_eight_bits() } else { placed.in_panels() };
                 let bias = bias.as_ref().map(|b| self.tensor(b, self.place.activations())).transpose()?;
                 let adapter = self.linear_adapter(weight, &placed)?;
                 Layer::Linear(Linear { weight: placed, bias, adapter })
@@ -49,7 +50,7 @@ impl Loader<'_> {
                 if let Some(numbers) = self.pantry.whole_numbers(weight)? {
                     return Ok(Layer::Ids(Ids { numbers, dim: *dim }));
                 }
-                let placed = Weight::place(self.pantry.matrix(weight)?, self.place)?;
+                let placed = Weight::place(self.pantry.matrix(weight)?, self.place)?.in_panels();
                 let adapter = match weight.path() {
                     Some(path) => self.adapters.embedding(path, &placed, self.place)?,
                     None => None,
@@ -136,7 +137,7 @@ impl Loader<'_> {
             None => vec![None; matrices.len()],
         };
         let linear = |(expert, (matrix, bias)): (usize, (Matrix, Option<Tensor>))| {
-            let weight = Weight::place(matrix, self.place)?;
+            let weight = Weight::place(matrix, self.place)?.in_panels();
             let single = match recipe {
                 Recipe::Stack(parts) => parts.get(expert).and_then(|part| part.path()),
                 stacked => stacked.path(),

@@ -20,6 +20,8 @@ pub struct Matrix {
     parts: [Bytes; 3],
     /// Stored column j is column `order[j]`.
     order: Option<Arc<[u32]>>,
+    /// Whether products may round activations to bfloat16.
+    in_halves: bool,
 }
 
 impl std::fmt::Debug for Matrix {
@@ -61,7 +63,7 @@ impl Matrix {
                 )));
             }
         }
-        Ok(Self { format, rows, cols, parts, order: None })
+        Ok(Self { format, rows, cols, parts, order: None, in_halves: false })
     }
 
     /// The same matrix, where stored column j is to be column `order[j]`. Fails unless every column is named once.
@@ -72,6 +74,16 @@ impl Matrix {
             return Err(Error::Weights(format!("{} columns are not an order of the columns of {self:?}", order.len())));
         }
         Ok(Self { order: Some(order.into()), ..self })
+    }
+
+    /// The same matrix for activations of half precision, which products may round accordingly: 2^-9 of each, where that is faster.
+    pub fn for_halves(self) -> Self {
+        Self { in_halves: true, ..self }
+    }
+
+    /// Whether products may round activations.
+    pub fn is_for_halves(&self) -> bool {
+        self.in_halves
     }
 
     /// How it is packed.
@@ -97,6 +109,11 @@ impl Matrix {
     /// Bits a weight takes, scales included.
     pub fn bits_per_weight(&self) -> f64 {
         self.format.bits_per_weight()
+    }
+
+    /// Whether columns are stored in another order than they are counted in.
+    pub(super) fn is_reordered(&self) -> bool {
+        self.order.is_some()
     }
 
     /// The packed weights, scales and biases (empty where the format has none), as given.
