@@ -264,8 +264,7 @@ impl Model {
             rows.extend((ids.len() - wanted..ids.len()).map(|r| r as u32));
             counts.push(wanted);
         }
-        // On a thread of the pool: kernels that fan out from there need not wake another one first.
-        let logits = rayon::scope(|_| self.run(inputs, &replayed, ids, rows));
+        let logits = self.run(inputs, &replayed, ids, rows);
         match logits {
             Ok(mut logits) => {
                 for (input, again) in inputs.iter_mut().zip(&replayed).filter(|(input, _)| !input.tokens.is_empty()) {

@@ -7,14 +7,16 @@
 use super::{
     matrix::Matrix,
     tasks::{Output, in_tasks},
+    team::each_chunk,
 };
-use rayon::prelude::*;
 use std::{arch::x86_64::*, ops::Range, sync::OnceLock};
 
 /// Columns of a vector.
 const LANES: usize = 32;
 /// Up to this many tokens weights are streamed from memory once, rows before tokens.
 const FEW: usize = 4;
+/// Tokens that are worth a task of their own to be rounded.
+const ROUNDED: usize = 16;
 /// Bytes of weights that stay in a core's second-level cache while tokens pass.
 const CACHED: usize = 1 << 19;
 
@@ -35,8 +37,9 @@ pub(super) fn multiply(m: &Matrix, x: &[f32], out: &mut [f32]) {
         // SAFETY: `runs_here`; a token's room is whole vectors longer than its columns.
         unsafe { round(x, to) }
     };
-    let all = halves.par_chunks_exact_mut(stride).zip(x.par_chunks_exact(cols));
-    all.with_min_len(if tokens <= FEW { tokens } else { 1 }).for_each(round);
+    each_chunk(&mut halves, stride * ROUNDED, |i, halves| {
+        halves.chunks_exact_mut(stride).zip(x.chunks_exact(cols).skip(i * ROUNDED)).for_each(round);
+    });
     let [weights, ..] = m.parts();
     let product = Product {
         weights: weights.as_ptr().cast(),
@@ -198,5 +201,8 @@ fn added_up([a, b, c, d]: [__m512; 4]) -> __m128 {
     let quarters = _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(ab, cd), _mm512_shuffle_f32x4::<0xdd>(ab, cd));
     let eighths = _mm512_add_ps(quarters, _mm512_permute_ps::<0b01_00_11_10>(quarters));
     let sums = _mm512_add_ps(eighths, _mm512_permute_ps::<0b10_11_00_01>(eighths));
-    _mm512_castps512_ps128(_mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0), sums))
+    _mm512_castps512_ps128(_mm512_permutexvar_ps(
+        _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0),
+        sums,
+    ))
 }

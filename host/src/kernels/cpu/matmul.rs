@@ -11,16 +11,18 @@ use super::{
     matrix::Matrix,
     stream::{ABREAST, Padded, Spill, Stream, Streamed},
     tasks::{Output, in_tasks},
+    team::each_chunk,
     tile::{Block, multiply},
     unpack::{
         Bf16, Dense, F16, F32, Fp8, Order, Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0, Raw, Unpack,
         Unpacked, Words,
     },
 };
-use rayon::prelude::*;
 
 /// Up to this many tokens weights are unpacked in registers.
 const FEW: usize = 4;
+/// Tokens that are worth a task of their own to be laid out.
+const TOKENS: usize = 16;
 /// Unpacked weights that stay in a core's second-level cache, in f32.
 const CACHED: usize = 1 << 17;
 
@@ -50,7 +52,11 @@ impl Matrix {
         let raw = Raw::of(self);
         let x = self.stored_order(x);
         #[cfg(target_arch = "x86_64")]
-        if self.is_for_halves() && self.format() == Format::Dense(Float::BF16) && isa == Isa::best() && bf16::runs_here() {
+        if self.is_for_halves()
+            && self.format() == Format::Dense(Float::BF16)
+            && isa == Isa::best()
+            && bf16::runs_here()
+        {
             return bf16::multiply(self, &x, out);
         }
         let call = Call { isa, rows: self.rows(), cols: self.cols(), tokens, x: &x, order: Order::Plain };
@@ -161,11 +167,8 @@ impl Call<'_> {
                 }
             }
         };
-        let pairs = (to, self.x);
-        if self.tokens <= FEW {
-            pairs.0.chunks_mut(stride).zip(pairs.1.chunks(self.cols)).for_each(one);
-        } else {
-            pairs.0.par_chunks_mut(stride).zip(pairs.1.par_chunks(self.cols)).for_each(one);
-        }
+        each_chunk(to, stride * TOKENS, |i, to| {
+            to.chunks_mut(stride).zip(self.x.chunks(self.cols).skip(i * TOKENS)).for_each(one);
+        });
     }
 }

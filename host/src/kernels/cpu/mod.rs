@@ -22,6 +22,7 @@ pub mod recurrence;
 pub mod rope;
 mod stream;
 mod tasks;
+mod team;
 mod tile;
 mod unpack;
 
@@ -31,7 +32,7 @@ pub use elementwise::{argmax, gelu_tanh_mul, silu_mul, softmax_rows};
 pub use format::{Float, Format};
 pub use lanes::Isa;
 pub use matrix::Matrix;
-pub use panels::Panels;
 pub use norm::{layer_norm, rms_norm};
+pub use panels::Panels;
 pub use quantize::quantize_rows;
 pub use rope::{Angles, Turn, rope};

@@ -187,10 +187,15 @@ impl Panels {
         Self { layout, rows, cols, bytes: room.into(), factors }
     }
 
+    /// From one panel to the next.
+    pub(super) fn panel_bytes(&self) -> usize {
+        self.layout.row_bytes(self.cols).iter().sum::<usize>() * LANES
+    }
+
     /// Where the numbers, the scales and the biases of a panel begin.
     pub(super) fn panel(&self, p: usize) -> [&[u8]; 3] {
         let sizes = self.layout.row_bytes(self.cols).map(|size| size * LANES);
-        let all = &self.bytes[p * sizes.iter().sum::<usize>()..];
+        let all = &self.bytes[p * self.panel_bytes()..];
         let (numbers, beside) = all.split_at(sizes[0]);
         let (scales, biases) = beside.split_at(sizes[1]);
         [numbers, scales, &biases[..sizes[2]]]

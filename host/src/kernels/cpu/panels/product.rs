@@ -94,7 +94,7 @@ impl Product<'_> {
     unsafe fn packed<N: Numbers, const P: usize, const T: usize>(&self, numbers: N, p: usize) -> usize {
         let panels: [[&[u8]; 3]; P] = std::array::from_fn(|i| self.panels.panel(p + i));
         // SAFETY: whole panels, and as many tokens as there are.
-        unsafe { self.tile::<N, P, T>(numbers, panels, p, 0) };
+        unsafe { self.tile::<N, P, T>(numbers, panels, p, 0, P * self.panels.panel_bytes()) };
         P
     }
 
@@ -147,17 +147,18 @@ impl Product<'_> {
         unsafe {
             while t < self.tokens {
                 t += match (self.tokens - t, BYTES) {
-                    (6.., 1) => self.tile::<_, P, 6>(bytes, panels, p, t),
-                    (4.., _) => self.tile::<_, P, 4>(bytes, panels, p, t),
-                    (2.., _) => self.tile::<_, P, 2>(bytes, panels, p, t),
-                    (_, _) => self.tile::<_, P, 1>(bytes, panels, p, t),
+                    (6.., 1) => self.tile::<_, P, 6>(bytes, panels, p, t, 0),
+                    (4.., _) => self.tile::<_, P, 4>(bytes, panels, p, t, 0),
+                    (2.., _) => self.tile::<_, P, 2>(bytes, panels, p, t, 0),
+                    (_, _) => self.tile::<_, P, 1>(bytes, panels, p, t, 0),
                 };
             }
         }
         P
     }
 
-    /// `P` panels from panel `p` on with `T` tokens from token `t` on; says how many tokens.
+    /// `P` panels from panel `p` on with `T` tokens from token `t` on; says how many tokens. What lies `ahead` bytes further is fetched from
+    /// memory meanwhile: panels are too short for the processor to see a stream in them.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
     unsafe fn tile<N: Numbers, const P: usize, const T: usize>(
@@ -166,6 +167,7 @@ impl Product<'_> {
         panels: [[&[u8]; 3]; P],
         p: usize,
         t: usize,
+        ahead: usize,
     ) -> usize {
         let layout = &self.panels.layout;
         let tokens: [Token; T] = std::array::from_fn(|i| self.rounded.token(t + i));
@@ -180,7 +182,7 @@ impl Product<'_> {
                 // The first byte's sums, and the second's.
                 let mut of = [[[_mm512_setzero_si512(); 2]; T]; P];
                 for i in 0..T {
-                    let offset = _mm512_set1_epi32(*tokens[i].offsets.add(g));
+                    let offset = _mm512_set1_epi32((*tokens[i].beside.add(g)).offset);
                     for k in 0..P {
                         of[k][i][N::BYTES - 1] = offset;
                     }
@@ -188,7 +190,9 @@ impl Product<'_> {
                 for _ in 0..pieces {
                     let mut weights = [[_mm512_setzero_si512(); 4]; P];
                     for k in 0..P {
-                        weights[k] = numbers.vectors(_mm512_loadu_si512(panels[k][0].as_ptr().add(piece).cast()));
+                        let at = panels[k][0].as_ptr().wrapping_add(piece);
+                        _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(ahead).cast());
+                        weights[k] = numbers.vectors(_mm512_loadu_si512(at.cast()));
                     }
                     for v in 0..N::VECTORS {
                         for i in 0..T {
@@ -212,13 +216,14 @@ impl Product<'_> {
                         } else {
                             _mm512_add_epi32(_mm512_slli_epi32::<8>(of[k][i][0]), of[k][i][1])
                         };
-                        let scale = _mm512_mul_ps(scale, _mm512_set1_ps(*tokens[i].steps.add(g)));
+                        let scale = _mm512_mul_ps(scale, _mm512_set1_ps((*tokens[i].beside.add(g)).step));
                         sums[k][i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, sums[k][i]);
                     }
                     if layout.biased {
                         let bias = scales(layout.scale, panels[k][2].as_ptr().add(g * beside));
                         for i in 0..T {
-                            sums[k][i] = _mm512_fmadd_ps(bias, _mm512_set1_ps(*tokens[i].sums.add(g)), sums[k][i]);
+                            sums[k][i] =
+                                _mm512_fmadd_ps(bias, _mm512_set1_ps((*tokens[i].beside.add(g)).sum), sums[k][i]);
                         }
                     }
                 }

@@ -5,35 +5,40 @@ use super::{
     Panels,
     layout::{Layout, Order},
 };
-use rayon::prelude::*;
+use crate::kernels::cpu::team::each_chunk_of_two;
 use std::arch::x86_64::*;
 
-/// Tokens from which on several threads round.
+/// Tokens that are worth a task of their own.
 const MANY: usize = 16;
 
 /// Some tokens.
 pub(super) struct Rounded {
     /// For each token: the first bytes of all columns, then the second ones.
     bytes: Vec<i8>,
-    /// For each token and group: what the sum is begun with, so that the weights' zero counts as nothing.
-    offsets: Vec<i32>,
     /// For each token and group.
-    steps: Vec<f32>,
-    /// For each token and group: the sum of the activations, rounded, where weights have biases.
-    sums: Vec<f32>,
+    beside: Vec<Beside>,
     /// Bytes of a plane of one token.
     pitch: usize,
     planes: usize,
     groups: usize,
 }
 
+/// What a group of one token has besides its bytes.
+#[derive(Clone, Copy)]
+pub(super) struct Beside {
+    /// What a sum is begun with, so that the weights' zero counts as nothing.
+    pub(super) offset: i32,
+    /// What a step is worth.
+    pub(super) step: f32,
+    /// The sum of the activations, rounded, which meets the bias.
+    pub(super) sum: f32,
+}
+
 /// One token's.
 #[derive(Clone, Copy)]
 pub(super) struct Token {
     pub(super) bytes: *const i8,
-    pub(super) offsets: *const i32,
-    pub(super) steps: *const f32,
-    pub(super) sums: *const f32,
+    pub(super) beside: *const Beside,
 }
 
 impl Rounded {
@@ -44,27 +49,25 @@ impl Rounded {
         let pitch = cols.next_multiple_of(64);
         let mut all = Self {
             bytes: vec![0; tokens * planes * pitch],
-            offsets: vec![0; tokens * groups],
-            steps: vec![0.0; tokens * groups],
-            sums: vec![0.0; tokens * groups],
+            beside: vec![Beside { offset: 0, step: 0.0, sum: 0.0 }; tokens * groups],
             pitch,
             planes,
             groups,
         };
-        let bytes = all.bytes.par_chunks_exact_mut(planes * pitch);
-        let beside = all.offsets.par_chunks_exact_mut(groups).zip(all.steps.par_chunks_exact_mut(groups));
-        let each = x.par_chunks_exact(cols).zip(bytes).zip(beside.zip(all.sums.par_chunks_exact_mut(groups)));
-        let one = |((x, bytes), ((offsets, steps), sums)): ((&[f32], &mut [i8]), ((&mut [i32], &mut [f32]), &mut [f32]))| {
-            let line = Line { layout, x, offsets, steps, sums };
-            // SAFETY: panels exist only where the machine has the instructions.
-            unsafe {
-                match planes {
-                    1 => line.round::<1>(bytes, pitch),
-                    _ => line.round::<2>(bytes, pitch),
+        let (most, beside) = (MANY * planes * pitch, MANY * groups);
+        each_chunk_of_two((&mut all.bytes, most), (&mut all.beside, beside), |i, bytes, beside| {
+            let tokens = bytes.chunks_exact_mut(planes * pitch).zip(beside.chunks_exact_mut(groups));
+            for ((bytes, beside), x) in tokens.zip(x.chunks_exact(cols).skip(i * MANY)) {
+                let line = Line { layout, x, beside };
+                // SAFETY: panels exist only where the machine has the instructions.
+                unsafe {
+                    match planes {
+                        1 => line.round::<1>(bytes, pitch),
+                        _ => line.round::<2>(bytes, pitch),
+                    }
                 }
             }
-        };
-        each.with_min_len(if tokens < MANY { tokens } else { 1 }).for_each(one);
+        });
         all
     }
 
@@ -72,9 +75,7 @@ impl Rounded {
     pub(super) fn token(&self, t: usize) -> Token {
         Token {
             bytes: self.bytes[t * self.planes * self.pitch..].as_ptr(),
-            offsets: self.offsets[t * self.groups..].as_ptr(),
-            steps: self.steps[t * self.groups..].as_ptr(),
-            sums: self.sums[t * self.groups..].as_ptr(),
+            beside: self.beside[t * self.groups..].as_ptr(),
         }
     }
 
@@ -88,9 +89,7 @@ impl Rounded {
 struct Line<'a> {
     layout: Layout,
     x: &'a [f32],
-    offsets: &'a mut [i32],
-    steps: &'a mut [f32],
-    sums: &'a mut [f32],
+    beside: &'a mut [Beside],
 }
 
 impl Line<'_> {
@@ -101,8 +100,7 @@ impl Line<'_> {
         let absolute = _mm512_set1_epi32(0x7fff_ffff);
         let layout = self.layout;
         let vectors = layout.group / 16;
-        let beside = self.offsets.iter_mut().zip(self.steps).zip(self.sums);
-        for (g, (x, ((offset, step), sum))) in self.x.chunks_exact(layout.group).zip(beside).enumerate() {
+        for (g, (x, beside)) in self.x.chunks_exact(layout.group).zip(self.beside).enumerate() {
             // SAFETY: a group is whole vectors of `x`, and there are as many bytes.
             unsafe {
                 let (mut peaks, mut strays) = (_mm512_setzero_ps(), _mm512_setzero_ps());
@@ -132,10 +130,13 @@ impl Line<'_> {
                     }
                 }
                 let total = _mm512_reduce_add_epi32(total);
-                *offset = total.wrapping_mul(-layout.zero);
-                // Of what is multiplied, not of what was meant: then a rounding counts by the weight, not by its two parts, which are larger.
-                *sum = total as f32 * worth;
-                *step = worth * layout.unit;
+                *beside = Beside {
+                    offset: total.wrapping_mul(-layout.zero),
+                    step: worth * layout.unit,
+                    // Of what is multiplied, not of what was meant: then a rounding counts by the weight, not by its two parts, which are
+                    // larger.
+                    sum: total as f32 * worth,
+                };
             }
         }
         // SAFETY: planes are whole vectors.
