@@ -264,6 +264,7 @@ impl Model {
             rows.extend((ids.len() - wanted..ids.len()).map(|r| r as u32));
             counts.push(wanted);
         }
+        crate::kernels::cpu::begin_step();
         let logits = self.run(inputs, &replayed, ids, rows);
         match logits {
             Ok(mut logits) => {

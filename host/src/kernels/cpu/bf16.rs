@@ -5,6 +5,7 @@
 //! alone, in a batch and on any number of threads.
 
 use super::{
+    ahead,
     matrix::Matrix,
     tasks::{Output, in_tasks},
     team::each_chunk,
@@ -41,6 +42,9 @@ pub(super) fn multiply(m: &Matrix, x: &[f32], out: &mut [f32]) {
         halves.chunks_exact_mut(stride).zip(x.chunks_exact(cols).skip(i * ROUNDED)).for_each(round);
     });
     let [weights, ..] = m.parts();
+    if tokens <= FEW {
+        ahead::pass(weights);
+    }
     let product = Product {
         weights: weights.as_ptr().cast(),
         x: halves.as_ptr(),
@@ -49,6 +53,7 @@ pub(super) fn multiply(m: &Matrix, x: &[f32], out: &mut [f32]) {
         cols,
         stride,
         tokens,
+        ahead: if tokens <= FEW { 8 * cols } else { 0 },
     };
     let abreast = if tokens <= FEW { usize::MAX } else { (CACHED / (2 * cols)).max(8) };
     in_tasks(rows, cols * tokens, 8, abreast, |(): &mut (), range| {
@@ -80,6 +85,8 @@ struct Product {
     /// From one token to the next in `x`.
     stride: usize,
     tokens: usize,
+    /// How many weights further on memory is asked for what comes next; 0 where it is in cache already.
+    ahead: usize,
 }
 
 // SAFETY: read-only memory that outlives the product, and an output of which threads write disjoint rows.
@@ -148,7 +155,12 @@ impl Product {
             let whole = self.cols / LANES * LANES;
             let mut c = 0;
             while c < whole {
-                let weights: [__m512bh; R] = std::array::from_fn(|i| halves(_mm512_loadu_si512(rows[i].add(c).cast())));
+                let weights: [__m512bh; R] = std::array::from_fn(|i| {
+                    let at = rows[i].add(c);
+                    // Rows are too short for the processor to see a stream in them.
+                    _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(self.ahead).cast());
+                    halves(_mm512_loadu_si512(at.cast()))
+                });
                 for k in 0..T {
                     let x = halves(_mm512_loadu_si512(tokens[k].add(c).cast()));
                     for i in 0..R {

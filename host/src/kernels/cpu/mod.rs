@@ -6,6 +6,7 @@
 // Tiles of registers are indexed by constants on several arrays at once.
 #![allow(clippy::needless_range_loop)]
 
+mod ahead;
 pub mod attention;
 #[cfg(target_arch = "x86_64")]
 mod bf16;
@@ -26,6 +27,7 @@ mod team;
 mod tile;
 mod unpack;
 
+pub use ahead::begin_step;
 pub use attention::{Attend, Rows, attend, attend_all};
 pub use dequantize::e8m0_to_f32;
 pub use elementwise::{argmax, gelu_tanh_mul, silu_mul, softmax_rows};

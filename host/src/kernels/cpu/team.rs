@@ -2,6 +2,7 @@
 //! wake one. Here threads watch a gate for a while before they sleep; whoever opens it works along, closes it when nothing is left, and
 //! waits only for those who came in, so a thread that the system keeps away holds nobody up.
 
+use super::ahead::Walk;
 use std::{
     any::Any,
     cell::{Cell, UnsafeCell},
@@ -73,9 +74,10 @@ fn team() -> &'static Team {
             panicked: Mutex::new(None),
             opener: Mutex::new(()),
         }));
-        for sleeper in &team.sleepers {
+        for (i, sleeper) in team.sleepers.iter().enumerate() {
             // A system that gives no more threads leaves more to those that are there.
-            let thread = std::thread::Builder::new().name("dylm kernels".into()).spawn(|| team.watch(sleeper));
+            let thread =
+                std::thread::Builder::new().name("dylm kernels".into()).spawn(move || team.watch(sleeper, i == 0));
             if let Ok(handle) = thread {
                 let _ = sleeper.thread.set(handle.thread().clone());
             }
@@ -85,9 +87,10 @@ fn team() -> &'static Team {
 }
 
 impl Team {
-    fn watch(&self, me: &Sleeper) {
+    /// One thread's life; while it waits, it may walk ahead of the products.
+    fn watch(&self, me: &Sleeper, walks: bool) {
         BUSY.set(true);
-        let (mut seen, mut since) = (0, Instant::now());
+        let (mut seen, mut since, mut walk) = (0, Instant::now(), Walk::default());
         loop {
             for _ in 0..32 {
                 let gate = self.gate.0.load(Ordering::Acquire);
@@ -100,7 +103,9 @@ impl Team {
                         since = Instant::now();
                     }
                 }
-                std::hint::spin_loop();
+                if !walks || !walk.on() {
+                    std::hint::spin_loop();
+                }
             }
             if since.elapsed() > WATCH {
                 me.asleep.store(true, Ordering::SeqCst);

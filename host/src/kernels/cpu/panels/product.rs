@@ -7,6 +7,7 @@ use super::{
     rounded::{Rounded, Token},
 };
 use crate::kernels::cpu::{
+    ahead,
     lanes::Isa,
     tasks::{Output, in_tasks},
 };
@@ -33,6 +34,9 @@ impl Panels {
             x.len(),
             out.len()
         );
+        if tokens <= FEW {
+            ahead::pass(&self.bytes);
+        }
         let rounded = Rounded::new(self, x);
         let product = Product { panels: self, rounded: &rounded, tokens, out: Output(out.as_mut_ptr()) };
         match (self.layout.bits, self.layout.e2m1) {
