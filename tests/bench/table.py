@@ -29,7 +29,8 @@ class Figures:
     """What was measured."""
 
     def __init__(self, machine, programs, left_out):
-        self.machine, self.programs, self.left_out = machine, programs, left_out
+        self.machine, self.left_out = machine, left_out
+        self.versions = {program.name: program.version for program in programs}
         self.rows = {}
         # What a token reads of the weights, by file: dylm tells it.
         self.bytes_a_token = {}
@@ -54,6 +55,9 @@ class Figures:
             row.failure = f"said {figures}"
             return row.failure
         row.samples += figures
+        if "build_commit" in ran.out:
+            # llama-bench tells its version beside its figures alone.
+            self.versions[job.program] = json.loads(ran.out)[0]["build_commit"]
         if row.dylm and job.test == "decode":
             self.learn_bytes(job, ran)
         return f"{statistics.median(figures):.4g} {UNITS.get(job.test, 'tokens/s')}"
@@ -123,8 +127,7 @@ class Figures:
                 told[key] = ratio and ratio[0]
                 told[key + "_which"] = ratio and f"{ratio[1].job.program} {ratio[1].job.label}"
             rows.append(told)
-        versions = {program.name: program.version for program in self.programs}
-        return {"machine": self.machine.facts(), "programs": versions, "left_out": self.left_out, "rows": rows}
+        return {"machine": self.machine.facts(), "programs": self.versions, "left_out": self.left_out, "rows": rows}
 
 
 def report(figures):
@@ -133,7 +136,7 @@ def report(figures):
     out = [
         f"{facts['cpu']}, {facts['cpus']} CPUs ({facts['threads']} threads), {facts['memory_bytes'] / (1 << 30):.0f} GiB, "
         f"{facts['system']}; {facts['started']}, load {facts['load_at_start']:.1f}",
-        "; ".join(f"{program.name} {program.version}".strip() for program in figures.programs),
+        "; ".join(version if version.startswith(name) else f"{name} {version}" for name, version in figures.versions.items()),
     ]
     bandwidth = facts["bandwidth_gb_per_s"]
     if bandwidth:
@@ -142,10 +145,11 @@ def report(figures):
     out += [f"left out: {line}" for line in figures.left_out]
     out += [
         "",
-        f"Medians of {facts['reps']} repetitions, interleaved, of {facts['trials']} trials each, and the lowest and highest. x: how many "
-        "times better dylm is than the best peer with as many bits a weight, and with any. load: the average over the minute before; "
-        "others: CPUs that other work took meanwhile, at most.",
+        f"Medians over all repetitions ({facts['reps']}, interleaved) and trials (mostly {facts['trials']} each), and the lowest and highest. "
+        "x: how many times better dylm is than the best peer with as many bits a weight, and with any. load: the average over the minute "
+        "before; others: CPUs that other work took meanwhile, at most.",
     ]
+    out += summary(figures)
     for (model, test), rows in figures.groups().items():
         out += ["", f"## {model}: {test}, {UNITS.get(test, 'tokens/s')}", ""]
         out += table(figures, test, rows, bandwidth)
@@ -186,6 +190,27 @@ def table(figures, test, rows, bandwidth):
         body.append(cells)
         if row.failure and row.samples:
             body[-1][head.index("lowest-highest")] += f"; once {row.failure}"
+    return lined_up(head, body)
+
+
+def summary(figures):
+    """dylm's best file against the best peer, for every model, test and number of bits; nothing where there are no peers."""
+    best = {}
+    for row in figures.rows.values():
+        key = (row.job.model, row.job.title(), row.job.bits)
+        if figures.ratio(row) and (key not in best or row.better_by(best[key]) > 1):
+            best[key] = row
+    body = []
+    for (model, title, bits), row in best.items():
+        times, peer = figures.ratio(row)
+        ours, theirs = f"{row.job.label} {shown(row.median())}", f"{peer.job.program} {peer.job.label} {shown(peer.median())}"
+        body.append([model, title, str(bits), ours, theirs, f"{times:.2f}"])
+    head = ["model", "test", "bits", "dylm's best", "best peer", "x"]
+    return ["", "## dylm's best beside the best peer", "", *lined_up(head, body)] if body else []
+
+
+def lined_up(head, body):
+    """A table in Markdown that can be read as it is."""
     widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
     lines = [" | ".join(cell.ljust(width) for cell, width in zip(line, widths)) for line in [head, *body]]
     lines.insert(1, "-|-".join("-" * width for width in widths))
