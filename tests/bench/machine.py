@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -16,37 +17,54 @@ from collections import namedtuple
 Ran = namedtuple("Ran", "code out err seconds peak others load")
 
 
-def run(command, env, limit):
-    """Runs a command to its end, with nothing to read and its output kept."""
-    load, busy, started = os.getloadavg()[0], busy_seconds(), time.monotonic()
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+def run(command, env, limit, under=()):
+    """Runs a command to its end, with nothing to read and its output kept; `under` a wrapper, whose own time is not the command's."""
+    load, busy = os.getloadavg()[0], busy_seconds()
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, tempfile.NamedTemporaryFile() as told:
+        whole = [*under, sys.executable, os.path.abspath(__file__), told.name, *command] if under else command
+        started = time.monotonic()
         try:
-            child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env={**os.environ, **env})
+            child = subprocess.Popen(whole, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env={**os.environ, **env})
         except OSError as e:
             return Ran(127, "", str(e), 0.0, 0, 0.0, load)
         late = threading.Event()
-        watch = threading.Timer(limit, lambda: (late.set(), child.kill()))
-        watch.start()
+        # A wrapper is to end what it runs.
+        watches = [threading.Timer(limit, lambda: (late.set(), child.terminate())), threading.Timer(limit + 10, child.kill)]
+        for watch in watches:
+            watch.start()
         try:
-            # wait4 tells the peak of this very process; the seconds end where it does.
-            _, status, usage = os.wait4(child.pid, 0)
+            code, seconds, peak, own = ended(child, started)
         except BaseException:
-            child.kill()
+            child.terminate()
             raise
         finally:
-            watch.cancel()
-        seconds = time.monotonic() - started
-        child.returncode = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+            for watch in watches:
+                watch.cancel()
         others = 0.0
         if busy is not None and seconds > 0:
-            others = max(0.0, (busy_seconds() - busy - usage.ru_utime - usage.ru_stime) / seconds)
+            others = max(0.0, (busy_seconds() - busy - own) / seconds)
         texts = []
         for file in (out, err):
             file.seek(0)
             texts.append(file.read().decode("utf-8", "replace"))
+        if under:
+            try:
+                code, seconds, peak, _ = json.load(told)
+            except ValueError:
+                # The wrapper never came to run it.
+                code = code or 1
+    return Ran(None if late.is_set() else code, *texts, seconds, peak, others, load)
+
+
+def ended(child, started):
+    """(code, seconds, peak bytes, CPU seconds) of a process, once it has ended."""
+    # wait4 tells the peak of this very process; the seconds end where it does.
+    _, status, usage = os.wait4(child.pid, 0)
+    seconds = time.monotonic() - started
+    child.returncode = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
     # macOS counts bytes, where other systems count KiB.
     peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return Ran(None if late.is_set() else child.returncode, *texts, seconds, peak, others, load)
+    return child.returncode, seconds, peak, usage.ru_utime + usage.ru_stime
 
 
 def busy_seconds():
@@ -69,7 +87,8 @@ class Machine:
         self.started = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
 
     def measure(self):
-        ran = run([self.dylm, "bench", "--bandwidth", "--json"], {"RAYON_NUM_THREADS": str(self.chosen.threads)}, 120)
+        threads = {"RAYON_NUM_THREADS": str(self.chosen.threads)}
+        ran = run([self.dylm, "bench", "--bandwidth", "--json"], threads, 120, self.chosen.under)
         try:
             self.bandwidths.append(json.loads(ran.out)["bandwidth"]["gb_per_s"])
         except (ValueError, KeyError, TypeError):
@@ -95,3 +114,18 @@ class Machine:
             "reps": self.chosen.reps, "trials": self.chosen.trials,
             "bandwidth_gb_per_s": self.bandwidth(), "bandwidths_gb_per_s": self.bandwidths,
         }
+
+
+def main():
+    """machine.py FILE COMMAND..: runs the command and writes how it went into the file; the inner end of a wrapper."""
+    started = time.monotonic()
+    child = subprocess.Popen(sys.argv[2:])
+    signal.signal(signal.SIGTERM, lambda *_: child.kill())
+    told = ended(child, started)
+    with open(sys.argv[1], "w") as file:
+        json.dump(told, file)
+    return told[0] if told[0] >= 0 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

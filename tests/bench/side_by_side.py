@@ -20,6 +20,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 
@@ -58,6 +59,7 @@ def arguments():
     add("--dylm", default=env("DYLM") or (built if os.access(built, os.X_OK) else "dylm"), help="[$DYLM, target/release/dylm, dylm]")
     add("--llama-bin", default=env("LLAMA_BIN"), metavar="DIR", help="where llama-bench and its like are [$LLAMA_BIN, PATH]")
     add("--python", default=env("PEERS_PYTHON") or "python3", help="has transformers, mlx-lm [$PEERS_PYTHON, python3]")
+    add("--under", type=shlex.split, default=[], metavar="COMMAND", help="runs every command, like 'taskset -c 0,1' or 'nice -n -5'")
     add("--limit", type=int, default=900, metavar="SECONDS", help="after which a program is stopped [%(default)s]")
     add("--only", type=re.compile, default="", metavar="REGEX", help="of lines like 'NAME 4-bit decode llama.cpp Q4_0' these")
     add("--list", action="store_true", help="print the commands and run none")
@@ -113,7 +115,7 @@ def main():
                     done += 1
                     job.prepare()
                     for _ in range(job.runs):
-                        ran = run(job.command, job.env, chosen.limit)
+                        ran = run(job.command, job.env, chosen.limit, chosen.under)
                         said = figures.add(job, ran)
                     print(f"[{done}/{total}] {job.line()}: {said}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:

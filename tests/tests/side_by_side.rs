@@ -93,7 +93,7 @@ fn a_peer_beside_it_gives_ratios_and_what_fails_is_told() {
     assert!((ours["times_best_peer"].as_f64().unwrap() / ratio - 1.0).abs() < 1e-9);
     assert!(row("dylm", "BF16").unwrap()["failure"].as_str().unwrap().starts_with("ended with 1: error: "));
 
-    let output = side_by_side(&model, &peers, &["--tests", "decode", "--only", "f32|llama"]);
+    let output = side_by_side(&model, &peers, &["--tests", "decode", "--only", "f32|llama", "--under", "env A=b"]);
     let table = String::from_utf8_lossy(&output.stdout);
     assert_eq!(output.status.code(), Some(0), "{table}");
     let line = table.lines().find(|line| line.contains("| dylm ")).unwrap();
