@@ -74,6 +74,11 @@ impl Matrix {
         Ok(Self { order: Some(order.into()), ..self })
     }
 
+    /// Which column is stored at each place, unless they are stored as they are counted.
+    pub fn column_order(&self) -> Option<&[u32]> {
+        self.order.as_deref()
+    }
+
     /// How it is packed.
     pub fn format(&self) -> Format {
         self.format
