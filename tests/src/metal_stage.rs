@@ -50,7 +50,7 @@ fn compile(kernels: &[Kernel], folder: &Path, name: &str) -> Result<PathBuf, Str
     fs::write(&source, text).map_err(|e| format!("{}: {e}", source.display()))?;
     let mut compiler = Command::new(compiler());
     // What C++ leaves undefined ends the program: an address that is no multiple of its type's size, a shift that is too far.
-    compiler.args(["-std=c++17", "-O1", "-fno-strict-aliasing", "-fsanitize=undefined"]);
+    compiler.args(["-std=c++17", "-O0", "-fno-strict-aliasing", "-fsanitize=undefined"]);
     compiler.arg("-fsanitize-undefined-trap-on-error").args(["-Wall", "-Wextra", "-Werror"]);
     compiler.args(["-Wno-unused-parameter", "-Wno-attributes", "-Wno-unknown-attributes", "-Wno-unused-function"]);
     compiler.args(["-Wno-unused-const-variable", "-Wno-sign-compare", "-Wno-unknown-pragmas"]);
@@ -74,7 +74,13 @@ impl Program {
     }
 
     /// The bytes of the outputs.
-    fn play(&mut self, launch: &Launch, inputs: &[Vec<u8>], outputs: &[usize], backwards: bool) -> Result<Vec<Vec<u8>>, String> {
+    fn play(
+        &mut self,
+        launch: &Launch,
+        inputs: &[Vec<u8>],
+        outputs: &[usize],
+        backwards: bool,
+    ) -> Result<Vec<Vec<u8>>, String> {
         let mut call = Vec::new();
         let length = |call: &mut Vec<u8>, n: usize| call.extend((n as u64).to_le_bytes());
         let piece = |call: &mut Vec<u8>, bytes: &[u8]| {
@@ -118,7 +124,10 @@ impl Program {
         if let Some(stderr) = self.child.stderr.as_mut() {
             let _ = stderr.read_to_string(&mut words);
         }
-        format!("{launch:?} ended with {status:?} ({e}): {}; SIGSEGV is memory it does not have, SIGILL what C++ leaves undefined", words.trim())
+        format!(
+            "{launch:?} ended with {status:?} ({e}): {}; SIGSEGV is memory it does not have, SIGILL what C++ leaves undefined",
+            words.trim()
+        )
     }
 }
 
@@ -157,7 +166,10 @@ impl Stage {
                     scope.spawn(move || compile(&kernels, folder, &name))
                 };
                 let threads: Vec<_> = pair.iter().enumerate().map(compile).collect();
-                threads.into_iter().map(|t| t.join().unwrap_or_else(|_| Err("a thread died".into()))).collect::<Vec<_>>()
+                threads
+                    .into_iter()
+                    .map(|t| t.join().unwrap_or_else(|_| Err("a thread died".into())))
+                    .collect::<Vec<_>>()
             });
             for (kernels, file) in pair.iter().zip(files) {
                 self.of_kernel.extend(kernels.iter().map(|k| (k.clone(), self.programs.len())));
@@ -186,9 +198,16 @@ pub fn learn<'a>(kernels: impl IntoIterator<Item = &'a Kernel>) {
     stage.get_or_insert_default().learn(kernels).unwrap_or_else(|e| panic!("{e}"));
 }
 
+/// The makers of all kernels that this process has compiled.
+pub fn learned() -> HashSet<&'static str> {
+    let stage = STAGE.lock().unwrap_or_else(PoisonError::into_inner);
+    stage.iter().flat_map(|stage| stage.of_kernel.keys()).map(|kernel| kernel.maker).collect()
+}
+
 /// Plays a launch: the bytes of the inputs and the sizes of the outputs -> the bytes of the outputs.
 pub fn play(launch: &Launch, inputs: &[Vec<u8>], outputs: &[usize]) -> Result<Vec<Vec<u8>>, String> {
-    let program = STAGE.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_default().program(&launch.kernel)?;
+    let program =
+        STAGE.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_default().program(&launch.kernel)?;
     let mut program = program.lock().unwrap_or_else(PoisonError::into_inner);
     let forwards = program.play(launch, inputs, outputs, false)?;
     match program.play(launch, inputs, outputs, true)? == forwards {

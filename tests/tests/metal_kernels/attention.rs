@@ -13,7 +13,15 @@ fn positions(of: &Attention, given: &[u32]) -> Vec<u32> {
 }
 
 /// Scores, softmax, sum; in f64.
-fn expected(of: &Attention, q: &[f32], k: &[f32], v: &[f32], positions: &[u32], slopes: &[f32], sinks: &[f32]) -> Vec<f64> {
+fn expected(
+    of: &Attention,
+    q: &[f32],
+    k: &[f32],
+    v: &[f32],
+    positions: &[u32],
+    slopes: &[f32],
+    sinks: &[f32],
+) -> Vec<f64> {
     let Attention { tokens, heads, kv_heads, entries, d, e, .. } = *of;
     let mut out = Vec::new();
     for token in 0..tokens {
@@ -61,7 +69,8 @@ fn join(of: &Attention, sums: &[f64], stretches: usize, sinks: &[f32]) -> Vec<f6
         let sink = of.sinks.then(|| f64::from(sinks[row % of.heads]));
         let parts: Vec<&[f64]> = sums.chunks(2 + of.e).collect();
         let most = parts.iter().map(|p| p[0]).chain(sink).fold(f64::NEG_INFINITY, f64::max);
-        let mass: f64 = parts.iter().map(|p| p[1] * (p[0] - most).exp()).sum::<f64>() + sink.map_or(0.0, |s| (s - most).exp());
+        let mass: f64 =
+            parts.iter().map(|p| p[1] * (p[0] - most).exp()).sum::<f64>() + sink.map_or(0.0, |s| (s - most).exp());
         for lane in 0..of.e {
             let sum: f64 = parts.iter().map(|p| p[2 + lane] * (p[0] - most).exp()).sum();
             out.push(sum / mass);
@@ -122,7 +131,8 @@ fn few_queries_over_a_long_cache_give_the_softmax_over_what_they_see() {
         first.push((of, dtype, launch, vec![q_tensor, k_tensor, v_tensor, at, slopes_tensor], sinks_tensor, whole));
 
         let (sums, _) = dice.tensor(&[tokens, heads, stretches, 2 + e], DType::F32);
-        let sums: Vec<f32> = sums.iter().enumerate().map(|(i, &x)| if i % (2 + e) == 1 { x.abs() + 0.1 } else { x }).collect();
+        let sums: Vec<f32> =
+            sums.iter().enumerate().map(|(i, &x)| if i % (2 + e) == 1 { x.abs() + 0.1 } else { x }).collect();
         let exact: Vec<f64> = sums.iter().map(|&x| f64::from(x)).collect();
         let inputs = [&tensor(&sums, &[tokens, heads, stretches, 2 + e]), &tensor(&sinks, &[heads])];
         let y = (join(&of, &exact, stretches, &sinks), 1.0);

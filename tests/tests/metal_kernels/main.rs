@@ -89,7 +89,12 @@ struct Case {
 }
 
 impl Case {
-    fn new(what: impl Into<String>, launch: Option<Launch>, inputs: &[&Tensor], expected: Vec<(Vec<f64>, f64)>) -> Case {
+    fn new(
+        what: impl Into<String>,
+        launch: Option<Launch>,
+        inputs: &[&Tensor],
+        expected: Vec<(Vec<f64>, f64)>,
+    ) -> Case {
         let what = what.into();
         let Some(launch) = launch else { panic!("{what}: there is no kernel for it") };
         assert_eq!(launch.outputs.len(), expected.len(), "{what}");
@@ -101,7 +106,8 @@ impl Case {
         let outputs = device::run(&self.launch, &inputs.iter().collect::<Vec<_>>());
         let outputs = outputs.unwrap_or_else(|e| panic!("{}: {e}", self.what));
         assert_eq!(outputs.len(), self.expected.len(), "{}", self.what);
-        for ((output, (expected, terms)), (dims, dtype)) in outputs.iter().zip(&self.expected).zip(&self.launch.outputs) {
+        for ((output, (expected, terms)), (dims, dtype)) in outputs.iter().zip(&self.expected).zip(&self.launch.outputs)
+        {
             assert_eq!((output.dims(), output.dtype()), (dims.as_slice(), *dtype), "{}", self.what);
             let found = floats(output);
             assert_eq!(found.len(), expected.len(), "{}", self.what);

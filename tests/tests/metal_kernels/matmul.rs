@@ -62,7 +62,11 @@ fn formats() -> Vec<(Format, usize)> {
         formats.push((affine(bits, 128, scales[(i + 2) % 3]), 3 * 128));
     }
     formats.extend([(Format::Mxfp4, 96), (Format::Mxfp8, 288), (Format::Nvfp4, 272), (Format::Nvfp4Scaled, 48)]);
-    formats.extend([(Format::Fp8 { block: 128 }, 301), (Format::Fp8 { block: 20 }, 77), (Format::Fp8 { block: 64 }, 7)]);
+    formats.extend([
+        (Format::Fp8 { block: 128 }, 301),
+        (Format::Fp8 { block: 20 }, 77),
+        (Format::Fp8 { block: 64 }, 7),
+    ]);
     formats.extend([Format::Q4_0, Format::Q4_1, Format::Q5_0, Format::Q5_1, Format::Q8_0].map(|f| (f, 9 * 32)));
     formats.extend([Format::Q2K, Format::Q3K, Format::Q4K, Format::Q5K, Format::Q6K].map(|f| (f, 3 * 256)));
     formats

@@ -30,17 +30,17 @@ fn falling(numbers: Vec<f32>) -> Vec<f32> {
 }
 
 fn outcome(out: &[f32], state: &[f32]) -> Vec<(Vec<f64>, f64)> {
-    [out, state].map(|x| {
-        let largest = x.iter().fold(1.0f32, |most, x| most.max(x.abs()));
-        (x.iter().map(|&x| f64::from(x)).collect(), f64::from(largest) * 4.0)
-    }).into()
+    [out, state]
+        .map(|x| {
+            let largest = x.iter().fold(1.0f32, |most, x| most.max(x.abs()));
+            (x.iter().map(|&x| f64::from(x)).collect(), f64::from(largest) * 4.0)
+        })
+        .into()
 }
 
 /// Keys of 5 lanes and of 70, which two threads and more have between them; values that fill no group.
-const SHAPES: [Shape; 2] = [
-    Shape { tokens: 4, heads: 6, k_heads: 3, d: 5, e: 9 },
-    Shape { tokens: 3, heads: 2, k_heads: 2, d: 70, e: 6 },
-];
+const SHAPES: [Shape; 2] =
+    [Shape { tokens: 4, heads: 6, k_heads: 3, d: 5, e: 9 }, Shape { tokens: 3, heads: 2, k_heads: 2, d: 70, e: 6 }];
 
 #[test]
 fn states_from_keys_to_values_go_on_as_on_the_cpu() {

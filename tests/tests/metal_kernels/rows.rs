@@ -19,7 +19,9 @@ fn norms_of_rows_of_any_length_are_their_formulas() {
         let mut dice = Dice(5);
         let mut cases = Vec::new();
         for (i, dim) in [1, 5, 64, 255, 576, 1030].into_iter().enumerate() {
-            for (centred, weight, bias) in [(false, true, false), (true, true, true), (false, false, false), (true, false, true)] {
+            for (centred, weight, bias) in
+                [(false, true, false), (true, true, true), (false, false, false), (true, false, true)]
+            {
                 let (x, x_tensor) = dice.tensor(&[3, dim], TYPES[i % 3]);
                 let (w, w_tensor) = dice.tensor(&[dim], DType::F32);
                 let (b, b_tensor) = dice.tensor(&[dim], DType::F32);
@@ -34,7 +36,12 @@ fn norms_of_rows_of_any_length_are_their_formulas() {
                 }
                 let how = Norm { centred, weight, bias, eps: 1e-3 };
                 let launch = how.launch(&[3, dim], TYPES[i % 3]);
-                cases.push(Case::new(format!("{how:?} of {dim}"), launch, &[&x_tensor, &w_tensor, &b_tensor], vec![(y, 4.0)]));
+                cases.push(Case::new(
+                    format!("{how:?} of {dim}"),
+                    launch,
+                    &[&x_tensor, &w_tensor, &b_tensor],
+                    vec![(y, 4.0)],
+                ));
             }
         }
         cases
@@ -59,7 +66,8 @@ fn lanes_turn_in_every_way_and_the_others_stay() {
                 for pair in 0..pairs {
                     let (a, b) = if neighbours { (2 * pair, 2 * pair + 1) } else { (pair, pair + pairs) };
                     let (a, b) = (first + a, first + b);
-                    let (c, s) = (f64::from(turns[pair]), f64::from(turns[pairs + pair]) * if back { -1.0 } else { 1.0 });
+                    let (c, s) =
+                        (f64::from(turns[pair]), f64::from(turns[pairs + pair]) * if back { -1.0 } else { 1.0 });
                     (y[a], y[b]) = (y[a] * c - y[b] * s, y[b] * c + y[a] * s);
                 }
             }

@@ -51,7 +51,12 @@ impl Kernel {
     /// The name of the function.
     pub fn entry(&self) -> String {
         let word = |c: char| if c.is_ascii_alphanumeric() { c } else { '_' };
-        [&["dylm".to_owned(), self.maker.to_lowercase()], self.of.as_slice()].concat().join("_").chars().map(word).collect()
+        [&["dylm".to_owned(), self.maker.to_lowercase()], self.of.as_slice()]
+            .concat()
+            .join("_")
+            .chars()
+            .map(word)
+            .collect()
     }
 
     /// A program in Metal's language that has this kernel alone.

@@ -2,9 +2,7 @@
 //! wait for what.
 
 use super::launch::{Kernel, Launch};
-use candle_core::{
-    MetalDevice, MetalError, MetalStorage, Result, Storage, Tensor, backend::BackendStorage, bail,
-};
+use candle_core::{MetalDevice, MetalError, MetalStorage, Result, Storage, Tensor, backend::BackendStorage, bail};
 use candle_metal_kernels::metal::{ComputeCommandEncoder, ComputePipeline};
 use objc2_metal::MTLSize;
 use std::{

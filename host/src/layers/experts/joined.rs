@@ -66,7 +66,8 @@ impl Joined {
             },
             _ => return Ok(None),
         };
-        let (up, down) = (Projection::new(experts.iter().map(|e| &e.up))?, Projection::new(experts.iter().map(|e| &e.down))?);
+        let (up, down) =
+            (Projection::new(experts.iter().map(|e| &e.up))?, Projection::new(experts.iter().map(|e| &e.down))?);
         Ok(up.zip(down).map(|(up, down)| Joined { gate, up, down, experts: experts.len() }))
     }
 
