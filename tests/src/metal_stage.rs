@@ -2,7 +2,11 @@
 //! runs launches that come through a pipe. Every launch is played twice, its threads once forwards and once backwards: a kernel that
 //! forgets a barrier gives something else then.
 
-use dylm::kernels::metal::launch::{Kernel, Launch, program};
+use candle_core::DType;
+use dylm::{
+    device::{DeviceChoice, DtypeChoice, Placement},
+    kernels::metal::launch::{Kernel, Launch, program},
+};
 use std::{
     collections::{HashMap, HashSet},
     env, fs,
@@ -19,9 +23,27 @@ fn compiler() -> String {
     env::var("CXX").unwrap_or_else(|_| "c++".into())
 }
 
-/// Whether kernels can be played here; where they cannot it says that a test is skipped.
-pub fn can() -> bool {
-    if !cfg!(all(unix, not(target_os = "macos"))) {
+/// Where kernels run: on macOS the GPU, elsewhere the stage, on the CPU by candle's ops. None if they cannot, and it says that a test is
+/// skipped; with `METAL=required` it fails.
+///
+/// # Panics
+/// If they must run and cannot.
+pub fn device() -> Option<DeviceChoice> {
+    let device = match cfg!(target_os = "macos") {
+        true => gpu().then_some(DeviceChoice::Metal),
+        false => can().then_some(DeviceChoice::CpuByCandle),
+    };
+    assert!(device.is_some() || env::var_os("METAL").is_none(), "Metal kernels must run, and cannot");
+    device
+}
+
+fn gpu() -> bool {
+    let opened = Placement::new(DeviceChoice::Metal, DtypeChoice::Float32, DType::F32);
+    opened.map_err(|e| eprintln!("SKIPPED: there is no GPU: {e}")).is_ok()
+}
+
+fn can() -> bool {
+    if !cfg!(unix) {
         eprintln!("SKIPPED: Metal kernels are not played on this system");
         return false;
     }

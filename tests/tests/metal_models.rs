@@ -20,20 +20,6 @@ use tests::{
     tiny::{self, Expected, TensorSpec},
 };
 
-/// Whether the kernels can run, and where.
-fn device() -> Option<DeviceChoice> {
-    if cfg!(target_os = "macos") {
-        return match candle_core::Device::new_metal(0) {
-            Ok(_) => Some(DeviceChoice::Metal),
-            Err(e) => {
-                eprintln!("SKIPPED: there is no Metal device: {e}");
-                None
-            }
-        };
-    }
-    metal_stage::can().then_some(DeviceChoice::CpuByCandle)
-}
-
 fn bytes(tensor: &TensorSpec, values: &[f32]) -> Vec<Tensor> {
     let bytes = values.iter().flat_map(|x| x.to_le_bytes()).collect();
     vec![Tensor { name: tensor.name.clone(), dtype: Dtype::F32, shape: tensor.shape.clone(), bytes }]
@@ -102,7 +88,7 @@ fn logits(folder: &Path, device: DeviceChoice, expected: &Expected) -> Vec<Vec<f
 }
 
 fn hold(name: &str, format: Option<Format>) {
-    let Some(device) = device() else { return };
+    let Some(device) = metal_stage::device() else { return };
     let (entry, folder) = (tiny::fixtures().join(name), tempfile::tempdir().unwrap());
     let count = checkpoint(&entry, format, folder.path());
     assert!(format.is_none() || count > 3, "{name}: {format:?} packs {count} tensors");
@@ -128,7 +114,7 @@ const OF_ALL: [&str; 5] = ["NORM", "ROTATE", "GATE", "ATTEND", "JOIN"];
 
 /// Lest a model that goes around the kernels passes.
 fn all_ran(makers: &[&str]) {
-    if device() == Some(DeviceChoice::CpuByCandle) {
+    if metal_stage::device() == Some(DeviceChoice::CpuByCandle) {
         let learned = metal_stage::learned();
         let missing: Vec<_> = makers.iter().filter(|maker| !learned.contains(*maker)).collect();
         assert!(missing.is_empty(), "{missing:?} have not run, {learned:?} have");

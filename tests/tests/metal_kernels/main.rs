@@ -7,22 +7,19 @@ mod recurrence;
 mod rows;
 
 use candle_core::{DType, Device, Tensor};
-use dylm::kernels::metal::{device, launch::Launch};
+use dylm::{
+    device::{DeviceChoice, DtypeChoice, Placement},
+    kernels::metal::{device, launch::Launch},
+};
 use tests::metal_stage;
 
-/// Where the kernels run; none if they cannot, which is said.
+/// Where the kernels run; none if they cannot, which was said.
 fn stage() -> Option<Device> {
-    if cfg!(target_os = "macos") {
-        let device = Device::new_metal(0);
-        if let Err(e) = &device {
-            eprintln!("SKIPPED: there is no Metal device: {e}");
-        }
-        return device.ok();
-    }
-    metal_stage::can().then(|| {
+    let choice = metal_stage::device()?;
+    if choice == DeviceChoice::CpuByCandle {
         let _ = device::PLAYER.set(metal_stage::play);
-        Device::Cpu
-    })
+    }
+    Some(Placement::new(choice, DtypeChoice::Float32, DType::F32).unwrap().device)
 }
 
 /// Numbers that look random, between -1 and 1.
