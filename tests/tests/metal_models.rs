@@ -140,6 +140,15 @@ fn packed_experts_and_heads_give_the_cpu_s_logits_and_stay_packed() {
 }
 
 #[test]
+fn recurrences_give_the_cpu_s_logits_and_their_states_stay_on_the_device() {
+    // Gated delta rule and convolution, Mamba 1 and 2, linear attention, RG-LRU, RWKV 7.
+    for name in ["qwen3_next", "falcon_mamba", "mamba2", "bailing_moe_linear", "recurrent_gemma", "rwkv7"] {
+        hold(name, None);
+    }
+    all_ran(&["CONV", "SCAN", "RECUR", "RG_LRU"]);
+}
+
+#[test]
 fn softcaps_windows_slopes_and_layer_norms_give_the_cpu_s_logits() {
     for name in ["gemma2", "cohere2", "bloom", "gpt_neox"] {
         hold(name, None);

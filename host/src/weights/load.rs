@@ -84,7 +84,7 @@ impl Loader<'_> {
             }
             Wanted::Conv1d { weight, bias, channels, .. } => {
                 let bias = bias.as_ref().map(|b| self.pantry.floats(b)).transpose()?;
-                Layer::Conv1d(Conv1d::new(&self.pantry.floats(weight)?, bias, *channels))
+                Layer::Conv1d(Conv1d::new(&self.pantry.floats(weight)?, bias, *channels).on(self.place, *channels)?)
             }
             Wanted::Parameter { source, dims } => {
                 Layer::Parameter(self.tensor(source, self.place.activations())?.reshape(dims.as_slice())?)
