@@ -72,7 +72,7 @@ fn compile(kernels: &[Kernel], folder: &Path, name: &str) -> Result<PathBuf, Str
     fs::write(&source, text).map_err(|e| format!("{}: {e}", source.display()))?;
     let mut compiler = Command::new(compiler());
     // What C++ leaves undefined ends the program: an address that is no multiple of its type's size, a shift that is too far.
-    compiler.args(["-std=c++17", "-O0", "-fno-strict-aliasing", "-fsanitize=undefined"]);
+    compiler.args(["-std=c++17", "-O0", "-fsigned-char", "-fno-strict-aliasing", "-fsanitize=undefined"]);
     compiler.arg("-fsanitize-undefined-trap-on-error").args(["-Wall", "-Wextra", "-Werror"]);
     compiler.args(["-Wno-unused-parameter", "-Wno-attributes", "-Wno-unknown-attributes", "-Wno-unused-function"]);
     compiler.args(["-Wno-unused-const-variable", "-Wno-sign-compare", "-Wno-unknown-pragmas"]);

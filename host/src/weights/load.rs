@@ -74,7 +74,7 @@ impl Loader<'_> {
                 };
                 let join = |((gate, up), down)| Expert { gate, up, down };
                 let experts: Vec<Expert> = gate.into_iter().zip(up).zip(down).map(join).collect();
-                let joined = (!self.place.native).then(|| Joined::new(&experts)).transpose()?.flatten();
+                let joined = (!self.place.native).then(|| Joined::new(&experts, *kind)).transpose()?.flatten();
                 Layer::Experts(Experts { experts, kind: *kind, native: self.place.native, joined })
             }
             Wanted::MultiLinear { weight, bias, heads, inputs, outputs } => {

@@ -2,9 +2,15 @@
 
 use super::{Case, Dice, check};
 use candle_core::{DType, Device, Tensor};
-use dylm::kernels::{
-    cpu::{Float, Format, Matrix},
-    metal::matmul::{Choice, Shape},
+use dylm::{
+    device::Placement,
+    kernels::{
+        cpu::{Float, Format, Matrix},
+        metal::{
+            Packed,
+            matmul::{Choice, Shape},
+        },
+    },
 };
 
 /// A matrix of random bits; those of scales are made sound.
@@ -184,4 +190,39 @@ fn rows_by_number_are_the_rows_and_chosen_experts_give_their_products() {
         }
         cases
     });
+}
+
+#[test]
+fn columns_in_another_order_and_some_of_the_rows_give_what_they_stand_for() {
+    let Some(device) = super::stage() else { return };
+    let (mut dice, format) = (Dice(12), Format::Affine { bits: 4, group: 32, scales: Float::F32 });
+    let (rows, cols) = (12, 96);
+    let order: Vec<u32> = (0..cols as u32).map(|i| i * 35 % cols as u32).collect();
+    let m = matrix(&mut dice, format, rows, cols).with_column_order(order).unwrap();
+    let place = Placement { device: device.clone(), dtype: DType::F32, native: false };
+    let packed = Packed::place(&m, &place).unwrap().unwrap();
+    let part = packed.slice_rows(4..9).unwrap();
+    assert!(packed.slice_rows(4..13).is_none());
+    let halves = [packed.slice_rows(0..6).unwrap(), packed.slice_rows(6..12).unwrap()];
+    assert_eq!(Packed::joined(&halves).map(|whole| whole.rows()), Some(12));
+    assert!(Packed::joined(halves.iter().rev()).is_none());
+    let mut numbers = vec![0.0; rows * cols];
+    m.dequantize_rows(0..rows, &mut numbers);
+    let near = |what: &str, found: &Tensor, exact: Vec<f64>| {
+        let found = super::floats(found);
+        assert_eq!(found.len(), exact.len());
+        for (a, b) in found.iter().zip(exact) {
+            assert!((f64::from(*a) - b).abs() < 1e-4, "{what}: {a} is not {b}");
+        }
+    };
+    for tokens in [3, 10] {
+        let (x, x_tensor) = dice.tensor(&[tokens, cols], DType::F32);
+        let dot = |x: &[f32], row: &[f32]| x.iter().zip(row).map(|(&x, &w)| f64::from(x) * f64::from(w)).sum::<f64>();
+        let exact = x.chunks(cols).flat_map(|x| numbers.chunks(cols).skip(4).take(5).map(move |row| dot(x, row)));
+        near("product", &part.matmul(&x_tensor.to_device(&device).unwrap()).unwrap(), exact.collect());
+    }
+    let ids = Tensor::new(&[2u32, 0], &device).unwrap();
+    let exact =
+        [6, 4].into_iter().flat_map(|row: usize| numbers[row * cols..(row + 1) * cols].iter().map(|&w| f64::from(w)));
+    near("rows", &part.gather(&ids).unwrap(), exact.collect());
 }

@@ -100,8 +100,8 @@ inline void attend(device const T *q, device const T *keys, device const T *valu
 // The stretches' sums as one softmax, which a sink may join: out [tokens, heads, width]. A query that sees nothing gives 0.
 // Grid: heads, tokens; 256 threads.
 template <typename T>
-inline void join(device const float *partial, device const float *sinks, device T *out, constant Attend &n, uint width,
-                 uint3 group, uint at) {
+inline void join_stretches(device const float *partial, device const float *sinks, device T *out, constant Attend &n, uint width,
+                           uint3 group, uint at) {
     const ulong row = ulong(group.y) * n.heads + group.x;
     device const float *from = partial + row * n.stretches * (2 + width);
     float highest = n.has_sinks != 0 ? sinks[group.x] : LOWEST;
@@ -121,5 +121,5 @@ inline void join(device const float *partial, device const float *sinks, device 
                      device T *out [[buffer(2)]], constant Attend &n [[buffer(3)]], \
                      threadgroup float *shared SHARED, uint3 group [[threadgroup_position_in_grid]], \
                      uint at [[thread_index_in_threadgroup]]) { \
-        join<T>(partial, sinks, out, n, E, group, at); \
+        join_stretches<T>(partial, sinks, out, n, E, group, at); \
     }

@@ -142,8 +142,8 @@ inline void many(device const uchar *data, device const uchar *scales, device co
 
 // Rows by number, unpacked: out [tokens, cols]. Grid: cols / 2048, tokens; 256 threads.
 template <typename F, typename T>
-inline void gather(device const uchar *data, device const uchar *scales, device const uchar *biases, device const uint *ids,
-                   device T *out, constant Matmul &n, uint3 group, uint at) {
+inline void gather_rows(device const uchar *data, device const uchar *scales, device const uchar *biases, device const uint *ids,
+                        device T *out, constant Matmul &n, uint3 group, uint at) {
     const uint column = (group.x * 256 + at) * 8;
     if (column >= n.cols) return;
     float w[8];
@@ -157,5 +157,5 @@ inline void gather(device const uchar *data, device const uchar *scales, device 
                      device const uchar *biases [[buffer(2)]], device const uint *ids [[buffer(3)]], device T *out [[buffer(4)]], \
                      constant Matmul &n [[buffer(5)]], threadgroup float *shared SHARED, \
                      uint3 group [[threadgroup_position_in_grid]], uint at [[thread_index_in_threadgroup]]) { \
-        gather<F, T>(data, scales, biases, ids, out, n, group, at); \
+        gather_rows<F, T>(data, scales, biases, ids, out, n, group, at); \
     }

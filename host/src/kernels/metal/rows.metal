@@ -23,8 +23,8 @@ inline float group_sum(float x, threadgroup float *shared, uint at) {
 
 // (x - mean) / sqrt(variance + eps) weight + bias; without `centred` the mean is taken for 0. Grid: rows.
 template <typename T>
-inline void norm(device const T *x, device const float *weight, device const float *bias, device T *out, constant Norm &n,
-                 threadgroup float *shared, uint3 group, uint at) {
+inline void norm_rows(device const T *x, device const float *weight, device const float *bias, device T *out, constant Norm &n,
+                      threadgroup float *shared, uint3 group, uint at) {
     device const T *row = x + ulong(group.x) * n.dim;
     float centre = 0.0f;
     if (n.centred != 0) {
@@ -51,7 +51,7 @@ inline void norm(device const T *x, device const float *weight, device const flo
                      device const float *bias [[buffer(2)]], device T *out [[buffer(3)]], constant Norm &n [[buffer(4)]], \
                      threadgroup float *shared SHARED, uint3 group [[threadgroup_position_in_grid]], \
                      uint at [[thread_index_in_threadgroup]]) { \
-        norm<T>(x, weight, bias, out, n, shared, group, at); \
+        norm_rows<T>(x, weight, bias, out, n, shared, group, at); \
     }
 
 struct Turn {
@@ -66,8 +66,8 @@ struct Turn {
 
 // x [tokens, heads, head_dim], turns [tokens, 2 pairs]: cosines, then sines. Grid: numbers / ROW_THREADS.
 template <typename T>
-inline void rotate(device const T *x, device const float *turns, device T *out, constant Turn &n, uint3 group, uint at) {
-    const uint i = group.x * ROW_THREADS + at;
+inline void turn_lanes(device const T *x, device const float *turns, device T *out, constant Turn &n, uint3 group, uint at) {
+                       const uint i = group.x * ROW_THREADS + at;
     if (i >= n.numbers) return;
     const uint lane = i % n.head_dim, token = i / n.head_dim / n.heads;
     const uint first = n.last != 0 ? n.head_dim - 2 * n.pairs : 0;
@@ -88,7 +88,7 @@ inline void rotate(device const T *x, device const float *turns, device T *out, 
     kernel void NAME(device const T *x [[buffer(0)]], device const float *turns [[buffer(1)]], device T *out [[buffer(2)]], \
                      constant Turn &n [[buffer(3)]], threadgroup float *shared SHARED, \
                      uint3 group [[threadgroup_position_in_grid]], uint at [[thread_index_in_threadgroup]]) { \
-        rotate<T>(x, turns, out, n, group, at); \
+        turn_lanes<T>(x, turns, out, n, group, at); \
     }
 
 // Activations are numbered as in `gate` of rows.rs.
@@ -131,8 +131,8 @@ inline float gated(float g, float u, constant Gate &n) {
 
 // Grid: numbers / ROW_THREADS.
 template <typename T>
-inline void gate(device const T *g, device const T *u, device T *out, constant Gate &n, uint3 group, uint at) {
-    const uint i = group.x * ROW_THREADS + at;
+inline void gate_numbers(device const T *g, device const T *u, device T *out, constant Gate &n, uint3 group, uint at) {
+                         const uint i = group.x * ROW_THREADS + at;
     if (i < n.numbers) out[i] = T(gated(float(g[i]), float(u[i]), n));
 }
 
@@ -140,7 +140,7 @@ inline void gate(device const T *g, device const T *u, device T *out, constant G
     kernel void NAME(device const T *g [[buffer(0)]], device const T *u [[buffer(1)]], device T *out [[buffer(2)]], \
                      constant Gate &n [[buffer(3)]], threadgroup float *shared SHARED, \
                      uint3 group [[threadgroup_position_in_grid]], uint at [[thread_index_in_threadgroup]]) { \
-        gate<T>(g, u, out, n, group, at); \
+        gate_numbers<T>(g, u, out, n, group, at); \
     }
 
 // What chosen experts gave, weighted and added up: y [tokens, each, dim], shares [tokens, each] -> out [tokens, dim]. A choice of an
@@ -154,8 +154,8 @@ struct Mix {
 };
 
 template <typename T>
-inline void mix(device const T *y, device const T *x, device const uint *chosen, device const float *shares, device T *out,
-                constant Mix &n, uint3 group, uint at) {
+inline void mix_experts(device const T *y, device const T *x, device const uint *chosen, device const float *shares, device T *out,
+                        constant Mix &n, uint3 group, uint at) {
     const uint i = group.x * ROW_THREADS + at;
     if (i >= n.numbers) return;
     const uint token = i / n.dim, lane = i % n.dim;
@@ -173,5 +173,5 @@ inline void mix(device const T *y, device const T *x, device const uint *chosen,
                      device const float *shares [[buffer(3)]], device T *out [[buffer(4)]], constant Mix &n [[buffer(5)]], \
                      threadgroup float *shared SHARED, uint3 group [[threadgroup_position_in_grid]], \
                      uint at [[thread_index_in_threadgroup]]) { \
-        mix<T>(y, x, chosen, shares, out, n, group, at); \
+        mix_experts<T>(y, x, chosen, shares, out, n, group, at); \
     }

@@ -27,8 +27,8 @@ pub struct Joined {
 }
 
 impl Projection {
-    /// None unless all are packed side by side and none has an adapter.
-    fn new<'a>(linears: impl Iterator<Item = &'a Linear> + Clone) -> Result<Option<Self>> {
+    /// None unless all are packed side by side and none has an adapter. A choice that is no expert has no bias.
+    fn new<'a>(linears: impl Iterator<Item = &'a Linear> + Clone, identity: usize) -> Result<Option<Self>> {
         let packed = linears.clone().map(|l| match &l.weight {
             Weight::Metal(packed) if l.adapter.is_none() => Some(packed),
             _ => None,
@@ -37,7 +37,7 @@ impl Projection {
         let biases: Vec<&Tensor> = linears.clone().filter_map(|l| l.bias.as_ref()).collect();
         let bias = match biases.len() {
             0 => None,
-            n if n == linears.count() => Some(Tensor::stack(&biases, 0)?),
+            n if n == linears.count() && identity == 0 => Some(Tensor::stack(&biases, 0)?),
             _ => return Ok(None),
         };
         Ok(Some(Projection { weight, bias }))
@@ -47,8 +47,7 @@ impl Projection {
     fn forward(&self, x: &Tensor, chosen: &Tensor, choice: Choice) -> Result<Tensor> {
         let y = self.weight.chosen(x, chosen, choice)?;
         match &self.bias {
-            // What is behind the last expert gets some bias and is left out of the sum.
-            Some(bias) => y + bias.index_select(&chosen.minimum(choice.experts as u32 - 1)?, 0)?.to_dtype(x.dtype())?,
+            Some(bias) => y + bias.index_select(chosen, 0)?.to_dtype(x.dtype())?,
             None => Ok(y),
         }
     }
@@ -56,18 +55,20 @@ impl Projection {
 
 impl Joined {
     /// None where kernels cannot run them so.
-    pub fn new(experts: &[Expert]) -> Result<Option<Self>> {
+    pub fn new(experts: &[Expert], kind: Kind) -> Result<Option<Self>> {
         let gates: Vec<&Linear> = experts.iter().filter_map(|e| e.gate.as_ref()).collect();
         let gate = match gates.len() {
             0 => None,
-            n if n == experts.len() => match Projection::new(gates.into_iter())? {
+            n if n == experts.len() => match Projection::new(gates.into_iter(), kind.identity)? {
                 Some(gate) => Some(gate),
                 None => return Ok(None),
             },
             _ => return Ok(None),
         };
-        let (up, down) =
-            (Projection::new(experts.iter().map(|e| &e.up))?, Projection::new(experts.iter().map(|e| &e.down))?);
+        let (up, down) = (
+            Projection::new(experts.iter().map(|e| &e.up), kind.identity)?,
+            Projection::new(experts.iter().map(|e| &e.down), kind.identity)?,
+        );
         Ok(up.zip(down).map(|(up, down)| Joined { gate, up, down, experts: experts.len() }))
     }
 
