@@ -3,24 +3,35 @@
 // begins as NaN, and a thread that does not come to a barrier ends the program. The words of the language are macros and types below.
 #pragma once
 #undef _FORTIFY_SOURCE // its longjmp knows no stacks but one
-#include <algorithm>
-#include <cmath>
-#include <csetjmp>
-#include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
+// Few headers, and none of C++'s large ones: programs of one kernel are compiled by the dozen.
+#include <setjmp.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 #include <unistd.h>
-#include <vector>
+#include <utility>
 #if defined(__SSE__)
 #include <xmmintrin.h>
 #endif
 
 using uchar = unsigned char;
-using std::max;
-using std::min;
+using uint = unsigned;
+using ushort = unsigned short;
+using ulong = unsigned long;
+
+template <class T>
+inline T min(T a, T b) {
+    return b < a ? b : a;
+}
+template <class T>
+inline T max(T a, T b) {
+    return a < b ? b : a;
+}
+inline float exp(float x) { return __builtin_expf(x); }
+inline float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 
 struct uint3 {
     unsigned x, y, z;
@@ -34,7 +45,7 @@ template <class To, class From>
 inline To as_type(From from) {
     static_assert(sizeof(To) == sizeof(From), "as_type changes no size");
     To to;
-    std::memcpy(&to, &from, sizeof to);
+    memcpy(&to, &from, sizeof to);
     return to;
 }
 
@@ -57,33 +68,33 @@ struct half {
         if (size >= 0x47800000) { // 65536
             bits = uint16_t(sign | (size > 0x7f800000 ? 0x7e00 : 0x7c00));
         } else if (size < 0x38800000) { // below 2^-14: whole numbers of 2^-24
-            bits = uint16_t(sign | uint32_t(std::nearbyint(std::ldexp(as_type<float>(size), 24))));
+            bits = uint16_t(sign | uint32_t(__builtin_nearbyintf(__builtin_ldexpf(as_type<float>(size), 24))));
         } else {
             bits = uint16_t(sign | ((size + 0xfff + ((size >> 13) & 1)) - 0x38000000) >> 13);
         }
     }
     operator float() const {
         const uint32_t exponent = (bits >> 10) & 31, fraction = bits & 1023;
-        const float size = exponent == 0    ? std::ldexp(float(fraction), -24)
-                           : exponent == 31 ? (fraction ? NAN : INFINITY)
-                                            : std::ldexp(float(fraction | 1024), int(exponent) - 25);
+        const float size = exponent == 0    ? __builtin_ldexpf(float(fraction), -24)
+                           : exponent == 31 ? (fraction ? __builtin_nanf("") : __builtin_inff())
+                                            : __builtin_ldexpf(float(fraction | 1024), int(exponent) - 25);
         return bits & 0x8000 ? -size : size;
     }
 };
 
 namespace precise {
-inline float exp(float x) { return std::exp(x); }
-inline float tanh(float x) { return std::tanh(x); }
-inline float sqrt(float x) { return std::sqrt(x); }
-inline float rsqrt(float x) { return 1.0f / std::sqrt(x); }
+inline float exp(float x) { return __builtin_expf(x); }
+inline float tanh(float x) { return __builtin_tanhf(x); }
+inline float sqrt(float x) { return __builtin_sqrtf(x); }
+inline float rsqrt(float x) { return 1.0f / __builtin_sqrtf(x); }
 }
 inline float clamp(float x, float low, float high) { return min(max(x, low), high); }
 
 namespace stage {
 
 [[noreturn]] inline void fail(const char *why) {
-    std::fprintf(stderr, "%s\n", why);
-    std::_Exit(3);
+    fprintf(stderr, "%s\n", why);
+    _Exit(3);
 }
 
 enum { WAVE = 32, MOST_THREADS = 1024, STACK = 1 << 16 };
@@ -146,7 +157,7 @@ inline void together(unsigned count, bool backwards, void (*work)()) {
     everybody = {0, 0};
     for (unsigned i = 0; i < count; i++) {
         Fiber &fiber = fibers[i];
-        if (!fiber.stack) fiber.stack = static_cast<char *>(std::malloc(STACK));
+        if (!fiber.stack) fiber.stack = static_cast<char *>(malloc(STACK));
         getcontext(&fiber.begin);
         fiber.begin.uc_stack.ss_sp = fiber.stack;
         fiber.begin.uc_stack.ss_size = STACK;
@@ -173,9 +184,9 @@ template <class V>
 inline void exchange(const V &own, V *all) {
     static_assert(sizeof(V) <= sizeof slots[0], "a slot is too small");
     Barrier &wave = waves[current / WAVE];
-    std::memcpy(slots[current], &own, sizeof own);
+    memcpy(slots[current], &own, sizeof own);
     arrive(wave, WAVE);
-    for (unsigned i = 0; i < WAVE; i++) std::memcpy(&all[i], slots[current / WAVE * WAVE + i], sizeof own);
+    for (unsigned i = 0; i < WAVE; i++) memcpy(&all[i], slots[current / WAVE * WAVE + i], sizeof own);
     arrive(wave, WAVE);
 }
 
@@ -229,7 +240,7 @@ inline void simdgroup_multiply_accumulate(simdgroup_matrix<T, 8> &d, const simdg
     for (unsigned i = 0; i < 2; i++) {
         const unsigned col = lane % 4 * 2 + i;
         T sum = c.has[i];
-        for (unsigned k = 0; k < 8; k++) sum = std::fma(all[row * 4 + k / 2].a[k % 2], all[k * 4 + col / 2].b[col % 2], sum);
+        for (unsigned k = 0; k < 8; k++) sum = fma(all[row * 4 + k / 2].a[k % 2], all[k * 4 + col / 2].b[col % 2], sum);
         d.has[i] = sum;
     }
 }
@@ -287,7 +298,9 @@ struct Role {
 struct Guarded {
     char *map, *begin;
     size_t size, room, whole;
-    explicit Guarded(size_t size) : size(size), room((size + 15) / 16 * 16) {
+    void get(size_t bytes) {
+        size = bytes;
+        room = (size + 15) / 16 * 16;
         const size_t page = size_t(sysconf(_SC_PAGESIZE));
         const size_t used = (room + page - 1) / page * page;
         whole = used + page;
@@ -295,7 +308,7 @@ struct Guarded {
         if (at == MAP_FAILED || mprotect(static_cast<char *>(at) + used, page, PROT_NONE) != 0) fail("no memory");
         map = static_cast<char *>(at);
         begin = map + used - room;
-        std::memset(begin, 0xff, room);
+        memset(begin, 0xff, room);
     }
     void check() const {
         for (size_t i = size; i < room; i++)
@@ -304,9 +317,12 @@ struct Guarded {
     void end() { munmap(map, whole); }
 };
 
+// Buffers of a kernel, its numbers and its shared memory.
+enum { MOST = 16 };
+
 template <class T>
 inline bool take(T *to, size_t count) {
-    return std::fread(to, sizeof(T), count, stdin) == count;
+    return fread(to, sizeof(T), count, stdin) == count;
 }
 
 // Reads calls until the input ends; all numbers are 64 bits wide. A call: length and bytes of a name; how many buffers, of each the length
@@ -317,37 +333,40 @@ inline int serve(const Role *roles, size_t count) {
     _mm_setcsr(_mm_getcsr() | 0x8040); // numbers below 2^-126 are 0, as on the GPU
 #endif
     for (uint64_t length; take(&length, 1);) {
-        std::vector<char> name(length + 1);
+        char name[512];
         uint64_t buffers, size, grid[6];
-        std::vector<Guarded> memory;
-        std::vector<void *> all;
-        if (!take(name.data(), length) || !take(&buffers, 1)) fail("the call ends early");
+        if (length >= sizeof name || !take(name, length) || !take(&buffers, 1) || buffers + 2 > MOST) fail("the call ends early");
+        name[length] = 0;
+        Guarded memory[MOST];
+        void *all[MOST];
         for (uint64_t i = 0; i <= buffers; i++) {
             if (!take(&size, 1)) fail("the call ends early");
-            memory.emplace_back(size);
-            if (!take(memory.back().begin, size)) fail("the call ends early");
-            all.push_back(memory.back().begin);
+            memory[i].get(size);
+            if (!take(memory[i].begin, size)) fail("the call ends early");
+            all[i] = memory[i].begin;
         }
         if (!take(grid, 6)) fail("the call ends early");
-        memory.emplace_back(grid[0]);
-        all.push_back(memory.back().begin);
-        places = all.data();
-        const Role *role = std::find_if(roles, roles + count, [&](const Role &r) { return std::strcmp(r.name, name.data()) == 0; });
+        Guarded &shared = memory[buffers + 1];
+        shared.get(grid[0]);
+        all[buffers + 1] = shared.begin;
+        places = all;
+        const Role *role = roles;
+        while (role < roles + count && strcmp(role->name, name) != 0) role++;
         if (role == roles + count) fail("there is no such kernel");
         for (unsigned z = 0; z < grid[3]; z++)
             for (unsigned y = 0; y < grid[2]; y++)
                 for (unsigned x = 0; x < grid[1]; x++) {
                     group = {x, y, z};
-                    std::memset(memory.back().begin, 0xff, memory.back().room);
+                    memset(shared.begin, 0xff, shared.room);
                     together(unsigned(grid[4]), grid[5] != 0, role->play);
-                    memory.back().check();
+                    shared.check();
                 }
         for (uint64_t i = 0; i < buffers; i++) {
             memory[i].check();
-            std::fwrite(memory[i].begin, 1, memory[i].size, stdout);
+            fwrite(memory[i].begin, 1, memory[i].size, stdout);
         }
-        std::fflush(stdout);
-        for (Guarded &guarded : memory) guarded.end();
+        fflush(stdout);
+        for (uint64_t i = 0; i < buffers + 2; i++) memory[i].end();
     }
     return 0;
 }
