@@ -1,13 +1,16 @@
 //! Routed experts: each token runs through a few of many small feed-forward blocks. Tokens are gathered by expert, so that every chosen
 //! expert's weights are read once and no other's are touched.
 
+mod joined;
+
 use super::{
     linear::Linear,
     slices::{filled, with_f32},
 };
-use crate::kernels::cpu;
+use crate::kernels::{cpu, metal};
 use candle_core::{DType, Tensor};
 use candle_nn::ops::sigmoid;
+pub use joined::Joined;
 
 /// One expert.
 pub struct Expert {
@@ -102,6 +105,14 @@ impl Activation {
         }
     }
 
+    /// With a kernel of the device, or else with candle's ops.
+    pub fn elsewhere(self, gate: &Tensor, up: &Tensor) -> candle_core::Result<Tensor> {
+        match metal::ops::gate(self, gate, up)? {
+            Some(y) => Ok(y),
+            None => self.by_candle(gate, up),
+        }
+    }
+
     /// With candle's ops, on any device.
     pub fn by_candle(self, gate: &Tensor, up: &Tensor) -> candle_core::Result<Tensor> {
         match self {
@@ -133,6 +144,8 @@ pub struct Experts {
     pub kind: Kind,
     /// Whether dylm's own kernel joins gate and up.
     pub native: bool,
+    /// The same experts side by side, where kernels of a GPU find the chosen ones themselves.
+    pub joined: Option<Joined>,
 }
 
 /// What all experts of a layer have in common, besides their shape.
@@ -149,6 +162,9 @@ pub struct Kind {
 impl Experts {
     /// x `[tokens, dim]`, chosen (u32) and weights `[tokens, k]` -> the weighted sum `[tokens, dim]`.
     pub fn forward(&self, x: &Tensor, chosen: &Tensor, weights: &Tensor) -> candle_core::Result<Tensor> {
+        if let Some(joined) = self.joined.as_ref().filter(|_| chosen.elem_count() <= joined::FEW) {
+            return joined.forward(self.kind, x, chosen, weights);
+        }
         let chosen = chosen.to_dtype(DType::U32)?.to_vec2::<u32>()?;
         let weights = weights.to_dtype(DType::F32)?.to_vec2::<f32>()?;
         let mut of_expert: Vec<Vec<(u32, f32)>> = vec![Vec::new(); self.experts.len()];
@@ -191,7 +207,7 @@ impl Experts {
             None => up.clone(),
         };
         let activation = self.kind.activation;
-        let inner = if self.native { activation.on_cpu(&gate, &up)? } else { activation.by_candle(&gate, &up)? };
+        let inner = if self.native { activation.on_cpu(&gate, &up)? } else { activation.elsewhere(&gate, &up)? };
         expert.down.forward(&inner)
     }
 }
@@ -240,7 +256,7 @@ mod tests {
     fn squares(identity: usize, scaled_input: bool) -> Experts {
         let expert = |w: f32| Expert { gate: None, up: linear(&[w], 1), down: linear(&[1.0], 1) };
         let kind = Kind { activation: Relu2, identity, scaled_input };
-        Experts { experts: vec![expert(1.0), expert(2.0)], kind, native: false }
+        Experts { experts: vec![expert(1.0), expert(2.0)], kind, native: false, joined: None }
     }
 
     fn run(experts: &Experts, chosen: [[u32; 2]; 2]) -> candle_core::Result<Vec<f32>> {

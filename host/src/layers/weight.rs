@@ -1,13 +1,16 @@
 //! A matrix of weights where it will be used: packed for dylm's own CPU kernels, or a tensor for candle on a GPU.
 //!
-//! On the CPU the kernels read the checkpoint's mapped bytes, or a copy in the order in which they are fastest, never both. On a GPU packed weights are dequantized
-//! when they are loaded, until dylm has its own kernels there.
+//! On the CPU the kernels read the checkpoint's mapped bytes, or a copy in the order in which they are fastest, never both. On Metal
+//! packed weights stay packed. On other GPUs they are dequantized when they are loaded, until dylm has its own kernels there.
 
 use super::slices::{filled, with_f32};
 use crate::{
     device::Placement,
     error::Result,
-    kernels::cpu::{Float, Format, Matrix, Panels},
+    kernels::{
+        cpu::{Float, Format, Matrix, Panels},
+        metal,
+    },
 };
 use candle_core::{D, DType, Tensor};
 
@@ -20,7 +23,9 @@ pub enum Weight {
     Panels(Panels),
     /// For candle, in the placement's type.
     Dense(Tensor),
-    /// Either, for inputs that are rounded to eight bits first.
+    /// For the Metal kernels.
+    Metal(metal::Packed),
+    /// Any, for inputs that are rounded to eight bits first.
     Rounded(Box<Weight>),
 }
 
@@ -28,7 +33,10 @@ impl Weight {
     /// Brings a matrix to where it is used. A dense one that is wider than `dtype` is narrowed; a narrower one stays, exactly.
     pub fn place(matrix: Matrix, place: &Placement) -> Result<Self> {
         if !place.native {
-            return Ok(Weight::Dense(dense(&matrix, place)?));
+            return Ok(match metal::Packed::place(&matrix, place)? {
+                Some(packed) => Weight::Metal(packed),
+                None => Weight::Dense(dense(&matrix, place)?),
+            });
         }
         let wanted = match place.dtype {
             DType::BF16 => Float::BF16,
@@ -59,12 +67,27 @@ impl Weight {
         Weight::Rounded(Box::new(self))
     }
 
+    /// Brings the matrices of many experts to where they are used: Metal's kernels want those of one projection side by side.
+    pub fn place_all(matrices: Vec<Matrix>, place: &Placement) -> Result<Vec<Self>> {
+        if metal::serves(&place.device) && !place.native && matrices.len() > 1 {
+            let rows = matrices.first().map_or(0, Matrix::rows);
+            let alike = matrices.iter().all(|m| m.rows() == rows);
+            let joined = alike.then(|| Matrix::stack(&matrices).ok()).flatten();
+            if let Some(packed) = joined.map(|m| metal::Packed::place(&m, place)).transpose()?.flatten() {
+                let cut = |i| packed.slice_rows(i * rows..(i + 1) * rows).map(Weight::Metal);
+                return Ok((0..matrices.len()).filter_map(cut).collect());
+            }
+        }
+        matrices.into_iter().map(|matrix| Weight::place(matrix, place)).collect()
+    }
+
     /// Outputs.
     pub fn rows(&self) -> usize {
         match self {
             Weight::Packed(m) => m.rows(),
             Weight::Panels(m) => m.rows(),
             Weight::Dense(t) => t.dims()[0],
+            Weight::Metal(p) => p.rows(),
             Weight::Rounded(w) => w.rows(),
         }
     }
@@ -75,6 +98,7 @@ impl Weight {
             Weight::Packed(m) => m.cols(),
             Weight::Panels(m) => m.cols(),
             Weight::Dense(t) => t.dims()[1],
+            Weight::Metal(p) => p.cols(),
             Weight::Rounded(w) => w.cols(),
         }
     }
@@ -93,6 +117,7 @@ impl Weight {
                 let flat = x.reshape((rows, w.dims()[1]))?.to_dtype(w.dtype())?;
                 flat.matmul(&w.t()?)?.reshape(dims)?.to_dtype(x.dtype())
             }
+            Weight::Metal(p) => p.matmul(x),
             Weight::Rounded(w) => w.matmul(&eight_bits(x)?),
         }
     }
@@ -107,6 +132,7 @@ impl Weight {
                 super::slices::with_u32(ids, |ids| filled((ids.len(), m.cols()), |out| m.gather_rows(ids, out)))?
             }
             Weight::Dense(w) => w.index_select(ids, 0),
+            Weight::Metal(p) => p.gather(ids),
             Weight::Rounded(w) => w.gather(ids),
         }
     }
@@ -117,6 +143,7 @@ impl Weight {
             Weight::Packed(m) => filled((m.rows(), m.cols()), |out| m.dequantize_rows(0..m.rows(), out)),
             Weight::Panels(m) => filled((m.rows(), m.cols()), |out| m.dequantize(out)),
             Weight::Dense(w) => w.to_dtype(DType::F32),
+            Weight::Metal(p) => p.numbers(),
             Weight::Rounded(w) => w.numbers(),
         }
     }

@@ -9,13 +9,12 @@ use crate::{
     adapter::Adapters,
     device::Placement,
     error::Result,
-    kernels::cpu::Matrix,
     layers::{
         Layer,
         adapted::Adapter,
         conv1d::Conv1d,
         embedding::{Embedding, Ids},
-        experts::{Expert, Experts},
+        experts::{Expert, Experts, Joined},
         linear::Linear,
         multi_linear::MultiLinear,
         norm::Norm,
@@ -75,8 +74,9 @@ impl Loader<'_> {
                     None => up.iter().map(|_| None).collect(),
                 };
                 let join = |((gate, up), down)| Expert { gate, up, down };
-                let experts = gate.into_iter().zip(up).zip(down).map(join).collect();
-                Layer::Experts(Experts { experts, kind: *kind, native: self.place.native })
+                let experts: Vec<Expert> = gate.into_iter().zip(up).zip(down).map(join).collect();
+                let joined = (!self.place.native).then(|| Joined::new(&experts, *kind)).transpose()?.flatten();
+                Layer::Experts(Experts { experts, kind: *kind, native: self.place.native, joined })
             }
             Wanted::MultiLinear { weight, bias, heads, inputs, outputs } => {
                 let placed = Weight::place(self.pantry.matrix(weight)?, self.place)?;
@@ -85,7 +85,7 @@ impl Loader<'_> {
             }
             Wanted::Conv1d { weight, bias, channels, .. } => {
                 let bias = bias.as_ref().map(|b| self.pantry.floats(b)).transpose()?;
-                Layer::Conv1d(Conv1d::new(&self.pantry.floats(weight)?, bias, *channels))
+                Layer::Conv1d(Conv1d::new(&self.pantry.floats(weight)?, bias, *channels).on(self.place, *channels)?)
             }
             Wanted::Parameter { source, dims } => {
                 Layer::Parameter(self.tensor(source, self.place.activations())?.reshape(dims.as_slice())?)
@@ -136,8 +136,8 @@ impl Loader<'_> {
             }
             None => vec![None; matrices.len()],
         };
-        let linear = |(expert, (matrix, bias)): (usize, (Matrix, Option<Tensor>))| {
-            let weight = Weight::place(matrix, self.place)?.in_panels();
+        let linear = |(expert, (weight, bias)): (usize, (Weight, Option<Tensor>))| {
+            let weight = weight.in_panels();
             let single = match recipe {
                 Recipe::Stack(parts) => parts.get(expert).and_then(|part| part.path()),
                 stacked => stacked.path(),
@@ -146,6 +146,7 @@ impl Loader<'_> {
             let adapter = self.adapters.expert(paths, (expert, experts), &weight, self.place)?;
             Ok(Linear { weight, bias, adapter })
         };
-        matrices.into_iter().zip(biases).enumerate().map(linear).collect()
+        let weights = Weight::place_all(matrices, self.place)?;
+        weights.into_iter().zip(biases).enumerate().map(linear).collect()
     }
 }

@@ -86,6 +86,11 @@ impl Matrix {
         self.in_halves
     }
 
+    /// Which column is stored at each place, unless they are stored as they are counted.
+    pub fn column_order(&self) -> Option<&[u32]> {
+        self.order.as_deref()
+    }
+
     /// How it is packed.
     pub fn format(&self) -> Format {
         self.format
@@ -109,11 +114,6 @@ impl Matrix {
     /// Bits a weight takes, scales included.
     pub fn bits_per_weight(&self) -> f64 {
         self.format.bits_per_weight()
-    }
-
-    /// Whether columns are stored in another order than they are counted in.
-    pub(super) fn is_reordered(&self) -> bool {
-        self.order.is_some()
     }
 
     /// The packed weights, scales and biases (empty where the format has none), as given.

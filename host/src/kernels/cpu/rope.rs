@@ -48,6 +48,11 @@ impl Angles {
         Self { pairs, turns }
     }
 
+    /// Cosines and sines `[tokens, 2 * pairs]`.
+    pub fn turns(&self) -> &[f32] {
+        &self.turns
+    }
+
     /// Turns `2 * pairs` lanes of each head of `x`, `[tokens, heads, head_dim]`, in place; the rest stays.
     ///
     /// # Panics

@@ -42,7 +42,7 @@ impl Panels {
     /// The same matrix in panels, and its own pages let go, if this machine multiplies its format that way.
     pub fn new(matrix: &Matrix) -> Option<Self> {
         let layout = Layout::of(matrix.format()).filter(|_| product::runs_here())?;
-        let fits = matrix.rows() >= LANES && matrix.cols() > 0 && !matrix.is_reordered();
+        let fits = matrix.rows() >= LANES && matrix.cols() > 0 && matrix.column_order().is_none();
         fits.then(|| Self::pack(layout, matrix))
     }
 
