@@ -18,6 +18,8 @@ const LANES: usize = 32;
 const FEW: usize = 4;
 /// Tokens that are worth a task of their own to be rounded.
 const ROUNDED: usize = 16;
+/// How many weights further on memory is asked for what comes next: rows are too short for the processor to see streams in them.
+const AHEAD: usize = 2048;
 /// Bytes of weights that stay in a core's second-level cache while tokens pass.
 const CACHED: usize = 1 << 19;
 
@@ -53,7 +55,7 @@ pub(super) fn multiply(m: &Matrix, x: &[f32], out: &mut [f32]) {
         cols,
         stride,
         tokens,
-        ahead: if tokens <= FEW { 8 * cols } else { 0 },
+        ahead: if tokens <= FEW { AHEAD } else { 0 },
     };
     let abreast = if tokens <= FEW { usize::MAX } else { (CACHED / (2 * cols)).max(8) };
     in_tasks(rows, cols * tokens, 8, abreast, |(): &mut (), range| {
@@ -85,7 +87,7 @@ struct Product {
     /// From one token to the next in `x`.
     stride: usize,
     tokens: usize,
-    /// How many weights further on memory is asked for what comes next; 0 where it is in cache already.
+    /// [`AHEAD`], or 0 where weights are in cache already.
     ahead: usize,
 }
 
@@ -100,7 +102,6 @@ impl Product {
             // SAFETY: passed on to the caller.
             unsafe {
                 r += match (self.tokens, range.end - r) {
-                    (1, 8..) => self.tile::<8, 1>(r, 0),
                     (1, 4..) => self.tile::<4, 1>(r, 0),
                     (2, 4..) => self.tile::<4, 2>(r, 0),
                     (3, 4..) => self.tile::<4, 3>(r, 0),
@@ -157,7 +158,6 @@ impl Product {
             while c < whole {
                 let weights: [__m512bh; R] = std::array::from_fn(|i| {
                     let at = rows[i].add(c);
-                    // Rows are too short for the processor to see a stream in them.
                     _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(self.ahead).cast());
                     halves(_mm512_loadu_si512(at.cast()))
                 });
