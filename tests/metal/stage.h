@@ -1,6 +1,7 @@
 // Plays a Metal kernel on the CPU: every thread of a threadgroup is a fiber, run until it waits for the others at a barrier or in an op of
-// its wave (32 threads). What is not waited for is not there yet: threads run one after the other, forwards or backwards, shared memory
-// begins as NaN, and a thread that does not come to a barrier ends the program. The words of the language are macros and types below.
+// its wave (32 threads). What is not waited for is not there yet, or gone: threads run one after the other, wave by wave, forwards or
+// backwards, shared memory begins as NaN, and a thread that does not come to a barrier ends the program. The words of the language are
+// macros and types below.
 #pragma once
 #undef _FORTIFY_SOURCE // its longjmp knows no stacks but one
 // Few headers, and none of C++'s large ones: programs of one kernel are compiled by the dozen.
@@ -169,11 +170,17 @@ inline void together(unsigned count, bool backwards, void (*work)()) {
     for (bool left = true; left;) {
         left = false;
         const unsigned long before = moves;
-        for (unsigned n = 0; n < count; n++) {
-            const unsigned i = backwards ? count - 1 - n : n;
-            if (fibers[i].done) continue;
-            resume(i);
-            left = left || !fibers[i].done;
+        for (unsigned w = 0; w < count / WAVE; w++) {
+            const unsigned first = (backwards ? count / WAVE - 1 - w : w) * WAVE;
+            // A wave goes on alone for as long as it can: what it must not touch before others have read it, it touches.
+            for (unsigned long moved = moves - 1; moved != moves;) {
+                moved = moves;
+                for (unsigned n = 0; n < WAVE; n++) {
+                    const unsigned i = first + (backwards ? WAVE - 1 - n : n);
+                    if (!fibers[i].done) resume(i);
+                }
+            }
+            for (unsigned i = first; i < first + WAVE; i++) left = left || !fibers[i].done;
         }
         if (left && moves == before) fail("some threads wait for others that have left or wait elsewhere");
     }
