@@ -41,7 +41,7 @@ impl Entries {
         unsafe {
             let from = self.from.add(entry * self.stride + at);
             // The same of the next block, which lies too far ahead for the machine to guess.
-            _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(KEYS * self.stride).cast());
+            _mm_prefetch::<_MM_HINT_T1>(from.wrapping_add(KEYS * self.stride).cast());
             match self.dim - at {
                 32.. => _mm512_loadu_si512(from.cast()),
                 left => _mm512_maskz_loadu_epi16(u32::MAX >> (32 - left), from.cast()),
