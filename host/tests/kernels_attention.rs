@@ -319,6 +319,64 @@ fn a_query_gives_the_same_bits_alone_in_chunks_and_on_any_number_of_threads() {
     }
 }
 
+#[test]
+fn bfloat16_multiplied_as_such_stays_within_the_rounding_of_queries_and_weights() {
+    let mut r = Random(13);
+    for case in CASES {
+        let slopes: Vec<f32> = (0..case.q_heads).map(|head| 0.5f32.powi(head as i32)).collect();
+        for (tokens, entries) in [(1, 1), (2, 70), (50, 64), (33, 150), (1, 1300), (3, 2100)] {
+            let mut i = inputs(case, tokens, entries, &mut r);
+            // Queries that bfloat16 holds: what is left to round are the weights, half a unit in their eighth bit.
+            i.q = i.q.iter().map(|&x| half::bf16::from_f32(x).to_f32()).collect();
+            let narrow = |x: &[f32]| x.iter().map(|&x| half::bf16::from_f32(x)).collect::<Vec<_>>();
+            let (k, v) = (narrow(&i.k), narrow(&i.v));
+            (i.k, i.v) = (k.iter().map(|x| x.to_f32()).collect(), v.iter().map(|x| x.to_f32()).collect());
+            let all = Attend { softcap: Some(1.5), window: Some(33), keep: 2, slopes: Some(&slopes), ..PLAIN };
+            let chunk = Attend { chunk: Some(30), ..PLAIN };
+            for how in [PLAIN, all, chunk, Attend { blocks: Some(Blocks { size: 8, local: 2, stride: 3 }), ..PLAIN }] {
+                let got = run(case, &i, Rows::Halves(&k), Rows::Halves(&v), &how);
+                for (got, want) in got.iter().zip(textbook(case, &i, &how)) {
+                    // Values are at most 1; each weight and their mass may be off by 2^-9.
+                    assert!(
+                        (f64::from(*got) - want).abs() < 2.0 / 512.0,
+                        "{case:?}, {tokens} of {entries}: {got}, not {want}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn bfloat16_multiplied_as_such_gives_the_same_bits_alone_in_chunks_and_on_any_number_of_threads() {
+    let mut r = Random(14);
+    for case in [CASES[1], CASES[3], Case { q_heads: 7, kv_heads: 7, dim: 64, v_dim: 64 }] {
+        let (entries, tokens) = (700, 90);
+        let i = inputs(case, tokens, entries, &mut r);
+        let narrow = |x: &[f32]| x.iter().map(|&x| half::bf16::from_f32(x)).collect::<Vec<_>>();
+        let (k, v) = (narrow(&i.k), narrow(&i.v));
+        let part = |first: usize, last: usize| {
+            // Only what a cache would hold by then.
+            let held = entries - tokens + last;
+            let (q, queries) = (case.q_heads * case.dim, i.queries[first..last].to_vec());
+            let q = i.q[first * q..last * q].to_vec();
+            let part = Inputs { q, k: Vec::new(), v: Vec::new(), queries, keys: i.keys[..held].to_vec() };
+            let (k, v) = (&k[..held * case.kv_heads * case.dim], &v[..held * case.kv_heads * case.v_dim]);
+            run(case, &part, Rows::Halves(k), Rows::Halves(v), &PLAIN)
+        };
+        let whole = part(0, tokens);
+        for chunk in [1, 7, 64] {
+            let starts = (0..tokens).step_by(chunk);
+            let got: Vec<f32> = starts.flat_map(|first| part(first, tokens.min(first + chunk))).collect();
+            assert!(got == whole, "{case:?} in chunks of {chunk}");
+        }
+        for threads in [1, 5] {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            assert!(pool.install(|| part(0, tokens)) == whole, "{case:?} on {threads} threads");
+        }
+    }
+}
+
 /// The instruction set is chosen once a process, so the others are tested in processes of their own.
 #[test]
 fn all_of_this_holds_with_the_lesser_instruction_sets() {

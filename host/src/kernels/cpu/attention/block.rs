@@ -1,49 +1,16 @@
 //! One block of queries against one block of keys: the online softmax of FlashAttention (Dao et al. 2022, Milakov and
 //! Gimelshein 2018). Sums over keys run from the first key to the last, whatever block of queries they are part of.
 
-use super::super::{
-    lanes::{Job, Lanes, exp},
-    tile::{Block, Multiply},
+use super::{
+    super::{
+        lanes::{Job, Lanes, exp},
+        tile::{Block, Multiply},
+    },
+    state::State,
 };
 
 /// Keys of a block: as many as a mask has bits.
 pub(super) const KEYS: usize = 64;
-
-/// What has been summed up so far for some queries (rows: tokens x heads of one group).
-#[derive(Clone)]
-pub(super) struct State {
-    /// Largest score of each row; -inf until a key is seen.
-    pub(super) peak: Vec<f32>,
-    /// Sum of exp(score - peak).
-    pub(super) mass: Vec<f32>,
-    /// Sum of exp(score - peak) * value, `[rows, width]`.
-    pub(super) sum: Vec<f32>,
-    /// Value lanes, padded to whole vectors.
-    pub(super) width: usize,
-}
-
-impl State {
-    pub(super) fn new(rows: usize, width: usize) -> Self {
-        Self { peak: vec![f32::NEG_INFINITY; rows], mass: vec![0.0; rows], sum: vec![0.0; rows * width], width }
-    }
-
-    /// Adds what another stretch of keys, later in order, gave for the same queries.
-    pub(super) fn merge(&mut self, other: &State) {
-        for r in 0..self.peak.len() {
-            if other.peak[r] == f32::NEG_INFINITY {
-                continue;
-            }
-            let peak = self.peak[r].max(other.peak[r]);
-            let (a, b) = ((self.peak[r] - peak).exp(), (other.peak[r] - peak).exp());
-            let range = r * self.width..(r + 1) * self.width;
-            for (x, &y) in self.sum[range.clone()].iter_mut().zip(&other.sum[range]) {
-                *x = *x * a + y * b;
-            }
-            self.mass[r] = self.mass[r] * a + other.mass[r] * b;
-            self.peak[r] = peak;
-        }
-    }
-}
 
 /// Scores that fall with the distance of the key.
 pub(super) struct Slopes<'a> {
@@ -54,7 +21,7 @@ pub(super) struct Slopes<'a> {
 }
 
 /// One step over up to [`KEYS`] keys.
-pub(super) struct Step<'a> {
+pub(super) struct Step<'a, 'b> {
     /// Queries, scaled; rows padded with zeros to `len`.
     pub(super) queries: Block,
     /// Keys, widened; rows padded with zeros to `len`.
@@ -71,10 +38,10 @@ pub(super) struct Step<'a> {
     pub(super) slopes: Option<Slopes<'a>>,
     /// Room for `[rows, KEYS]` scores.
     pub(super) scores: &'a mut [f32],
-    pub(super) state: &'a mut State,
+    pub(super) state: &'a mut State<'b>,
 }
 
-impl Job for Step<'_> {
+impl Job for Step<'_, '_> {
     type Out = ();
 
     #[inline(always)]
@@ -113,7 +80,7 @@ impl Job for Step<'_> {
     }
 }
 
-impl Step<'_> {
+impl Step<'_, '_> {
     /// Scores of a row to weights, relative to the new peak; what was summed before is scaled to it.
     #[inline(always)]
     unsafe fn soften<L: Lanes>(&mut self, row: usize) {

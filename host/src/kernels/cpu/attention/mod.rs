@@ -3,24 +3,29 @@
 //! The blocks lie at fixed entries, so a query's result is the same bits alone, in a chunk of any size, on any threads.
 
 mod block;
+#[cfg(target_arch = "x86_64")]
+mod halves;
+#[cfg(target_arch = "x86_64")]
+mod pairs;
+mod pass;
 mod rows;
 mod sight;
+mod state;
 
 pub use rows::Rows;
 pub use sight::{Attend, Blocks, Selection};
 
 use super::{
     lanes::{Isa, dispatch},
-    tile::Block,
+    tasks::{Output, in_tasks},
 };
-use block::{KEYS, Slopes, State, Step};
-use rayon::prelude::*;
-use rows::Widen;
+use pass::{Pass, Queries, Room, STRETCH, Stretch};
+use state::{Merge, State};
 
-/// Entries that are summed up on their own before they are merged; a multiple of [`KEYS`].
-const STRETCH: usize = 1024;
-/// Query rows (tokens x heads of a group) that share one widened block of keys.
+/// Query rows (tokens x heads of a group) that share a block of keys.
 const ROWS: usize = 48;
+/// Floats that stretches may sum up side by side before they are merged.
+const PARTS: usize = 1 << 23;
 
 /// A cache of keys and values, and how queries see it.
 #[derive(Clone, Copy)]
@@ -47,13 +52,6 @@ struct Call<'a> {
     kv_heads: usize,
     v_dim: usize,
     sinks: Option<&'a [f32]>,
-}
-
-/// Up to [`STRETCH`] entries of a cache.
-#[derive(Clone, Copy)]
-struct Stretch {
-    cache: usize,
-    first: usize,
 }
 
 /// out = softmax(scale q · k, over the keys that are seen) · v. `q` is `[tokens, q_heads, dim]`, keys `[entries, kv_heads, dim]`,
@@ -119,148 +117,106 @@ pub fn attend_all(
     Call { isa, q, q_heads, dim, query_positions, caches, kv_heads, v_dim, sinks }.run(out);
 }
 
-/// A block of queries of one key head.
-#[derive(Clone, Copy)]
-struct Queries {
-    head: usize,
-    first: usize,
-    tokens: usize,
-}
-
 impl Call<'_> {
     fn group(&self) -> usize {
         self.q_heads / self.kv_heads
     }
 
+    /// Lanes of a value, padded to whole vectors.
+    fn width(&self) -> usize {
+        self.v_dim.next_multiple_of(16)
+    }
+
     fn run(&self, out: &mut [f32]) {
         let abreast = (ROWS / self.group()).max(1);
-        let starts = (0..self.query_positions.len()).step_by(abreast);
-        let blocks: Vec<Queries> = starts
-            .flat_map(|first| {
-                let tokens = abreast.min(self.query_positions.len() - first);
-                (0..self.kv_heads).map(move |head| Queries { head, first, tokens })
-            })
-            .collect();
-        let entries = self.caches.iter().map(|cache| cache.positions.len());
-        let work = self.q.len() * entries.clone().sum::<usize>();
-        let of = |(cache, entries)| (0..entries).step_by(STRETCH).map(move |first| Stretch { cache, first });
-        let stretches: Vec<Stretch> = entries.enumerate().flat_map(of).collect();
-        let states: Vec<State> = if work < 1 << 16 {
-            blocks.iter().map(|&b| self.all(b, &stretches)).collect()
-        } else if stretches.len() == 1 || blocks.len() >= 4 * rayon::current_num_threads() {
-            blocks.par_iter().map(|&b| self.all(b, &stretches)).collect()
+        let tokens = self.query_positions.len();
+        let blocks = tokens.div_ceil(abreast);
+        let of = |(cache, keys): (usize, &Keys<'_>)| {
+            (0..keys.positions.len()).step_by(STRETCH).map(move |first| Stretch { cache, first })
+        };
+        let stretches: Vec<Stretch> = self.caches.iter().enumerate().flat_map(of).collect();
+        let tokens = |block: usize| block * abreast..tokens.min((block + 1) * abreast);
+        let out = Output(out.as_mut_ptr());
+        // Products of a block of queries with a stretch.
+        let products = tokens(0).len() * self.q_heads * STRETCH * (self.dim + self.v_dim);
+        let size = self.kv_heads * State::room(abreast.min(tokens(0).len()) * self.group(), self.width());
+        let parts = blocks * stretches.len() * size;
+        let split = blocks == 1 || blocks * self.kv_heads < 4 * rayon::current_num_threads();
+        if split && stretches.len() > 1 && parts <= PARTS {
+            let mut sums = vec![0.0; parts];
+            let room = Output(sums.as_mut_ptr());
+            in_tasks(blocks * stretches.len(), products, 1, 1, |scratch: &mut Room, range| {
+                for i in range {
+                    let pass = Pass {
+                        call: self,
+                        queries: Queries { tokens: tokens(i / stretches.len()), heads: 0..self.kv_heads },
+                    };
+                    let states = self.kv_heads * State::room(pass.rows(), self.width());
+                    // SAFETY: each task has `size` floats of its own.
+                    let states = unsafe { std::slice::from_raw_parts_mut(room.pointer().add(i * size), states) };
+                    pass.stretch(stretches[i % stretches.len()], scratch, states);
+                }
+            });
+            for (block, sums) in sums.chunks_exact_mut(stretches.len() * size).enumerate() {
+                self.merge(tokens(block), size, sums, out);
+            }
         } else {
-            let tasks: Vec<(Queries, Stretch)> =
-                blocks.iter().flat_map(|&b| stretches.iter().map(move |&s| (b, s))).collect();
-            let parts: Vec<State> = tasks.par_iter().map(|&(b, s)| self.stretch(b, s)).collect();
-            parts.chunks(stretches.len()).map(|parts| merge(parts.iter().cloned())).collect()
-        };
-        for (block, state) in blocks.iter().zip(&states) {
-            self.finish(*block, state, out);
+            let tasks = blocks * self.kv_heads;
+            in_tasks(tasks, products / self.kv_heads * stretches.len(), 1, 1, |scratch: &mut Room, range| {
+                for i in range {
+                    // The last queries see the most keys: what takes longest comes first.
+                    let (block, head) = (blocks - 1 - i / self.kv_heads, i % self.kv_heads);
+                    let pass = Pass { call: self, queries: Queries { tokens: tokens(block), heads: head..head + 1 } };
+                    self.through(&pass, &stretches, scratch, out);
+                }
+            });
         }
     }
 
-    /// All keys, one stretch after the other.
-    fn all(&self, block: Queries, stretches: &[Stretch]) -> State {
-        if stretches.is_empty() {
-            return State::new(block.tokens * self.group(), self.v_dim.next_multiple_of(16));
-        }
-        merge(stretches.iter().map(|&s| self.stretch(block, s)))
-    }
-
-    /// Keys of one stretch.
-    fn stretch(&self, block: Queries, stretch: Stretch) -> State {
-        let Keys { keys: all_keys, values, positions: key_positions, how } = self.caches[stretch.cache];
-        let (group, rows) = (self.group(), block.tokens * self.group());
-        let (len, width) = (self.dim.next_multiple_of(16), self.v_dim.next_multiple_of(16));
-        let mut state = State::new(rows, width);
-        let end = key_positions.len().min(stretch.first + STRETCH);
-        // Keys that double as values are widened once.
-        let pitch = if values.is_some() { width } else { len };
-        // Block-sparse heads see different keys, others the same ones.
-        let alike = if how.alike(group) { group } else { 1 };
-        let at = |row: usize| (block.first + row / group, block.head * group + row % group);
-        let slopes: Vec<(f32, u32)> = match how.slopes {
-            Some(slopes) => {
-                (0..rows).map(at).map(|(token, head)| (slopes[head], self.query_positions[token])).collect()
-            }
-            None => Vec::new(),
-        };
-        let mut scratch = Vec::new();
-        let mut visible = vec![0u64; rows / alike];
-        for first in (stretch.first..end).step_by(KEYS) {
-            let keys = KEYS.min(end - first);
-            let positions = &key_positions[first..first + keys];
-            for (row, seen) in visible.iter_mut().enumerate().map(|(i, seen)| (i * alike, seen)) {
-                let (token, head) = at(row);
-                let p = self.query_positions[token];
-                let bits = positions.iter().enumerate().map(|(i, &k)| u64::from(how.sees(token, head, p, k)) << i);
-                *seen = bits.fold(0, |all, bit| all | bit);
-            }
-            if visible.iter().all(|&seen| seen == 0) {
+    /// One head's queries over all stretches, one after the other.
+    fn through(&self, pass: &Pass<'_>, stretches: &[Stretch], scratch: &mut Room, out: Output) {
+        let (rows, width) = (pass.rows(), self.width());
+        let size = State::room(rows, width);
+        let mut sums = std::mem::take(&mut scratch.sums);
+        sums.resize(2 * size, 0.0);
+        let (all, part) = sums.split_at_mut(size);
+        State::of(all, rows, width).clear();
+        for (i, &stretch) in stretches.iter().enumerate() {
+            if i == 0 {
+                pass.stretch(stretch, scratch, all);
                 continue;
             }
-            // Queries, keys, values, scores.
-            if scratch.is_empty() {
-                scratch.resize(rows * len + KEYS * len + KEYS * width + rows * KEYS, 0.0);
-                self.scale_queries(block, how.scale, len, &mut scratch);
-            }
-            let (queries, rest) = scratch.split_at_mut(rows * len);
-            let (wide_keys, rest) = rest.split_at_mut(KEYS * len);
-            let (wide_values, scores) = rest.split_at_mut(KEYS * width);
-            let widen = |rows, dim, stride, to: &mut [f32]| Widen {
-                rows,
-                dim,
-                heads: self.kv_heads,
-                head: block.head,
-                entries: (first, keys),
-                to: to.as_mut_ptr(),
-                stride,
-            };
-            // SAFETY: blocks are sized above; `attend` checked that the rows hold all entries.
-            unsafe {
-                dispatch(self.isa, widen(all_keys, self.dim, len, wide_keys));
-                if let Some(values) = values {
-                    dispatch(self.isa, widen(values, self.v_dim, width, wide_values));
-                }
-                dispatch(
-                    self.isa,
-                    Step {
-                        queries: Block { data: queries.as_ptr(), stride: len, rows },
-                        keys: Block { data: wide_keys.as_ptr(), stride: len, rows: keys },
-                        len,
-                        values: if values.is_some() { wide_values.as_ptr() } else { wide_keys.as_ptr() },
-                        pitch,
-                        visible: &visible,
-                        alike,
-                        softcap: how.softcap,
-                        slopes: how.slopes.map(|_| Slopes { rows: &slopes, keys: positions }),
-                        scores,
-                        state: &mut state,
-                    },
-                );
-            }
+            pass.stretch(stretch, scratch, part);
+            let (into, from) = (&mut State::of(all, rows, width), &State::of(part, rows, width));
+            // SAFETY: states of the same rows.
+            unsafe { dispatch(self.isa, Merge { into, from }) };
         }
-        state
+        self.finish(&pass.queries, &State::of(all, rows, width), out);
+        scratch.sums = sums;
     }
 
-    /// Queries of a block, `[tokens, group]` rows of `len`.
-    fn scale_queries(&self, block: Queries, scale: f32, len: usize, to: &mut [f32]) {
-        let group = self.group();
-        for (row, to) in to.chunks_exact_mut(len).take(block.tokens * group).enumerate() {
-            let at = (block.first + row / group) * self.q_heads + block.head * group + row % group;
-            for (to, x) in to.iter_mut().zip(&self.q[at * self.dim..(at + 1) * self.dim]) {
-                *to = x * scale;
+    /// What stretches have summed up for a block of queries and all heads, `size` floats each, in order.
+    fn merge(&self, tokens: std::ops::Range<usize>, size: usize, sums: &mut [f32], out: Output) {
+        let (rows, width) = (tokens.len() * self.group(), self.width());
+        let (all, parts) = sums.split_at_mut(size);
+        let one = State::room(rows, width);
+        for (head, all) in all.chunks_exact_mut(one).take(self.kv_heads).enumerate() {
+            let into = &mut State::of(all, rows, width);
+            for part in parts.chunks_exact_mut(size) {
+                let from = &State::of(&mut part[head * one..(head + 1) * one], rows, width);
+                // SAFETY: states of the same rows.
+                unsafe { dispatch(self.isa, Merge { into, from }) };
             }
+            self.finish(&Queries { tokens: tokens.clone(), heads: head..head + 1 }, into, out);
         }
     }
 
-    /// Sums to averages, sinks included.
-    fn finish(&self, block: Queries, state: &State, out: &mut [f32]) {
+    /// Sums of one head to averages, sinks included.
+    fn finish(&self, queries: &Queries, state: &State<'_>, out: Output) {
         let group = self.group();
-        for row in 0..block.tokens * group {
-            let head = block.head * group + row % group;
-            let at = (block.first + row / group) * self.q_heads + head;
+        for row in 0..state.peak.len() {
+            let head = queries.heads.start * group + row % group;
+            let at = (queries.tokens.start + row / group) * self.q_heads + head;
             let (mut mass, mut fade) = (state.mass[row], 1.0);
             if let Some(sink) = self.sinks.and_then(|sinks| sinks.get(head)) {
                 let peak = state.peak[row].max(*sink);
@@ -271,18 +227,11 @@ impl Call<'_> {
             }
             let share = if mass > 0.0 { fade / mass } else { 0.0 };
             let sum = &state.sum[row * state.width..][..self.v_dim];
-            for (out, x) in out[at * self.v_dim..(at + 1) * self.v_dim].iter_mut().zip(sum) {
+            // SAFETY: `attend_all` has checked the output's size; a row is of one task alone.
+            let out = unsafe { std::slice::from_raw_parts_mut(out.pointer().add(at * self.v_dim), self.v_dim) };
+            for (out, x) in out.iter_mut().zip(sum) {
                 *out = x * share;
             }
         }
     }
-}
-
-/// Stretches in order.
-fn merge(mut parts: impl Iterator<Item = State>) -> State {
-    let mut all = parts.next().unwrap_or_else(|| State::new(0, 0));
-    for part in parts {
-        all.merge(&part);
-    }
-    all
 }

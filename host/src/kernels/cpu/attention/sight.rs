@@ -63,7 +63,69 @@ impl Blocks {
     }
 }
 
+/// Where some queries or keys stand.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Span {
+    first: u32,
+    last: u32,
+}
+
+impl Span {
+    /// Of positions in any order.
+    pub(super) fn of(positions: &[u32]) -> Self {
+        let (first, last) = positions.iter().fold((u32::MAX, 0), |(first, last), &p| (first.min(p), last.max(p)));
+        Self { first, last }
+    }
+}
+
+/// What some queries see of some keys.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Sees {
+    /// Every one sees every key.
+    All,
+    /// Each its own.
+    Some,
+    /// Nobody sees any.
+    None,
+}
+
 impl Attend<'_> {
+    /// An answer for many at once; `Some` where it takes a closer look.
+    pub(super) fn spans(&self, queries: Span, keys: Span) -> Sees {
+        let window = self.window.unwrap_or(usize::MAX);
+        let chunk = |p: u32| self.chunk.map_or(0, |chunk| p as usize / chunk.max(1));
+        let beyond = keys.first > queries.last;
+        let behind = queries.first.saturating_sub(keys.last) as usize >= window && keys.first as usize >= self.keep;
+        if beyond || behind || window == 0 && self.keep == 0 || chunk(keys.last) < chunk(queries.first) {
+            return Sees::None;
+        }
+        let near = ((queries.last - keys.first) as usize) < window || (keys.last as usize) < self.keep;
+        let chosen = self.blocks.is_some() || self.selection.is_some();
+        let whole = keys.last <= queries.first && near && chunk(keys.first) == chunk(queries.last) && !chosen;
+        if whole { Sees::All } else { Sees::Some }
+    }
+
+    /// Which of up to 64 keys a query sees, from the lowest bit on.
+    pub(super) fn mask(&self, token: usize, head: usize, p: u32, keys: &[u32]) -> u64 {
+        let mut seen = [0u8; 64];
+        if self.chunk.is_some() || self.blocks.is_some() || self.selection.is_some() {
+            for (seen, &k) in seen.iter_mut().zip(keys) {
+                *seen = u8::from(self.sees(token, head, p, k));
+            }
+        } else {
+            // Without branches, in numbers of one size: vectors.
+            let window = self.window.map_or(u32::MAX, |window| u32::try_from(window).unwrap_or(u32::MAX));
+            let keep = u32::try_from(self.keep).unwrap_or(u32::MAX);
+            for (seen, &k) in seen.iter_mut().zip(keys) {
+                *seen = u8::from((k <= p) & ((p.wrapping_sub(k) < window) | (k < keep)));
+            }
+        }
+        // Eight bytes of 0 or 1 to eight bits.
+        let (eights, _) = seen.as_chunks::<8>();
+        let bits = |eight: &[u8; 8]| u64::from_le_bytes(*eight).wrapping_mul(0x0102_0408_1020_4080) >> 56;
+        eights.iter().rev().fold(0, |all, eight| all << 8 | bits(eight))
+    }
+
     /// Whether query head `head` of the call's query `token`, at position `p`, sees a key at position `k`.
     #[inline]
     pub fn sees(&self, token: usize, head: usize, p: u32, k: u32) -> bool {
