@@ -194,7 +194,7 @@ fn bitnet_layers_round_their_inputs_as_transformers_does() {
             assert!(rounded && matches!(matrix.format(), Format::Affine { bits: 2, .. }), "{name}: {matrix:?}");
             let worst = back(&matrix).iter().zip(&back_want).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
             assert!(worst < 1e-7, "{name}: weights are off by {worst}");
-            let weight = Weight::place(matrix, &place).unwrap().for_inputs_of_eight_bits(rounded);
+            let weight = Weight::place(matrix, &place).unwrap().for_inputs_of_eight_bits();
             let x = candle_core::Tensor::from_vec(x, shape, &place.device).unwrap();
             let got: Vec<f32> = weight.matmul(&x).unwrap().flatten_all().unwrap().to_vec1().unwrap();
             for (token, (got, want)) in got.chunks(24).zip(y.chunks(24)).enumerate() {
