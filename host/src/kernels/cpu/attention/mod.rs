@@ -145,7 +145,8 @@ impl Call<'_> {
         if split && stretches.len() > 1 && parts <= PARTS {
             let mut sums = vec![0.0; parts];
             let room = Output(sums.as_mut_ptr());
-            in_tasks(blocks * stretches.len(), products, 1, 1, |scratch: &mut Room, range| {
+            // Neighbours on one thread: it has the next entries on their way.
+            in_tasks(blocks * stretches.len(), products, 1, usize::MAX, |scratch: &mut Room, range| {
                 for i in range {
                     let pass = Pass {
                         call: self,
