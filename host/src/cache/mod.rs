@@ -5,6 +5,7 @@ pub mod identity;
 pub mod kv;
 pub mod memory;
 pub mod prompt;
+pub mod room;
 pub mod rows;
 mod state;
 

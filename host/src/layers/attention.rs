@@ -6,10 +6,7 @@ use super::{
     slices::{filled, with_f32},
 };
 use crate::{
-    cache::{
-        kv::{KvCache, Sight},
-        rows::Table,
-    },
+    cache::kv::{KvCache, Sight},
     device::Placement,
     kernels::cpu::attention::{Attend, Blocks, Keys, Selection, attend_all},
     ops::{
@@ -192,13 +189,13 @@ fn by_candle(
     let (mut keys, mut values) = (Vec::with_capacity(seen.len()), Vec::with_capacity(seen.len()));
     for (kv, _) in seen {
         // Of pooled keys there may be none yet.
-        let Table::Tensor(Some(k)) = &kv.keys else { continue };
-        values.push(match (&kv.values, lanes) {
+        let Some(k) = kv.keys.tensor()? else { continue };
+        values.push(match (kv.values.tensor()?, lanes) {
             (_, Some(lanes)) => spread(&k.narrow(2, 0, lanes)?)?,
-            (Table::Tensor(Some(v)), None) => spread(v)?,
+            (Some(v), None) => spread(&v)?,
             _ => bail!("the cache is empty"),
         });
-        keys.push(spread(k)?);
+        keys.push(spread(&k)?);
     }
     let (Some((_, how)), false) = (seen.first(), keys.is_empty()) else { bail!("the cache is empty") };
     let (keys, values) = (Tensor::cat(&keys, 1)?, Tensor::cat(&values, 1)?);
