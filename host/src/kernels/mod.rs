@@ -1,3 +1,5 @@
 //! dylm's own kernels, one folder a device, where candle is slow or lacks the op.
 
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
