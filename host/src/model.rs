@@ -11,7 +11,7 @@ use crate::{
         arena::Arena,
         building::Building,
         lending::Call,
-        running::{CacheShapes, Part, Running},
+        running::{CacheShapes, Part, Places, Running},
         value::Value,
         watch::Watch,
     },
@@ -136,7 +136,7 @@ impl Plan {
     /// `forward` and `head` without numbers; gives the logits.
     pub(crate) fn dry(&self, tokens: Value, watch: Option<&Watch>) -> Result<(Value, CacheShapes)> {
         let place = Placement::new(DeviceChoice::Cpu, DtypeChoice::Float32, DType::F32)?;
-        let engine = Engine { object: &self.object, wanted: &self.wanted, layers: &[], place: &place, watch };
+        let engine = Engine { object: &self.object, wanted: &self.wanted, layers: &[], place: &place, watch, places: None };
         let (logits, shapes) = engine.run(Vec::new(), tokens, |all| Ok(Some(all.clone())))?;
         Ok((logits.unwrap_or(Value::planned(&[])), shapes))
     }
@@ -295,7 +295,8 @@ impl Model {
         let count = ids.len();
         let tokens = Tensor::from_vec(ids, count, &self.place.device)?;
         let (object, wanted, layers, place) = (&self.object, &self.wanted, &self.layers, &self.place);
-        let engine = Engine { object, wanted, layers, place, watch: self.watch.as_ref() };
+        let watch = self.watch.as_ref();
+        let engine = Engine { object, wanted, layers, place, watch, places: self.places(&parts, count)? };
         let select = |hidden: &Value| match hidden {
             Value::Real(hidden) if rows.len() < count => {
                 let index = Tensor::from_vec(rows.clone(), rows.len(), &self.place.device)?;
@@ -310,6 +311,19 @@ impl Model {
     }
 }
 
+impl Model {
+    /// Where a step's tokens stand, for the kernels that read it on the device.
+    fn places(&self, parts: &[Part], count: usize) -> Result<Option<Places>> {
+        if !self.place.device.is_cuda() {
+            return Ok(None);
+        }
+        let of = |p: &Part| (p.state.offset as u32..).take(p.tokens.len()).collect::<Vec<_>>();
+        let positions: Vec<u32> = parts.iter().flat_map(of).collect();
+        let positions = Tensor::from_vec(positions, count, &self.place.device)?;
+        Ok(Some(Places { positions, recorded: false }))
+    }
+}
+
 /// What one call of a plugin needs, loaded or not.
 struct Engine<'a> {
     object: &'a Object,
@@ -317,6 +331,7 @@ struct Engine<'a> {
     layers: &'a [Layer],
     place: &'a Placement,
     watch: Option<&'a Watch>,
+    places: Option<Places>,
 }
 
 impl Engine<'_> {
@@ -331,6 +346,7 @@ impl Engine<'_> {
         let running = Running {
             arena: Arena::default(),
             tokens: count,
+            places: self.places.clone(),
             caches: &self.object.caches,
             fed: vec![false; self.object.caches.len()],
             misuse: None,

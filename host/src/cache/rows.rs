@@ -68,6 +68,11 @@ impl Table {
         if let Table::Tensor(room) = self { room.rows() } else { Ok(None) }
     }
 
+    /// All that a tensor's table has room for, if it has any.
+    pub fn whole(&self) -> Option<&Tensor> {
+        if let Table::Tensor(room) = self { room.whole() } else { None }
+    }
+
     /// Drops entries `from..to`; a row has `width` values.
     pub fn remove(&mut self, from: usize, to: usize, width: usize) -> Result<()> {
         let range = from * width..to * width;

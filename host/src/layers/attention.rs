@@ -11,11 +11,13 @@ use crate::{
     kernels::cpu::attention::{Attend, Blocks, Keys, Selection, attend_all},
     ops::{
         attending::{memory, remembered},
-        running::Part,
+        running::{Part, Places},
     },
 };
 use candle_core::{D, DType, Device, Result, Tensor, bail};
 
+#[cfg(feature = "cuda")]
+mod on_cuda;
 #[cfg(test)]
 mod tests;
 
@@ -72,7 +74,17 @@ pub fn attend(
     how: &Scores,
     parts: &mut [Part],
     place: &Placement,
+    places: Option<&Places>,
 ) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let Some(places) = places
+        && let Some(output) = on_cuda::attend(cache, q, new, how, parts, place, places)?
+    {
+        return Ok(output);
+    }
+    if places.is_some_and(|places| places.recorded) {
+        bail!("attention of a kind that has no kernel for this GPU");
+    }
     let numbers = |t: &Option<Tensor>| t.as_ref().map(|t| t.to_dtype(DType::F32)?.to_vec1::<f32>()).transpose();
     let (sinks, slopes) = (numbers(&how.sinks)?, numbers(&how.slopes)?);
     let heads = q.dim(1)?;

@@ -24,8 +24,9 @@ __device__ void rope(const T *x, const uint32_t *positions, const float *frequen
     const size_t row = (size_t)blockIdx.x * head_dim;
     const uint32_t half = dims / 2;
     for (uint32_t i = threadIdx.x; i < half; i += blockDim.x) {
-        const float angle = (float)((double)(float)position * (double)frequencies[i]);
-        const float c = cosf(angle) * amplitude, s = sinf(angle) * amplitude * sign;
+        double sine, cosine;
+        sincos((double)(float)position * (double)frequencies[i], &sine, &cosine);
+        const float c = (float)(cosine * (double)amplitude), s = (float)(sine * (double)amplitude) * sign;
         const size_t a = row + first + (neighbours ? 2 * i : i), b = neighbours ? a + 1 : a + half;
         const float p = wide(x[a]), q = wide(x[b]);
         // Rounded product by product, as the same formula is on the CPU.
