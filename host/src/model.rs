@@ -1,5 +1,7 @@
 //! A checkpoint and a plugin, made into a model: planned against the files' headers, loaded, and run step by step.
 
+mod engine;
+
 use crate::{
     adapter::Adapters,
     cache::{CacheOptions, State, kv::pooled_by, memory},
@@ -8,10 +10,9 @@ use crate::{
     error::{Error, Result},
     layers::Layer,
     ops::{
-        arena::Arena,
         building::Building,
         lending::Call,
-        running::{CacheShapes, Part, Places, Running},
+        running::{CacheShapes, Part},
         value::Value,
         watch::Watch,
     },
@@ -29,9 +30,10 @@ use crate::{
     },
 };
 use candle_core::{DType, Tensor};
+use engine::Engine;
 use plugin_api::abi::{CacheSpec, extension::Extension};
 use rayon::prelude::*;
-use std::{cell::RefCell, collections::HashMap, path::PathBuf};
+use std::{cell::RefCell, path::PathBuf};
 
 /// A model that an architecture has described and no weights have been read for.
 pub struct Plan {
@@ -65,6 +67,9 @@ pub struct Model {
     pub(crate) watch: Option<Watch>,
     wanted: Vec<Wanted>,
     layers: Vec<Layer>,
+    /// Its steps that were recorded.
+    #[cfg(feature = "cuda")]
+    pub(crate) replays: crate::replay::Replays,
 }
 
 /// Which rows of a sequence's new tokens the caller wants logits for.
@@ -136,7 +141,8 @@ impl Plan {
     /// `forward` and `head` without numbers; gives the logits.
     pub(crate) fn dry(&self, tokens: Value, watch: Option<&Watch>) -> Result<(Value, CacheShapes)> {
         let place = Placement::new(DeviceChoice::Cpu, DtypeChoice::Float32, DType::F32)?;
-        let engine = Engine { object: &self.object, wanted: &self.wanted, layers: &[], place: &place, watch, places: None };
+        let engine =
+            Engine { object: &self.object, wanted: &self.wanted, layers: &[], place: &place, watch, places: None };
         let (logits, shapes) = engine.run(Vec::new(), tokens, |all| Ok(Some(all.clone())))?;
         Ok((logits.unwrap_or(Value::planned(&[])), shapes))
     }
@@ -203,7 +209,17 @@ impl Plan {
         let layers = self.wanted.par_iter().map(load).collect::<Result<Vec<_>>>()?;
         adapters.refuse_unused()?;
         let Plan { config, note: plugin, object, wanted, .. } = self;
-        Ok(Model { config, place, plugin, object, watch: None, wanted, layers })
+        Ok(Model {
+            config,
+            place,
+            plugin,
+            object,
+            watch: None,
+            wanted,
+            layers,
+            #[cfg(feature = "cuda")]
+            replays: Default::default(),
+        })
     }
 }
 
@@ -244,10 +260,10 @@ impl Model {
         if ids.peek().is_none() {
             return Ok(vec![Vec::new(); inputs.len()]);
         }
-        if let Some((id, vocab)) = self.vocab_size().and_then(|v| Some((ids.find(|&&id| id as usize >= v)?, v))) {
-            return Err(Error::Generate(format!(
-                "token {id} is beyond the model's vocabulary of {vocab}: does the tokenizer belong to this model?"
-            )));
+        self.knows(ids)?;
+        #[cfg(feature = "cuda")]
+        if let Some(crate::replay::Made::Logits(rows)) = self.replayed(inputs, false)? {
+            return Ok(rows.into_iter().map(|row| vec![row]).collect());
         }
         let (mut ids, mut rows) = (Vec::new(), Vec::new());
         let (mut counts, mut replayed) = (Vec::with_capacity(inputs.len()), Vec::with_capacity(inputs.len()));
@@ -265,7 +281,10 @@ impl Model {
             counts.push(wanted);
         }
         // On a thread of the pool: kernels that fan out from there need not wake another one first.
-        let logits = rayon::scope(|_| self.run(inputs, &replayed, ids, rows));
+        let logits = match self.place.native {
+            true => rayon::scope(|_| self.run(inputs, &replayed, ids, rows)),
+            false => self.run(inputs, &replayed, ids, rows),
+        };
         match logits {
             Ok(mut logits) => {
                 for (input, again) in inputs.iter_mut().zip(&replayed).filter(|(input, _)| !input.tokens.is_empty()) {
@@ -279,6 +298,35 @@ impl Model {
                 }
                 Err(e)
             }
+        }
+    }
+
+    /// The most likely next token of each sequence with its log-probability, after a step of one token each, where the device can choose it
+    /// by itself; none, and nothing done, where it cannot: then [`Self::step`] gives the logits.
+    pub fn choose(&self, inputs: &mut [Input]) -> Result<Option<Vec<(u32, f32)>>> {
+        self.knows(inputs.iter().flat_map(|i| i.tokens))?;
+        #[cfg(feature = "cuda")]
+        if let Some(crate::replay::Made::Chosen(chosen)) = self.replayed(inputs, true)? {
+            return Ok(Some(chosen));
+        }
+        Ok(None)
+    }
+
+    /// Why the GPU runs this model's steps op by op, where it tried to record and replay them.
+    pub fn not_replayed(&self) -> Option<String> {
+        #[cfg(feature = "cuda")]
+        if let Some(why) = self.replays.refused() {
+            return Some(why);
+        }
+        None
+    }
+
+    fn knows<'i>(&self, mut ids: impl Iterator<Item = &'i u32>) -> Result<()> {
+        match self.vocab_size().and_then(|v| Some((ids.find(|&&id| id as usize >= v)?, v))) {
+            Some((id, vocab)) => Err(Error::Generate(format!(
+                "token {id} is beyond the model's vocabulary of {vocab}: does the tokenizer belong to this model?"
+            ))),
+            None => Ok(()),
         }
     }
 
@@ -308,101 +356,5 @@ impl Model {
             Some(Value::Real(logits)) => Ok(logits.to_dtype(DType::F32)?.to_vec2::<f32>()?),
             _ => Ok(Vec::new()),
         }
-    }
-}
-
-impl Model {
-    /// Where a step's tokens stand, for the kernels that read it on the device.
-    fn places(&self, parts: &[Part], count: usize) -> Result<Option<Places>> {
-        if !self.place.device.is_cuda() {
-            return Ok(None);
-        }
-        let of = |p: &Part| (p.state.offset as u32..).take(p.tokens.len()).collect::<Vec<_>>();
-        let positions: Vec<u32> = parts.iter().flat_map(of).collect();
-        let positions = Tensor::from_vec(positions, count, &self.place.device)?;
-        Ok(Some(Places { positions, recorded: false }))
-    }
-}
-
-/// What one call of a plugin needs, loaded or not.
-struct Engine<'a> {
-    object: &'a Object,
-    wanted: &'a [Wanted],
-    layers: &'a [Layer],
-    place: &'a Placement,
-    watch: Option<&'a Watch>,
-    places: Option<Places>,
-}
-
-impl Engine<'_> {
-    /// `forward`, then `head` on the rows that `select` leaves, if any.
-    fn run(
-        &self,
-        parts: Vec<Part>,
-        tokens: Value,
-        select: impl FnOnce(&Value) -> Result<Option<Value>>,
-    ) -> Result<(Option<Value>, CacheShapes)> {
-        let count = tokens.dims().ok().and_then(|dims| dims.first().copied()).unwrap_or_default();
-        let running = Running {
-            arena: Arena::default(),
-            tokens: count,
-            places: self.places.clone(),
-            caches: &self.object.caches,
-            fed: vec![false; self.object.caches.len()],
-            misuse: None,
-            wanted: self.wanted,
-            layers: self.layers,
-            place: self.place,
-            parts,
-            angles: HashMap::new(),
-            shapes: CacheShapes::new(),
-            ops: self.watch.map(|_| Vec::new()),
-        };
-        let call = Call::Running(RefCell::new(running));
-        let Call::Running(cell) = &call else { unreachable!("made as Running above") };
-
-        let tokens = cell.borrow_mut().arena.put(tokens);
-        let hidden = self.object.forward(&call, tokens)?;
-        let hidden = take(cell, hidden, "forward", count)?;
-        let Some(chosen) = select(&hidden)? else {
-            self.tell(cell);
-            return Ok((None, CacheShapes::new()));
-        };
-        let count = chosen.dims().ok().and_then(|dims| dims.first().copied()).unwrap_or_default();
-        let chosen = cell.borrow_mut().arena.put(chosen);
-        let logits = self.object.head(&call, chosen)?;
-        let logits = take(cell, logits, "head", count)?;
-        self.tell(cell);
-        let shapes = std::mem::take(&mut cell.borrow_mut().shapes);
-        Ok((Some(logits), shapes))
-    }
-
-    fn tell(&self, running: &RefCell<Running>) {
-        let mut running = running.borrow_mut();
-        if let (Some(watch), Some(ops)) = (self.watch, running.ops.take()) {
-            watch.put(ops, &running.arena, &running.fed);
-        }
-    }
-}
-
-/// The value that a plugin returned, of as many rows as it was given, or the first failure on the way to it.
-fn take(running: &RefCell<Running>, handle: plugin_api::abi::Handle, what: &str, rows: usize) -> Result<Value> {
-    let mut running = running.borrow_mut();
-    if let Some(misuse) = running.misuse.take() {
-        return Err(Error::plugin(misuse));
-    }
-    match running.arena.get(handle) {
-        Ok(Value::Failed(first)) => Err(Error::plugin(first.to_string())),
-        Ok(value) => match value.dims() {
-            Ok(&[n, width]) if n == rows && width > 0 => {
-                running.arena.release(handle);
-                Ok(value)
-            }
-            Ok(dims) => Err(Error::plugin(format!("the plugin's {what} returned {dims:?}, it should be [{rows}, ..]"))),
-            Err(_) => Err(Error::plugin(format!("the plugin's {what} failed"))),
-        },
-        Err(_) => Err(Error::plugin(format!(
-            "the plugin's {what} returned no tensor of this step (but one kept from another step, dropped twice, or made up)"
-        ))),
     }
 }

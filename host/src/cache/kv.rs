@@ -130,7 +130,13 @@ impl KvCache {
     /// The same on CUDA, at positions `[tokens]` that lie on the device, the first of which is `offset` now: a step that was recorded writes
     /// its rows where they will stand when it is replayed.
     #[cfg(feature = "cuda")]
-    pub fn append_at(&mut self, keys: &Tensor, values: Option<&Tensor>, positions: &Tensor, offset: usize) -> Result<()> {
+    pub fn append_at(
+        &mut self,
+        keys: &Tensor,
+        values: Option<&Tensor>,
+        positions: &Tensor,
+        offset: usize,
+    ) -> Result<()> {
         let tokens = keys.dim(0)?;
         let origin = self.origin(offset)?;
         for (rows, table) in [(Some(keys), &mut self.keys), (values, &mut self.values)] {
@@ -142,6 +148,19 @@ impl KvCache {
             room.grown(tokens);
         }
         self.positions.extend((offset as u32..).take(tokens));
+        Ok(())
+    }
+
+    /// Makes room for `rows` more.
+    #[cfg(feature = "cuda")]
+    pub fn make_room(&mut self, rows: usize) -> Result<()> {
+        for table in [&mut self.keys, &mut self.values] {
+            if let Table::Tensor(room) = table
+                && let Some(like) = room.whole().cloned()
+            {
+                room.reserve(&like, rows)?;
+            }
+        }
         Ok(())
     }
 

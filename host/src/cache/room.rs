@@ -136,7 +136,8 @@ mod tests {
 
     #[test]
     fn rows_leave_from_everywhere() {
-        for (from, to, left) in [(0, 2, vec![2.0, 3.0, 4.0]), (1, 3, vec![0.0, 3.0, 4.0]), (3, 5, vec![0.0, 1.0, 2.0])] {
+        for (from, to, left) in [(0, 2, vec![2.0, 3.0, 4.0]), (1, 3, vec![0.0, 3.0, 4.0]), (3, 5, vec![0.0, 1.0, 2.0])]
+        {
             let mut room = Room::holding(&rows(0..5)).unwrap();
             room.remove(from, to).unwrap();
             assert_eq!(read(&room), left, "{from}..{to}");

@@ -174,7 +174,15 @@ impl Running<'_> {
             }),
         };
         let new = attention::New { k: real(&k), v: real(&v) };
-        Ok(Value::Real(attention::attend(cache as usize, q, &new, &how, &mut self.parts, self.place, self.places.as_ref())?))
+        Ok(Value::Real(attention::attend(
+            cache as usize,
+            q,
+            &new,
+            &how,
+            &mut self.parts,
+            self.place,
+            self.places.as_ref(),
+        )?))
     }
 
     /// The cache of pooled keys that an `attend` names, fed with keys and values of the same shape as its own; and their selection.

@@ -71,9 +71,11 @@ pub fn attend(seen: &Seen<'_>) -> Result<Tensor> {
         address(&y)?,
     ];
     let stride = if seen.values.is_some() { e } else { d };
-    let numbers = [heads, kv_heads, d, e, stride, seen.origin as usize, capacity]
-        .into_iter()
-        .chain([seen.window.unwrap_or(0), seen.chunk.unwrap_or(0), seen.keep]);
+    let numbers = [heads, kv_heads, d, e, stride, seen.origin as usize, capacity].into_iter().chain([
+        seen.window.unwrap_or(0),
+        seen.chunk.unwrap_or(0),
+        seen.keep,
+    ]);
     let mut bytes: Vec<u8> = addresses.iter().flat_map(|a| a.to_ne_bytes()).collect();
     bytes.extend(numbers.flat_map(|n| (n as u32).to_ne_bytes()));
     bytes.extend([seen.scale, seen.softcap.unwrap_or(0.0)].iter().flat_map(|x| x.to_ne_bytes()));
@@ -83,7 +85,8 @@ pub fn attend(seen: &Seen<'_>) -> Result<Tensor> {
         DType::BF16 => "attend_bf16",
         other => bail!("no attention over {other:?}"),
     };
-    let shape = Shape { grid: [heads as u32, tokens as u32, 1], block: 256, shared: shared_bytes(d, e) as u32, early: false };
+    let shape =
+        Shape { grid: [heads as u32, tokens as u32, 1], block: 256, shared: shared_bytes(d, e) as u32, early: false };
     // SAFETY: the struct is attend.cu's `Seen`, its tensors are as large as it says.
     unsafe { function(device, "attend", name)?.launch(device, shape, &[Arg::Struct(&bytes)])? };
     y.to_dtype(seen.q.dtype())

@@ -165,7 +165,8 @@ pub fn choose(logits: &Tensor, ids: &Tensor, positions: &Tensor, told: &Tensor) 
     // SAFETY: as step.cu says.
     unsafe { function(device, "step", "top_parts")?.launch(device, look, &args)? };
     let [ids, positions, told] = [address(ids)?, address(positions)?, address(told)?];
-    let args = [Arg::Ptr(address(&parts)?), Arg::Ptr(ids), Arg::Ptr(positions), Arg::Ptr(told), Arg::U32(LOOKING as u32)];
+    let args =
+        [Arg::Ptr(address(&parts)?), Arg::Ptr(ids), Arg::Ptr(positions), Arg::Ptr(told), Arg::U32(LOOKING as u32)];
     // SAFETY: as step.cu says.
     unsafe { function(device, "step", "choose_top")?.launch(device, flat(rows as u32, 64), &args) }
 }
