@@ -57,8 +57,8 @@ extern "C" __global__ void tile_exponents(const uint8_t *scales, uint8_t *tiles,
 }
 
 // Eight weights of a row, from column 32 j + 8 c of a tile.
-template <int P, bool HALF>
-__device__ __forceinline__ uint4 eight_weights(const uint8_t *tile, const uint8_t *scales, int group, int r, int j, int c) {
+template <int P>
+__device__ __forceinline__ uint4 eight_weights(const uint8_t *tile, const uint8_t *scales, int group, bool half, int r, int j, int c) {
     const int groups = TILE_COLS / group, i = 32 * j / group, at = ((r % 8) * 2 + r / 8) * groups + i;
     const uint32_t *words = reinterpret_cast<const uint32_t *>(tile);
     float v[8];
@@ -69,7 +69,7 @@ __device__ __forceinline__ uint4 eight_weights(const uint8_t *tile, const uint8_
         e2m1(words[word_at(r, c, j, 1)], p);
         for (int k = 0; k < 8; k++) v[k] = __uint_as_float(k % 2 ? p[k / 2] & 0xFFFF0000u : p[k / 2] << 16);
     } else {
-        s = scale_and_bias<HALF>(reinterpret_cast<const uint32_t *>(scales)[at]);
+        s = scale_and_bias(reinterpret_cast<const uint32_t *>(scales)[at], half);
         if constexpr (P == NIBBLE) {
             uint32_t w = words[word_at(r, c, j, 1)];
             for (int k = 0; k < 8; k++) v[k] = float((w >> (4 * (k / 2) + 16 * (k % 2))) & 15);
@@ -86,44 +86,45 @@ __device__ __forceinline__ uint4 eight_weights(const uint8_t *tile, const uint8_
     return make_uint4(out[0], out[1], out[2], out[3]);
 }
 
-template <int P, bool HALF>
-__device__ __forceinline__ void row_of_tiles(const uint8_t *tiles, const uint8_t *scales, int blocks, int group, int row, int block, int eight, __nv_bfloat16 *y) {
+template <int P>
+__device__ __forceinline__ void row_of_tiles(const uint8_t *tiles, const uint8_t *scales, int blocks, int group, bool half, int row, int block, int eight, __nv_bfloat16 *y) {
     constexpr int size = 1024 * pieces<P>();
     const size_t tile = size_t(row / TILE_ROWS) * blocks + block;
     const int scale_size = TILE_ROWS * (TILE_COLS / group) * (P == MX4 ? 1 : 4);
-    *reinterpret_cast<uint4 *>(y) = eight_weights<P, HALF>(tiles + tile * size, scales + tile * scale_size, group, row % TILE_ROWS, eight / 4, eight % 4);
+    *reinterpret_cast<uint4 *>(y) = eight_weights<P>(tiles + tile * size, scales + tile * scale_size, group, half, row % TILE_ROWS, eight / 4, eight % 4);
 }
 
 // All weights, [rows, cols]. Grid: (blocks of columns, rows of tiles), 256 threads.
-template <int P, bool HALF> __device__ void unpack(const uint8_t *tiles, const uint8_t *scales, __nv_bfloat16 *y, int rows, int cols, int group) {
+template <int P> __device__ void unpack(const uint8_t *tiles, const uint8_t *scales, __nv_bfloat16 *y, int rows, int cols, int group, bool half) {
     // Lanes as in the tile, so that its words are read in one piece: warps 0 to 3 rows 0 to 7 of one 32 columns each, 4 to 7 the others.
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, r = lane / 4 + 8 * (warp / 4), eight = warp % 4 * 4 + lane % 4;
     const int row = blockIdx.y * TILE_ROWS + r, column = blockIdx.x * TILE_COLS + eight * 8;
-    if (row < rows && column < cols) row_of_tiles<P, HALF>(tiles, scales, gridDim.x, group, row, blockIdx.x, eight, y + size_t(row) * cols + column);
+    if (row < rows && column < cols) row_of_tiles<P>(tiles, scales, gridDim.x, group, half, row, blockIdx.x, eight, y + size_t(row) * cols + column);
 }
 
 // Rows by id, [ids, cols]. Grid: (blocks of columns, ids), 16 threads. An id that is no row gives zeros.
-template <int P, bool HALF>
-__device__ void gather(const uint8_t *tiles, const uint8_t *scales, const uint32_t *ids, __nv_bfloat16 *y, int rows, int cols, int group) {
+template <int P>
+__device__ void gather(const uint8_t *tiles, const uint8_t *scales, const uint32_t *ids, __nv_bfloat16 *y, int rows, int cols, int group, bool half) {
     const int column = blockIdx.x * TILE_COLS + threadIdx.x * 8;
+    let_next_start();
+    wait_for_previous();
     const uint32_t row = ids[blockIdx.y];
     __nv_bfloat16 *to = y + size_t(blockIdx.y) * cols + column;
     if (column >= cols) return;
-    if (row < rows) row_of_tiles<P, HALF>(tiles, scales, gridDim.x, group, row, blockIdx.x, threadIdx.x, to);
+    if (row < rows) row_of_tiles<P>(tiles, scales, gridDim.x, group, half, row, blockIdx.x, threadIdx.x, to);
     else *reinterpret_cast<uint4 *>(to) = make_uint4(0, 0, 0, 0);
 }
 
-#define FOR_PACKING(NAME, P, HALF)                                                                                                         \
-    extern "C" __global__ void unpack_##NAME(const uint8_t *tiles, const uint8_t *scales, __nv_bfloat16 *y, int rows, int cols, int group) { \
-        unpack<P, HALF>(tiles, scales, y, rows, cols, group);                                                                              \
+#define FOR_PACKING(NAME, P)                                                                                                               \
+    extern "C" __global__ void unpack_##NAME(const uint8_t *tiles, const uint8_t *scales, __nv_bfloat16 *y, int rows, int cols, int group, \
+                                             int half) {                                                                                   \
+        unpack<P>(tiles, scales, y, rows, cols, group, half);                                                                              \
     }                                                                                                                                      \
     extern "C" __global__ void gather_##NAME(const uint8_t *tiles, const uint8_t *scales, const uint32_t *ids, __nv_bfloat16 *y, int rows, \
-                                             int cols, int group) {                                                                        \
-        gather<P, HALF>(tiles, scales, ids, y, rows, cols, group);                                                                         \
+                                             int cols, int group, int half) {                                                              \
+        gather<P>(tiles, scales, ids, y, rows, cols, group, half);                                                                         \
     }
 
-FOR_PACKING(nibble_bf16, NIBBLE, false)
-FOR_PACKING(nibble_f16, NIBBLE, true)
-FOR_PACKING(byte_bf16, BYTE, false)
-FOR_PACKING(byte_f16, BYTE, true)
-FOR_PACKING(mx4, MX4, false)
+FOR_PACKING(nibble, NIBBLE)
+FOR_PACKING(byte, BYTE)
+FOR_PACKING(mx4, MX4)
