@@ -31,7 +31,7 @@ use crate::{
 };
 use candle_core::{DType, Tensor};
 use engine::Engine;
-use plugin_api::abi::{CacheSpec, extension::Extension};
+use plugin_api::abi::{CacheSpec, Slot, extension::Extension};
 use rayon::prelude::*;
 use std::{cell::RefCell, path::PathBuf};
 
@@ -51,6 +51,9 @@ pub struct Plan {
     pub(crate) wanted: Vec<Wanted>,
     /// The files' tensors.
     pub(crate) pantry: Pantry,
+    /// Linear layers of one input, which may run as one.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    together: Vec<Vec<Slot>>,
 }
 
 /// A model that runs.
@@ -118,10 +121,10 @@ impl Plan {
         let call = Call::Building(RefCell::new(Building::new(&pantry, &json)));
         let object = library.create(&call, &config.text())?;
         let Call::Building(building) = call else { unreachable!("made as Building above") };
-        let Building { wanted, ignored, complaints, .. } = building.into_inner();
+        let Building { wanted, ignored, together, complaints, .. } = building.into_inner();
         let report = Report::new(&wanted, &pantry, &ignored, complaints);
         let (plugin, note) = (library.path.clone(), library.note.clone());
-        Ok(Plan { config, plugin, note, report, pantry, object, wanted })
+        Ok(Plan { config, plugin, note, report, pantry, object, wanted, together })
     }
 
     /// Runs the architecture on shapes alone, which finds most mistakes of a plugin before gigabytes are read, and tells what its caches
@@ -206,7 +209,10 @@ impl Plan {
             progress(done.fetch_add(1, std::sync::atomic::Ordering::Relaxed) + 1, self.wanted.len());
             layer
         };
-        let layers = self.wanted.par_iter().map(load).collect::<Result<Vec<_>>>()?;
+        #[allow(unused_mut)]
+        let mut layers = self.wanted.par_iter().map(load).collect::<Result<Vec<_>>>()?;
+        #[cfg(feature = "cuda")]
+        crate::kernels::cuda::together::join(&mut layers, &self.together);
         adapters.refuse_unused()?;
         let Plan { config, note: plugin, object, wanted, .. } = self;
         Ok(Model {

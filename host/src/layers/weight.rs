@@ -1,9 +1,11 @@
 //! A matrix of weights where it will be used: packed for dylm's own CPU kernels, or a tensor for candle on a GPU.
 //!
-//! On the CPU nothing is converted or copied: the kernels read the checkpoint's mapped bytes. On a GPU packed weights are dequantized
-//! when they are loaded, until dylm has its own kernels there.
+//! On the CPU nothing is converted or copied: the kernels read the checkpoint's mapped bytes. On an NVIDIA GPU weights stay packed where
+//! there are kernels for their format and activations are bf16; elsewhere they are dequantized when they are loaded.
 
 use super::slices::{filled, with_f32};
+#[cfg(feature = "cuda")]
+use crate::kernels::cuda::packed::Tiles;
 use crate::{
     device::Placement,
     error::Result,
@@ -18,13 +20,23 @@ pub enum Weight {
     Packed(Matrix),
     /// For candle, in the placement's type.
     Dense(Tensor),
-    /// Either, for inputs that are rounded to eight bits first.
+    /// For dylm's own kernels on an NVIDIA GPU.
+    #[cfg(feature = "cuda")]
+    Tiles(Tiles),
+    /// Any of these, for inputs that are rounded to eight bits first.
     Rounded(Box<Weight>),
 }
 
 impl Weight {
     /// Brings a matrix to where it is used. A dense one that is wider than `dtype` is narrowed; a narrower one stays, exactly.
     pub fn place(matrix: Matrix, place: &Placement) -> Result<Self> {
+        #[cfg(feature = "cuda")]
+        if !place.native
+            && place.dtype == DType::BF16
+            && let Some(tiles) = Tiles::place(std::slice::from_ref(&matrix), &place.device)?
+        {
+            return Ok(Weight::Tiles(tiles));
+        }
         if !place.native {
             return Ok(Weight::Dense(dense(&matrix, place)?));
         }
@@ -53,6 +65,8 @@ impl Weight {
         match self {
             Weight::Packed(m) => m.rows(),
             Weight::Dense(t) => t.dims()[0],
+            #[cfg(feature = "cuda")]
+            Weight::Tiles(t) => t.rows,
             Weight::Rounded(w) => w.rows(),
         }
     }
@@ -62,6 +76,8 @@ impl Weight {
         match self {
             Weight::Packed(m) => m.cols(),
             Weight::Dense(t) => t.dims()[1],
+            #[cfg(feature = "cuda")]
+            Weight::Tiles(t) => t.cols,
             Weight::Rounded(w) => w.cols(),
         }
     }
@@ -80,6 +96,8 @@ impl Weight {
                 let flat = x.reshape((rows, w.dims()[1]))?.to_dtype(w.dtype())?;
                 flat.matmul(&w.t()?)?.reshape(dims)?.to_dtype(x.dtype())
             }
+            #[cfg(feature = "cuda")]
+            Weight::Tiles(t) => t.matmul(x, None)?.to_dtype(x.dtype()),
             Weight::Rounded(w) => w.matmul(&eight_bits(x)?),
         }
     }
@@ -91,6 +109,8 @@ impl Weight {
                 super::slices::with_u32(ids, |ids| filled((ids.len(), m.cols()), |out| m.gather_rows(ids, out)))?
             }
             Weight::Dense(w) => w.index_select(ids, 0),
+            #[cfg(feature = "cuda")]
+            Weight::Tiles(t) => t.gather(ids),
             Weight::Rounded(w) => w.gather(ids),
         }
     }
@@ -100,6 +120,8 @@ impl Weight {
         match self {
             Weight::Packed(m) => filled((m.rows(), m.cols()), |out| m.dequantize_rows(0..m.rows(), out)),
             Weight::Dense(w) => w.to_dtype(DType::F32),
+            #[cfg(feature = "cuda")]
+            Weight::Tiles(t) => t.dense()?.to_dtype(DType::F32),
             Weight::Rounded(w) => w.numbers(),
         }
     }

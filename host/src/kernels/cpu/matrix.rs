@@ -74,6 +74,11 @@ impl Matrix {
         Ok(Self { order: Some(order.into()), ..self })
     }
 
+    /// Whether columns are stored in another order.
+    pub fn has_column_order(&self) -> bool {
+        self.order.is_some()
+    }
+
     /// How it is packed.
     pub fn format(&self) -> Format {
         self.format

@@ -1,5 +1,11 @@
 //! Kernels for NVIDIA's GPUs: what candle lacks there, or does in more launches than a token has time for.
 
 pub mod attend;
+pub mod attention;
+pub mod experts;
+pub mod norm;
+pub mod packed;
 pub mod program;
+mod regroup;
 pub mod step;
+pub mod together;

@@ -15,6 +15,7 @@ use candle_core::{
 use std::{
     collections::HashMap,
     ffi::{CString, c_void},
+    marker::PhantomData,
     sync::{LazyLock, Mutex},
 };
 
@@ -24,8 +25,9 @@ include!(concat!(env!("OUT_DIR"), "/cuda_programs.rs"));
 #[derive(Clone, Copy)]
 pub struct Kernel {
     function: sys::CUfunction,
-    /// Shared memory beyond what every kernel may have must be asked for once.
     name: &'static str,
+    /// Bytes of shared memory that a block of it can have.
+    pub most_shared: usize,
 }
 
 // SAFETY: a handle that the driver takes from any thread.
@@ -44,6 +46,15 @@ pub enum Arg<'a> {
     F32(f32),
     /// A struct by value, as bytes in C's layout.
     Struct(&'a [u8]),
+    /// A struct by value.
+    Typed(*const c_void, PhantomData<&'a ()>),
+}
+
+impl<'a> Arg<'a> {
+    /// A struct by value; it is `#[repr(C)]` and declared alike on both sides.
+    pub fn of<T: Copy>(value: &'a T) -> Self {
+        Arg::Typed(std::ptr::from_ref(value).cast(), PhantomData)
+    }
 }
 
 /// How many threads.
@@ -86,20 +97,28 @@ pub fn function(device: &CudaDevice, file: &'static str, name: &'static str) -> 
     let entry = CString::new(name).map_err(candle_core::Error::wrap)?;
     // SAFETY: the module was loaded on this device and is never unloaded.
     let function = unsafe { result::module::get_function(module as sys::CUmodule, entry) }.w()?;
-    let kernel = Kernel { function, name };
+    let kernel = Kernel { function, name, most_shared: more_shared(device, function)? };
     kernels.insert((device.id(), name), kernel);
     Ok(kernel)
 }
 
-impl Kernel {
-    /// Lets its blocks have more than 48 KB of shared memory.
-    pub fn with_shared(self, bytes: u32) -> Result<Self> {
-        let what = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-        // SAFETY: a known function and attribute.
-        unsafe { result::function::set_function_attribute(self.function, what, bytes as i32) }.w()?;
-        Ok(self)
-    }
+/// Lets a kernel's blocks have all the shared memory that there is, which must be asked for; how much that is.
+fn more_shared(device: &CudaDevice, function: sys::CUfunction) -> Result<usize> {
+    use sys::{CUdevice_attribute as Of, CUfunction_attribute as Has};
+    let most = Of::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
+    let most = device.cuda_stream().context().attribute(most).w()?;
+    // SAFETY: a known function and attributes.
+    let bytes = unsafe {
+        let own = result::function::get_function_attribute(function, Has::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES).w()?;
+        let bytes = most - own;
+        let what = Has::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        result::function::set_function_attribute(function, what, bytes).w()?;
+        bytes
+    };
+    Ok(bytes.max(0) as usize)
+}
 
+impl Kernel {
     /// Puts the kernel into the device's stream.
     ///
     /// # Safety
@@ -112,6 +131,7 @@ impl Kernel {
                 Arg::U32(n) => std::ptr::from_ref(n).cast_mut().cast(),
                 Arg::F32(x) => std::ptr::from_ref(x).cast_mut().cast(),
                 Arg::Struct(bytes) => bytes.as_ptr().cast_mut().cast(),
+                Arg::Typed(value, _) => value.cast_mut(),
             });
         }
         if shape.grid.contains(&0) || shape.block == 0 {

@@ -4,7 +4,10 @@
 use super::{New, Scores};
 use crate::{
     device::Placement,
-    kernels::cuda::attend::{self, Seen},
+    kernels::cuda::{
+        attend::{self, Seen},
+        attention,
+    },
     ops::{
         attending::{memory, remembered},
         running::{Part, Places},
@@ -12,7 +15,7 @@ use crate::{
 };
 use candle_core::{DType, Result, Tensor};
 
-/// Queries of a sequence up to which this kernel is faster than a matrix of scores.
+/// Queries of a sequence up to which the kernel for any width is faster than a matrix of scores.
 const FEW: usize = 16;
 
 /// As [`super::attend`], where all of it can be done so; else nothing has changed.
@@ -26,14 +29,17 @@ pub fn attend(
     places: &Places,
 ) -> Result<Option<Tensor>> {
     let plain = how.selection.is_none() && how.blocks.is_none() && how.pooled.is_none();
-    if !plain || parts.iter().any(|part| part.tokens.len() > FEW) {
+    if !plain {
         return Ok(None);
     }
     // Values are as wide as those that come, or as those that another layer has put there.
     let covered = |part: &Part| {
         let kv = remembered(part, cache)?;
         let stored = new.v.as_ref().map(|v| v.dim(2)).transpose()?.or(kv.shape.map(|shape| shape[3]));
-        Ok(kv.every == 1 && attend::fits(q.dim(2)?, how.lanes.or(stored).unwrap_or(0)))
+        let (d, tokens, kept) = (q.dim(2)?, part.tokens.len(), kv.sight(how.window, how.chunk).keep > 0);
+        let few = tokens <= FEW && attend::fits(d, how.lanes.or(stored).unwrap_or(0));
+        let fast = attention::covers(place.dtype, d, stored.unwrap_or(0), how.lanes.is_some(), kept, tokens);
+        Ok(kv.every == 1 && (few || fast))
     };
     if !parts.iter().map(covered).collect::<Result<Vec<_>>>()?.into_iter().all(|covered| covered) {
         return Ok(None);
