@@ -352,9 +352,11 @@ impl Model {
         let watch = self.watch.as_ref();
         let engine = Engine { object, wanted, layers, place, watch, places: self.places(&parts, count)? };
         let select = |hidden: &Value| match hidden {
+            // A GPU does not choose nothing out of something.
+            _ if rows.is_empty() => Ok(None),
             Value::Real(hidden) if rows.len() < count => {
                 let index = Tensor::from_vec(rows.clone(), rows.len(), &self.place.device)?;
-                Ok((!rows.is_empty()).then_some(Value::Real(hidden.index_select(&index, 0)?)))
+                Ok(Some(Value::Real(hidden.index_select(&index, 0)?)))
             }
             all => Ok(Some(all.clone())),
         };
