@@ -81,12 +81,15 @@ impl Model {
     pub(crate) fn replayed(&self, inputs: &mut [Input], choose: bool) -> Result<Option<Made>> {
         let Device::Cuda(device) = &self.place.device else { return Ok(None) };
         let single = |i: &Input| i.tokens.len() == 1 && i.want == Want::Last && i.state.behind == 0;
-        if inputs.is_empty() || self.watch.is_some() || !inputs.iter().all(|i| single(i) && has_keys(i.state)) {
+        if inputs.is_empty() || self.watch.is_some() || !inputs.iter().all(|i| single(i) && has_begun(i.state)) {
             return Ok(None);
         }
         let mut kept = self.replays.kept();
         if kept.refused.is_none() && std::env::var("DYLM_REPLAY").is_ok_and(|set| set == "off") {
             kept.refused = Some("DYLM_REPLAY=off".into());
+        }
+        if kept.refused.is_none() && inputs.iter().any(|i| i.state.layers.iter().any(|l| l.state().is_some())) {
+            kept.refused = Some("the states of its recurrences lie on the host".into());
         }
         if kept.refused.is_some() {
             return Ok(None);
@@ -121,10 +124,10 @@ impl Replays {
     }
 }
 
-/// Whether all that the sequence remembers are keys and values, of at least one token.
-fn has_keys(state: &State) -> bool {
-    state.layers.iter().all(|l| l.key_value().is_some_and(|kv| kv.shape.is_none() || !kv.positions.is_empty()))
-        && state.layers.iter().any(|l| l.key_value().is_some_and(|kv| !kv.positions.is_empty()))
+/// Whether each cache that has ever been fed holds a token: what the step writes into is there then.
+fn has_begun(state: &State) -> bool {
+    let mut kept = state.layers.iter().filter_map(Memory::key_value).filter(|kv| kv.shape.is_some());
+    state.offset > 0 && kept.all(|kv| !kv.positions.is_empty())
 }
 
 fn make_room(state: &mut State) -> candle_core::Result<()> {

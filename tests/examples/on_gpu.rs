@@ -92,7 +92,8 @@ fn check(entry: &Path, dtype: DtypeChoice) -> Result<(String, bool)> {
         chosen.push(next);
     }
     let by_graph = start.elapsed().as_secs_f64() * 1e3 / GENERATED as f64;
-    let bound = if dtype == DtypeChoice::Float32 { expected.bound.max(1e-4) } else { 0.05 };
+    // In bf16 the GPU rounds after each op to 8 bits, where the CPU keeps f32: of numbers that sum to little, much of that is left.
+    let bound = if dtype == DtypeChoice::Float32 { expected.bound.max(1e-4) } else { 0.1 };
     let why = gpu.lm.model.not_replayed();
     let sound = far <= bound && same && (why.is_some() || chosen == steps[known..]);
     let how = match &why {
