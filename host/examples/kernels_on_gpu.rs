@@ -63,7 +63,23 @@ impl Checks {
 
     fn packed(&mut self, format: Format, rows: usize, cols: usize) -> Result<(Matrix, Vec<f32>)> {
         let numbers: Vec<f32> = (0..rows * cols).map(|_| self.random.number() * 0.5).collect();
-        let matrix = Matrix::quantize(&numbers, rows, cols, format).map_err(candle_core::Error::wrap)?;
+        let matrix = match format {
+            Format::Affine { .. } | Format::Mxfp4 => Matrix::quantize(&numbers, rows, cols, format),
+            // Nobody here makes GGUF's blocks: any bytes are some, if scale and minimum are numbers.
+            _ => {
+                let (weights, size) = format.block();
+                let mut blocks: Vec<u8> =
+                    (0..rows * cols / weights * size).map(|_| self.random.below(256) as u8).collect();
+                for block in blocks.chunks_mut(size) {
+                    block[1] = 0x20 | block[1] & 0x83;
+                    if matches!(format, Format::Q4_1 | Format::Q5_1) {
+                        block[3] = 0x20 | block[3] & 0x83;
+                    }
+                }
+                Matrix::new(format, rows, cols, blocks.into(), None, None)
+            }
+        };
+        let matrix = matrix.map_err(candle_core::Error::wrap)?;
         let mut kept = vec![0.0; rows * cols];
         matrix.dequantize_rows(0..rows, &mut kept);
         Ok((matrix, kept))

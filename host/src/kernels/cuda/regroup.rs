@@ -120,9 +120,12 @@ mod tests {
     #[test]
     fn blocks_of_gguf_hold_the_same_numbers_after_they_are_taken_apart() {
         let (rows, cols) = (3, 96);
-        let numbers: Vec<f32> = (0..rows * cols).map(|i| ((i * 37 % 101) as f32 - 50.0) / 31.0).collect();
         for format in [Format::Q4_0, Format::Q4_1, Format::Q5_0, Format::Q5_1, Format::Q8_0] {
-            let matrix = Matrix::quantize(&numbers, rows, cols, format).unwrap();
+            let (weights, size) = format.block();
+            let mut bytes: Vec<u8> = (0..rows * cols / weights * size).map(|i| (i * 89 + i / 7) as u8).collect();
+            // Scale and minimum: numbers of some tenths.
+            bytes.chunks_mut(size).for_each(|block| (block[1], block[3]) = (0x2E, block[3] & 0x83 | 0x2C));
+            let matrix = Matrix::new(format, rows, cols, bytes.into(), None, None).unwrap();
             let mut expected = vec![0.0; rows * cols];
             matrix.dequantize_rows(0..rows, &mut expected);
             let r = regrouped(&matrix).unwrap();
