@@ -8,7 +8,10 @@
 use crate::{
     cache::{State, memory::Memory},
     error::{Error, Result},
-    kernels::cuda::step::{self, address},
+    kernels::cuda::{
+        keeping,
+        step::{self, address},
+    },
     model::{Input, Model, Want},
     ops::running::{Part, Places},
 };
@@ -49,6 +52,8 @@ struct Recorded {
     heard: [PinnedHostSlice<u32>; 2],
     /// `[sequences, vocab]`, f32; known once the step ran op by op.
     logits: Option<Tensor>,
+    /// What the step writes and forgets.
+    scratch: Vec<Tensor>,
     /// Which of a sequence's memories the step feeds.
     fed: Vec<usize>,
     graph: Option<CudaGraph>,
@@ -163,6 +168,7 @@ impl Recorded {
             told: Tensor::zeros((sequences, 3), DType::U32, on)?,
             heard: [pinned()?, pinned()?],
             logits: None,
+            scratch: Vec::new(),
             fed: Vec::new(),
             graph: None,
             caches: Vec::new(),
@@ -206,14 +212,21 @@ impl Recorded {
         let Some(logits) = self.logits.clone() else {
             // Once op by op: whatever is made at its first use (kernels, constants, scratch space) is there when the step is recorded.
             let before = lengths(inputs);
-            let logits = self.forward(model, inputs, false)?;
+            let mut scratch = std::mem::take(&mut self.scratch);
+            let kept = keeping(&mut scratch, false, || {
+                let logits = self.forward(model, inputs, false)?;
+                // Outlives the step, so it is none of the scratch.
+                let kept = Tensor::zeros(logits.dims(), DType::F32, logits.device())?;
+                self.choose(&logits, &kept)?;
+                Ok::<_, Error>(kept)
+            });
+            self.scratch = scratch;
+            let kept = kept?;
             self.fed = (0..)
                 .zip(lengths(inputs).into_iter().zip(before))
-                .filter(|(_, (a, b))| a > b)
+                .filter(|(_, (now, before))| now > before)
                 .map(|(i, _)| i)
                 .collect();
-            let kept = step::unwritten(logits.dims(), DType::F32, &self.device)?;
-            self.choose(&logits, &kept)?;
             self.logits = Some(kept);
             self.done = Some(self.tell()?);
             return Ok(());
@@ -253,10 +266,14 @@ impl Recorded {
         step::choose(kept, &self.ids, &self.positions, &self.told)
     }
 
-    fn record(&self, model: &Model, inputs: &mut [Input], logits: &Tensor) -> Result<CudaGraph> {
+    fn record(&mut self, model: &Model, inputs: &mut [Input], logits: &Tensor) -> Result<CudaGraph> {
         let stream = self.device.cuda_stream();
         stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED).w()?;
-        let made = self.forward(model, inputs, true).and_then(|made| Ok(self.choose(&made, logits)?));
+        let mut scratch = std::mem::take(&mut self.scratch);
+        let made = keeping(&mut scratch, true, || {
+            self.forward(model, inputs, true).and_then(|made| Ok(self.choose(&made, logits)?))
+        });
+        self.scratch = scratch;
         // What the step allocates and frees belongs to the graph.
         let graph =
             stream.end_capture(sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH).w();

@@ -7,5 +7,8 @@ pub mod norm;
 pub mod packed;
 pub mod program;
 mod regroup;
+mod scratch;
 pub mod step;
+
+pub use scratch::keeping;
 pub mod together;

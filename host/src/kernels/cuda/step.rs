@@ -41,6 +41,13 @@ pub fn address(t: &Tensor) -> Result<u64> {
 
 /// A tensor whose numbers a kernel is to write, all of them.
 pub fn unwritten(dims: &[usize], dtype: DType, device: &CudaDevice) -> Result<Tensor> {
+    match super::scratch::next(dims, dtype, device, allocated)? {
+        Some(kept) => Ok(kept),
+        None => allocated(dims, dtype, device),
+    }
+}
+
+fn allocated(dims: &[usize], dtype: DType, device: &CudaDevice) -> Result<Tensor> {
     let count = dims.iter().product();
     // SAFETY: the caller's kernel writes all of it before anything reads it.
     let slice = unsafe {
