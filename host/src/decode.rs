@@ -108,12 +108,15 @@ impl<'a> Decoder<'a> {
         self.interrupted.is_some_and(|flag| flag.load(Ordering::Relaxed))
     }
 
-    /// Reads all of the prompt but its last token, telling `progress` how far it is. Idempotent; `next` does it if nobody did.
+    /// Reads the prompt but for what goes through the model together with its last token, telling `progress` how far it is. Idempotent;
+    /// `next` does it if nobody did. A last token by itself would cost as much again as one that is generated. Beside a draft it is
+    /// all that is left over, as the model's next step is to judge the draft's tokens.
     pub fn prefill(&mut self, progress: &mut dyn FnMut(usize, usize)) -> Result<()> {
         let (start, before) = (Instant::now(), self.state.offset);
         self.state.horizon = self.state.horizon.max(self.prompt);
         progress(self.state.offset, self.prompt);
-        while self.state.offset + 1 < self.prompt && !self.is_interrupted() {
+        let left = if self.draft.is_some() { 1 } else { self.chunk };
+        while self.state.offset + left < self.prompt && !self.is_interrupted() {
             let end = (self.state.offset + self.chunk).min(self.prompt - 1);
             read(self.model, &mut self.state, &self.text[..end], Want::Nothing)?;
             progress(self.state.offset, self.prompt);
@@ -145,13 +148,14 @@ impl<'a> Decoder<'a> {
             return Ok(None);
         }
         let (first, start) = (self.text.len() == self.prompt, Instant::now());
+        let unread = self.prompt.saturating_sub(self.state.offset);
         match &self.draft {
             Some(draft) if draft.tokens > 0 => self.speculate()?,
             _ => self.step()?,
         }
         if first {
             self.prefill.0 += start.elapsed();
-            self.prefill.1 += 1;
+            self.prefill.1 += unread;
         }
         Ok(self.ready.pop_front())
     }

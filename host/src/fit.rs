@@ -93,6 +93,37 @@ impl Plan {
         bytes.fold(0, u64::saturating_add)
     }
 
+    /// Bytes of weights that one more token of a single sequence has to read: of the experts those that are chosen, of a table of
+    /// embeddings everything if it makes the logits too and nothing otherwise (a row is nothing). `None` where config.json does not tell
+    /// how many experts a token has.
+    pub fn bytes_a_token(&self) -> Option<u64> {
+        let number = |key: &str| self.config.get(key).and_then(|v| v.as_u64());
+        let vocab = number("vocab_size").unwrap_or(0);
+        let mut tied =
+            !self.wanted.iter().any(|w| matches!(w, Wanted::Linear { outputs, .. } if *outputs as u64 == vocab));
+        let mut counted = BTreeSet::new();
+        let mut all: u64 = 0;
+        for slot in &self.wanted {
+            let names = slot.recipes().into_iter().flat_map(|(recipe, _)| self.pantry.uses(recipe));
+            let fresh = names.filter(|name| counted.insert(name.clone())).collect::<Vec<_>>();
+            let stored = fresh.iter().filter_map(|name| self.checkpoint().get(name)).map(|tensor| tensor.len() as u64);
+            let bytes = stored.fold(0, u64::saturating_add);
+            all = all.saturating_add(match slot {
+                Wanted::Embedding { vocab: rows, .. } if *rows as u64 == vocab && tied => {
+                    tied = false;
+                    bytes
+                }
+                Wanted::Embedding { .. } => 0,
+                Wanted::Experts { experts, .. } => {
+                    let chosen = number("num_experts_per_tok")?.min(*experts as u64);
+                    (u128::from(bytes) * u128::from(chosen) / (*experts).max(1) as u128) as u64
+                }
+                _ => bytes,
+            });
+        }
+        Some(all)
+    }
+
     /// The process, and of a chunk the residual stream, queries, keys and values, and the widest rows of a layer, all in f32.
     fn work(&self, tokens: usize) -> u64 {
         let vocab = self.config.get("vocab_size").and_then(|v| v.as_u64()).unwrap_or(0);

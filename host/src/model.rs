@@ -286,11 +286,8 @@ impl Model {
             rows.extend((ids.len() - wanted..ids.len()).map(|r| r as u32));
             counts.push(wanted);
         }
-        // On a thread of the pool: kernels that fan out from there need not wake another one first.
-        let logits = match self.place.native {
-            true => rayon::scope(|_| self.run(inputs, &replayed, ids, rows)),
-            false => self.run(inputs, &replayed, ids, rows),
-        };
+        crate::kernels::cpu::begin_step();
+        let logits = self.run(inputs, &replayed, ids, rows);
         match logits {
             Ok(mut logits) => {
                 for (input, again) in inputs.iter_mut().zip(&replayed).filter(|(input, _)| !input.tokens.is_empty()) {

@@ -218,7 +218,9 @@ fn recurrent(hybrid: bool, rows: u64, tokens: usize) -> State {
     let mut state = State::new(&all, &cpu(DtypeChoice::Float32), &CacheOptions::default()).unwrap();
     for memory in &mut state.layers {
         match memory {
-            Memory::State(s) => s.numbers.iter_mut().enumerate().for_each(|(i, x)| *x = (i as f32 + 0.1).sqrt()),
+            Memory::State(s) => {
+                s.numbers.here().unwrap().iter_mut().enumerate().for_each(|(i, x)| *x = (i as f32 + 0.1).sqrt())
+            }
             Memory::KeyValue(kv) => {
                 kv.shape = Some([1, 1, 1, 1]);
                 kv.append(&vec![0.5; tokens], &vec![0.25; tokens], 0, tokens);
@@ -244,7 +246,7 @@ fn states_of_recurrences_come_back_and_can_be_gone_back_from() {
         }
         assert!(after.can_trim(0) && after.can_trim(4));
         after.trim(4).unwrap();
-        assert_eq!(after.layers[0].state().unwrap().numbers, [0.0; 24]);
+        assert_eq!(after.layers[0].state().unwrap().numbers, vec![0.0; 24].into());
     }
 }
 

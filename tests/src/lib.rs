@@ -5,6 +5,7 @@ pub mod another_api;
 pub mod binary;
 pub mod c_header;
 pub mod in_c;
+pub mod metal_stage;
 pub mod models;
 pub mod outside;
 pub mod packing;

@@ -214,6 +214,23 @@ fn a_known_beginning_is_not_read_again() {
 }
 
 #[test]
+fn the_last_token_of_a_prompt_is_read_together_with_those_before_it() {
+    let lm = load("llama");
+    let afresh = ids(&lm, &options());
+    // Tokens at a time, and what is left for the step that gives the first token.
+    for (prefill_step_size, left) in [(2048, 9), (9, 9), (4, 1), (5, 4), (1, 1)] {
+        let options = GenerateOptions { prefill_step_size, ..options() };
+        let mut generation = Generation::new(&lm, &PROMPT, &options, None, None).unwrap();
+        let mut read = 0;
+        generation.prefill(&mut |done, _| read = done).unwrap();
+        assert_eq!(PROMPT.len() - read, left, "{prefill_step_size} at a time");
+        let tokens: Vec<u32> = generation.by_ref().map(|r| r.unwrap().token).collect();
+        assert_eq!(tokens, afresh, "{prefill_step_size} at a time");
+        assert!(generation.statistics().prompt_tps > 0.0);
+    }
+}
+
+#[test]
 fn a_stop_string_ends_the_text_and_is_not_part_of_it() {
     let lm = load("llama");
     let run = |stop: Vec<String>| {

@@ -1,7 +1,7 @@
 //! What one layer remembers, of either kind: keys and values, one row a token, or the state of a recurrence, which has the same size
 //! however long the text is, is replaced by every step, and so cannot go back by itself (see [`State`](super::State)).
 
-use super::kv::KvCache;
+use super::{kv::KvCache, numbers::Numbers};
 use plugin_api::abi::{CACHE_STATE, CacheSpec};
 
 /// One declared cache of one sequence.
@@ -39,27 +39,27 @@ impl Memory {
     pub fn bytes(&self) -> usize {
         match self {
             Memory::KeyValue(kv) => kv.bytes(),
-            Memory::State(state) => 4 * state.numbers.len(),
+            Memory::State(state) => 4 * state.numbers.count(),
         }
     }
 }
 
-/// The state of a recurrence. Always f32, on the CPU: errors in it would add up from token to token.
-#[derive(Clone, Debug, Default, PartialEq)]
+/// The state of a recurrence. Always f32: errors in it would add up from token to token.
+#[derive(Clone, Debug, PartialEq)]
 pub struct Recurrent {
     /// Its shape.
     pub dims: Vec<usize>,
     /// Its numbers, 0 before the first token.
-    pub numbers: Vec<f32>,
+    pub numbers: Numbers,
     /// The numbers as they were between the running step's replayed tokens and its new ones.
-    pub(crate) midway: Option<Vec<f32>>,
+    pub(crate) midway: Option<Numbers>,
 }
 
 impl Recurrent {
     /// The state before the first token.
     pub fn new(spec: &CacheSpec) -> Self {
         let dims = dims(spec);
-        Recurrent { numbers: vec![0.0; count(&dims)], dims, midway: None }
+        Recurrent { numbers: Numbers::zeros(count(&dims)), dims, midway: None }
     }
 }
 

@@ -4,6 +4,7 @@
 pub mod identity;
 pub mod kv;
 pub mod memory;
+pub mod numbers;
 pub mod prompt;
 pub mod room;
 pub mod rows;

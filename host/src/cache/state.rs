@@ -8,6 +8,7 @@ use super::{
     CacheOptions,
     kv::KvCache,
     memory::{Memory, Recurrent},
+    numbers::Numbers,
     prompt::UNKNOWN,
 };
 use crate::{
@@ -48,7 +49,7 @@ pub struct State {
 #[derive(Clone)]
 struct Copied {
     offset: usize,
-    numbers: Vec<Vec<f32>>,
+    numbers: Vec<Numbers>,
 }
 
 impl State {
@@ -130,7 +131,7 @@ impl State {
             for state in self.recurrences() {
                 match numbers.next() {
                     Some(then) => state.numbers = then,
-                    None => state.numbers.fill(0.0),
+                    None => state.numbers = Numbers::zeros(state.numbers.count()),
                 }
             }
         }
@@ -147,7 +148,7 @@ impl State {
         }
     }
 
-    fn keep(&mut self, offset: usize, numbers: Vec<Vec<f32>>) {
+    fn keep(&mut self, offset: usize, numbers: Vec<Numbers>) {
         if self.copies.len() == COPIES {
             self.copies.pop_front();
         }
@@ -194,7 +195,7 @@ impl State {
 
     /// Bytes held: keys, values, states, and the copies of these.
     pub fn bytes(&self) -> usize {
-        let copies = self.copies.iter().flat_map(|c| &c.numbers).map(|numbers| 4 * numbers.len());
+        let copies = self.copies.iter().flat_map(|c| &c.numbers).map(|numbers| 4 * numbers.count());
         self.layers.iter().map(Memory::bytes).chain(copies).sum()
     }
 }
@@ -226,11 +227,11 @@ mod tests {
             kv.shape = Some([1, 1, 1, 1]);
             let rows: Vec<f32> = again.iter().chain(new).map(|&t| t as f32).collect();
             kv.append(&rows, &rows, offset, rows.len());
-            sum.numbers[0] += rows[..again.len()].iter().sum::<f32>();
+            sum.numbers.here().unwrap()[0] += rows[..again.len()].iter().sum::<f32>();
             if !again.is_empty() {
                 sum.midway = Some(sum.numbers.clone());
             }
-            sum.numbers[0] += rows[again.len()..].iter().sum::<f32>();
+            sum.numbers.here().unwrap()[0] += rows[again.len()..].iter().sum::<f32>();
             match self.fails {
                 true => self.state.undo(&again),
                 false => self.state.finish(&again, new).unwrap(),
@@ -247,7 +248,7 @@ mod tests {
             let [Memory::KeyValue(kv), Memory::State(sum)] = self.state.layers.as_slice() else { unreachable!() };
             assert_eq!(kv.keys.numbers().unwrap(), whole);
             assert_eq!(kv.positions, (0..whole.len() as u32).collect::<Vec<_>>());
-            assert_eq!(sum.numbers, [whole.iter().sum::<f32>()]);
+            assert_eq!(sum.numbers, vec![whole.iter().sum::<f32>()].into());
         }
     }
 

@@ -73,6 +73,7 @@ enum Command {
 
 /// Runs the command line.
 pub fn main() -> ExitCode {
+    keep_pages();
     let cli = Cli::parse();
     let result = match cli.command {
         Command::Generate(generate) => generate.run(),
@@ -92,6 +93,17 @@ pub fn main() -> ExitCode {
     match result {
         Ok(code) => code,
         Err(e) => report(&e, cli.debug),
+    }
+}
+
+/// A prompt's activations are megabytes that each op takes and gives back: glibc would return them to the system, and get them anew, a page
+/// at a time.
+fn keep_pages() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // SAFETY: settings of the allocator, before there are other threads.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 256 << 20);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, 256 << 20);
     }
 }
 

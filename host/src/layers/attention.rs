@@ -8,7 +8,10 @@ use super::{
 use crate::{
     cache::kv::{KvCache, Sight},
     device::Placement,
-    kernels::cpu::attention::{Attend, Blocks, Keys, Selection, attend_all},
+    kernels::{
+        cpu::attention::{Attend, Blocks, Keys, Selection, attend_all},
+        metal,
+    },
     ops::{
         attending::{memory, remembered},
         running::{Part, Places},
@@ -45,6 +48,14 @@ pub struct Scores {
     pub slopes: Option<Tensor>,
     /// Keys that share the softmax and stand for several tokens each.
     pub pooled: Option<Pooled>,
+}
+
+impl Scores {
+    /// Whether a kernel of Metal's does this, for few tokens of each sequence.
+    fn on_metal(&self, q: &Tensor, parts: &[Part]) -> bool {
+        let plain = self.selection.is_none() && self.blocks.is_none() && self.pooled.is_none();
+        plain && metal::ops::attends(q) && parts.iter().all(|part| part.tokens.len() <= metal::attention::FEW)
+    }
 }
 
 /// A cache of such keys.
@@ -85,7 +96,12 @@ pub fn attend(
     if places.is_some_and(|places| places.recorded) {
         bail!("attention of a kind that has no kernel for this GPU");
     }
-    let numbers = |t: &Option<Tensor>| t.as_ref().map(|t| t.to_dtype(DType::F32)?.to_vec1::<f32>()).transpose();
+    // What stays on the GPU need not be waited for.
+    let away = !place.native && how.on_metal(q, parts);
+    let numbers = |t: &Option<Tensor>| match t {
+        Some(t) if !away => t.to_dtype(DType::F32)?.to_vec1::<f32>().map(Some),
+        _ => Ok(None),
+    };
     let (sinks, slopes) = (numbers(&how.sinks)?, numbers(&how.slopes)?);
     let heads = q.dim(1)?;
     let mut outputs = Vec::with_capacity(parts.len());
@@ -122,6 +138,14 @@ pub fn attend(
         if let Some(pooled) = pooled {
             let kv = remembered(part, pooled.cache)?;
             seen.push((kv, Attend { selection: shared(&pooled_chosen, heads, 1), ..attend(kv.sight(None, None)) }));
+        }
+        if away && let [(kv, own)] = seen.as_slice() {
+            let beside = [how.slopes.as_ref(), how.sinks.as_ref()];
+            if let Some(y) = metal::ops::few_attend(&rows(q)?, offset, kv, own, how.lanes, beside)? {
+                outputs.push(y);
+                continue;
+            }
+            bail!("the cache is not on the GPU");
         }
         let (q, queries) = (rows(q)?, (offset..offset + count).map(|p| p as u32).collect::<Vec<_>>());
         outputs.push(match place.native {

@@ -1,13 +1,16 @@
 //! Routed experts: each token runs through a few of many small feed-forward blocks. Tokens are gathered by expert, so that every chosen
 //! expert's weights are read once and no other's are touched.
 
+mod joined;
+
 use super::{
     linear::Linear,
     slices::{filled, with_f32},
 };
-use crate::kernels::cpu;
+use crate::kernels::{cpu, metal};
 use candle_core::{DType, Tensor};
 use candle_nn::ops::sigmoid;
+pub use joined::Joined;
 
 /// One expert.
 pub struct Expert {
@@ -102,6 +105,14 @@ impl Activation {
         }
     }
 
+    /// With a kernel of the device, or else with candle's ops.
+    pub fn elsewhere(self, gate: &Tensor, up: &Tensor) -> candle_core::Result<Tensor> {
+        match metal::ops::gate(self, gate, up)? {
+            Some(y) => Ok(y),
+            None => self.by_candle(gate, up),
+        }
+    }
+
     /// With candle's ops, on any device.
     pub fn by_candle(self, gate: &Tensor, up: &Tensor) -> candle_core::Result<Tensor> {
         #[cfg(feature = "cuda")]
@@ -140,6 +151,8 @@ pub struct Experts {
     /// All of them for the kernels of an NVIDIA GPU; `experts` is empty then.
     #[cfg(feature = "cuda")]
     pub stacked: Option<crate::kernels::cuda::experts::Stacked>,
+    /// The same experts side by side, where kernels of a GPU find the chosen ones themselves.
+    pub joined: Option<Joined>,
 }
 
 /// What all experts of a layer have in common, besides their shape.
@@ -159,6 +172,9 @@ impl Experts {
         #[cfg(feature = "cuda")]
         if let Some(stacked) = &self.stacked {
             return stacked.forward(x, chosen, weights, self.kind)?.to_dtype(x.dtype());
+        }
+        if let Some(joined) = self.joined.as_ref().filter(|_| chosen.elem_count() <= joined::FEW) {
+            return joined.forward(self.kind, x, chosen, weights);
         }
         let chosen = chosen.to_dtype(DType::U32)?.to_vec2::<u32>()?;
         let weights = weights.to_dtype(DType::F32)?.to_vec2::<f32>()?;
@@ -202,7 +218,7 @@ impl Experts {
             None => up.clone(),
         };
         let activation = self.kind.activation;
-        let inner = if self.native { activation.on_cpu(&gate, &up)? } else { activation.by_candle(&gate, &up)? };
+        let inner = if self.native { activation.on_cpu(&gate, &up)? } else { activation.elsewhere(&gate, &up)? };
         expert.down.forward(&inner)
     }
 }
@@ -257,6 +273,7 @@ mod tests {
             native: false,
             #[cfg(feature = "cuda")]
             stacked: None,
+            joined: None,
         }
     }
 

@@ -1,11 +1,17 @@
 //! One linear layer a head: multi-head latent attention takes each head into and out of the latent space by a matrix of its own.
-//! On the CPU the matrices stay as they lie in the checkpoint, rows of one; elsewhere they are one batched product.
+//! On the CPU and on Metal the matrices stay as they lie in the checkpoint, rows of one; elsewhere they are one batched product.
 
 use super::{
     slices::{filled, with_f32},
     weight::Weight,
 };
-use crate::kernels::cpu::Matrix;
+use crate::{
+    error::Error,
+    kernels::{
+        cpu::Matrix,
+        metal::{self, matmul::Choice},
+    },
+};
 use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
 
@@ -20,6 +26,8 @@ enum Heads {
     Packed(Vec<Matrix>),
     /// `[heads, inputs, outputs]`
     Dense(Tensor),
+    /// All heads' rows.
+    Metal(metal::Packed),
 }
 
 impl MultiLinear {
@@ -31,11 +39,15 @@ impl MultiLinear {
     ) -> crate::error::Result<Self> {
         let weight = match weight {
             Weight::Rounded(weight) => return Self::new(*weight, bias, [heads, outputs, inputs]),
+            Weight::Panels(m) => {
+                return Err(Error::Weights(format!("{m:?} cannot be cut by heads; leave its rows apart")));
+            }
             Weight::Packed(m) => {
                 Heads::Packed((0..heads).filter_map(|h| m.slice_rows(h * outputs..(h + 1) * outputs)).collect())
             }
             #[cfg(feature = "cuda")]
             Weight::Tiles(t) => return Self::new(Weight::Dense(t.dense()?), bias, [heads, outputs, inputs]),
+            Weight::Metal(p) => Heads::Metal(p),
             Weight::Dense(t) => Heads::Dense(t.reshape((heads, outputs, inputs))?.transpose(1, 2)?.contiguous()?),
         };
         let bias = bias.map(|b| b.reshape((heads, outputs))).transpose()?;
@@ -54,6 +66,21 @@ impl MultiLinear {
                     matrices.par_iter().zip(parts).for_each(|(m, (out, x))| m.matmul(x, out));
                 })
             })??,
+            // Heads are experts, and every token goes through all of them.
+            Heads::Metal(packed) if tokens <= metal::matmul::FEW => {
+                let chosen = (0..heads as u32).flat_map(|head| vec![head; tokens]).collect::<Vec<_>>();
+                let chosen = Tensor::new(chosen, x.device())?;
+                let rows = by_head.reshape((heads * tokens, inputs))?;
+                let y = packed.chosen(&rows, &chosen, Choice { experts: heads, each: 1 })?;
+                y.reshape((heads, tokens, self.outputs))?
+            }
+            Heads::Metal(packed) => {
+                let head = |h: usize| match packed.slice_rows(h * self.outputs..(h + 1) * self.outputs) {
+                    Some(head) => head.matmul(&by_head.get(h)?),
+                    None => bail!("{heads} heads, it has {}", packed.rows() / self.outputs.max(1)),
+                };
+                Tensor::stack(&(0..heads).map(head).collect::<Result<Vec<_>>>()?, 0)?
+            }
             Heads::Packed(matrices) => bail!("{heads} heads, it has {}", matrices.len()),
         };
         let y = y.transpose(0, 1)?.contiguous()?;

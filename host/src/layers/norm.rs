@@ -1,7 +1,7 @@
 //! RMSNorm and LayerNorm over the last axis, always computed in f32.
 
 use super::slices::{filled, with_f32};
-use crate::kernels::cpu;
+use crate::kernels::{cpu, metal};
 use candle_core::{D, DType, Tensor};
 
 /// A norm; the weight is kept in f32.
@@ -31,7 +31,14 @@ impl Norm {
         )? {
             return Ok(y);
         }
-        if self.native && !self.centred && self.bias.is_none() { self.rms_on_cpu(x) } else { self.by_candle(x) }
+        if self.native {
+            return if !self.centred && self.bias.is_none() { self.rms_on_cpu(x) } else { self.by_candle(x) };
+        }
+        let (weight, bias) = (self.weight.as_ref(), self.bias.as_ref());
+        match metal::ops::norm(x, weight, bias, self.centred, self.eps)? {
+            Some(y) => Ok(y),
+            None => self.by_candle(x),
+        }
     }
 
     fn rms_on_cpu(&self, x: &Tensor) -> candle_core::Result<Tensor> {

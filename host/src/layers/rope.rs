@@ -3,7 +3,7 @@
 
 use super::slices::with_f32;
 use crate::kernels::cpu;
-use candle_core::{D, DType, Tensor};
+use candle_core::{D, DType, Device, Tensor};
 use serde_json::Value;
 use std::{borrow::Cow, f64::consts::TAU};
 
@@ -218,6 +218,12 @@ impl Rope {
             cpu::Angles::new(&span.positions(block), &self.frequencies(text), self.amplitude(text))
         };
         spans.iter().map(of).collect()
+    }
+
+    /// The same as one tensor `[tokens, 2 * pairs]` on a device.
+    pub fn turns(&self, spans: &[Span], block: usize, device: &Device) -> candle_core::Result<Tensor> {
+        let numbers: Vec<f32> = self.angles(spans, block).iter().flat_map(|a| a.turns().iter().copied()).collect();
+        Tensor::from_vec(numbers, ((), self.dims), device)
     }
 
     /// Turns x `[tokens, heads, head_dim]` with dylm's own kernel; `angles` are those of `spans`.

@@ -1,7 +1,8 @@
 //! A matrix of weights where it will be used: packed for dylm's own CPU kernels, or a tensor for candle on a GPU.
 //!
-//! On the CPU nothing is converted or copied: the kernels read the checkpoint's mapped bytes. On an NVIDIA GPU weights stay packed where
-//! there are kernels for their format and activations are bf16; elsewhere they are dequantized when they are loaded.
+//! On the CPU the kernels read the checkpoint's mapped bytes, or a copy in the order in which they are fastest, never both. On Metal
+//! packed weights stay packed, and on NVIDIA's GPUs where there are kernels for their format and activations are bf16; elsewhere they are
+//! dequantized when they are loaded.
 
 use super::slices::{filled, with_f32};
 #[cfg(feature = "cuda")]
@@ -9,7 +10,10 @@ use crate::kernels::cuda::packed::Tiles;
 use crate::{
     device::Placement,
     error::Result,
-    kernels::cpu::{Float, Format, Matrix},
+    kernels::{
+        cpu::{Float, Format, Matrix, Panels},
+        metal,
+    },
 };
 use candle_core::{D, DType, Tensor};
 
@@ -18,12 +22,16 @@ use candle_core::{D, DType, Tensor};
 pub enum Weight {
     /// For the CPU kernels.
     Packed(Matrix),
+    /// For those of the CPU kernels that want it laid out anew.
+    Panels(Panels),
     /// For candle, in the placement's type.
     Dense(Tensor),
     /// For dylm's own kernels on an NVIDIA GPU.
     #[cfg(feature = "cuda")]
     Tiles(Tiles),
-    /// Any of these, for inputs that are rounded to eight bits first.
+    /// For the Metal kernels.
+    Metal(metal::Packed),
+    /// Any, for inputs that are rounded to eight bits first.
     Rounded(Box<Weight>),
 }
 
@@ -38,35 +46,63 @@ impl Weight {
             return Ok(Weight::Tiles(tiles));
         }
         if !place.native {
-            return Ok(Weight::Dense(dense(&matrix, place)?));
+            return Ok(match metal::Packed::place(&matrix, place)? {
+                Some(packed) => Weight::Metal(packed),
+                None => Weight::Dense(dense(&matrix, place)?),
+            });
         }
         let wanted = match place.dtype {
             DType::BF16 => Float::BF16,
             DType::F16 => Float::F16,
             _ => Float::F32,
         };
-        Ok(Weight::Packed(match matrix.format() {
+        let matrix = match matrix.format() {
             Format::Dense(is) if is != wanted && wanted != Float::F32 => {
                 let mut numbers = vec![0.0; matrix.rows() * matrix.cols()];
                 matrix.dequantize_rows(0..matrix.rows(), &mut numbers);
                 Matrix::quantize(&numbers, matrix.rows(), matrix.cols(), Format::Dense(wanted))?
             }
             _ => matrix,
-        }))
+        };
+        Ok(Weight::Packed(if place.dtype == DType::F32 { matrix } else { matrix.for_halves() }))
     }
 
-    /// The same weights, wrapped if `rounded`.
-    pub fn for_inputs_of_eight_bits(self, rounded: bool) -> Self {
-        if rounded { Weight::Rounded(Box::new(self)) } else { self }
+    /// The same weights as products of them are fastest here: rows no longer lie apart, and the checkpoint's own bytes are let go.
+    pub fn in_panels(self) -> Self {
+        match self {
+            Weight::Packed(m) if m.is_for_halves() => Panels::new(&m).map_or(Weight::Packed(m), Weight::Panels),
+            other => other,
+        }
+    }
+
+    /// The same weights for inputs that are rounded to eight bits first.
+    pub fn for_inputs_of_eight_bits(self) -> Self {
+        Weight::Rounded(Box::new(self))
+    }
+
+    /// Brings the matrices of many experts to where they are used: Metal's kernels want those of one projection side by side.
+    pub fn place_all(matrices: Vec<Matrix>, place: &Placement) -> Result<Vec<Self>> {
+        if metal::serves(&place.device) && !place.native && matrices.len() > 1 {
+            let rows = matrices.first().map_or(0, Matrix::rows);
+            let alike = matrices.iter().all(|m| m.rows() == rows);
+            let joined = alike.then(|| Matrix::stack(&matrices).ok()).flatten();
+            if let Some(packed) = joined.map(|m| metal::Packed::place(&m, place)).transpose()?.flatten() {
+                let cut = |i| packed.slice_rows(i * rows..(i + 1) * rows).map(Weight::Metal);
+                return Ok((0..matrices.len()).filter_map(cut).collect());
+            }
+        }
+        matrices.into_iter().map(|matrix| Weight::place(matrix, place)).collect()
     }
 
     /// Outputs.
     pub fn rows(&self) -> usize {
         match self {
             Weight::Packed(m) => m.rows(),
+            Weight::Panels(m) => m.rows(),
             Weight::Dense(t) => t.dims()[0],
             #[cfg(feature = "cuda")]
             Weight::Tiles(t) => t.rows,
+            Weight::Metal(p) => p.rows(),
             Weight::Rounded(w) => w.rows(),
         }
     }
@@ -75,9 +111,11 @@ impl Weight {
     pub fn cols(&self) -> usize {
         match self {
             Weight::Packed(m) => m.cols(),
+            Weight::Panels(m) => m.cols(),
             Weight::Dense(t) => t.dims()[1],
             #[cfg(feature = "cuda")]
             Weight::Tiles(t) => t.cols,
+            Weight::Metal(p) => p.cols(),
             Weight::Rounded(w) => w.cols(),
         }
     }
@@ -89,8 +127,8 @@ impl Weight {
             *last = self.rows();
         }
         match self {
-            Weight::Packed(m) if x.dtype() == DType::F32 => with_f32(x, |x| filled(dims, |out| m.matmul(x, out)))?,
-            Weight::Packed(m) => with_f32(x, |x| filled(dims, |out| m.matmul_halves(x, out)))?,
+            Weight::Packed(m) => with_f32(x, |x| filled(dims, |out| m.matmul(x, out)))?,
+            Weight::Panels(m) => with_f32(x, |x| filled(dims, |out| m.matmul(x, out)))?,
             Weight::Dense(w) => {
                 let rows = x.elem_count() / w.dims()[1].max(1);
                 let flat = x.reshape((rows, w.dims()[1]))?.to_dtype(w.dtype())?;
@@ -98,6 +136,7 @@ impl Weight {
             }
             #[cfg(feature = "cuda")]
             Weight::Tiles(t) => t.matmul(x, None)?.to_dtype(x.dtype()),
+            Weight::Metal(p) => p.matmul(x),
             Weight::Rounded(w) => w.matmul(&eight_bits(x)?),
         }
     }
@@ -108,9 +147,13 @@ impl Weight {
             Weight::Packed(m) => {
                 super::slices::with_u32(ids, |ids| filled((ids.len(), m.cols()), |out| m.gather_rows(ids, out)))?
             }
+            Weight::Panels(m) => {
+                super::slices::with_u32(ids, |ids| filled((ids.len(), m.cols()), |out| m.gather_rows(ids, out)))?
+            }
             Weight::Dense(w) => w.index_select(ids, 0),
             #[cfg(feature = "cuda")]
             Weight::Tiles(t) => t.gather(ids),
+            Weight::Metal(p) => p.gather(ids),
             Weight::Rounded(w) => w.gather(ids),
         }
     }
@@ -119,9 +162,11 @@ impl Weight {
     pub fn numbers(&self) -> candle_core::Result<Tensor> {
         match self {
             Weight::Packed(m) => filled((m.rows(), m.cols()), |out| m.dequantize_rows(0..m.rows(), out)),
+            Weight::Panels(m) => filled((m.rows(), m.cols()), |out| m.dequantize(out)),
             Weight::Dense(w) => w.to_dtype(DType::F32),
             #[cfg(feature = "cuda")]
             Weight::Tiles(t) => t.dense()?.to_dtype(DType::F32),
+            Weight::Metal(p) => p.numbers(),
             Weight::Rounded(w) => w.numbers(),
         }
     }

@@ -73,6 +73,7 @@ impl Engine<'_> {
             place: self.place,
             parts,
             angles: HashMap::new(),
+            turns: HashMap::new(),
             shapes: CacheShapes::new(),
             ops: self.watch.map(|_| Vec::new()),
         };

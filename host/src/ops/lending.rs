@@ -127,6 +127,7 @@ mod tests {
             fed: Vec::new(),
             misuse: None,
             angles: Default::default(),
+            turns: Default::default(),
             shapes: Default::default(),
             ops: None,
         });

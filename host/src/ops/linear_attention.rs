@@ -3,10 +3,15 @@
 
 use super::{
     recurring::Turn,
+    recurring_away::Away,
     running::Running,
     value::{Outcome, Value, fault},
 };
-use crate::kernels::cpu::recurrence::{self, Decay, GatedDelta, LinearAttention, Shape, Wkv7};
+use crate::kernels::{
+    cpu::recurrence::{self, Decay, GatedDelta, LinearAttention, Shape, Wkv7},
+    metal::recurrence::{self as kernels, Rule},
+};
+use candle_core::DType;
 use plugin_api::abi::Handle;
 
 /// The sizes that q, k and v have, if they fit each other: q and k `[tokens, k_heads, d]`, v `[tokens, heads, e]`.
@@ -39,6 +44,13 @@ impl Running<'_> {
             return Err(fault!("g {g:?} and beta {beta:?} for {tokens} tokens, {heads} heads and {d} lanes of a key"));
         }
         let rows = [&q, &k, &v, &g, &beta];
+        let by = if by_lane { kernels::Decay::Lane } else { kernels::Decay::Token };
+        let launch = |tokens, _| kernels::recur(Rule::Delta, by, Shape { tokens, ..s });
+        // The last input is of other rules.
+        let away = Away { state: &[heads, d, e], rows: &rows, shared: &[], order: &[0, 1, 2, 3, 4, 4], launch };
+        if let Some(y) = self.recur_away(cache, away)? {
+            return Ok(y);
+        }
         self.recur(cache, &[heads, d, e], rows, [], &[tokens, heads, e], |turn: Turn<5, 0>| {
             let [q, k, v, g, beta] = turn.rows;
             let shape = Shape { tokens: turn.tokens, ..s };
@@ -53,7 +65,16 @@ impl Running<'_> {
         let s = shape(&q, &k, &v)?;
         let Shape { tokens, heads, d, e, .. } = s;
         let (state, output) = ([heads, d, e], [tokens, heads, e]);
+        let launch = |by| move |tokens, _: usize| kernels::recur(Rule::Linear, by, Shape { tokens, ..s });
         if g.dims()? == [heads] {
+            if let Value::Real(g) = &g {
+                let (rows, g) = (&[&q, &k, &v], &[&g.to_dtype(DType::F32)?]);
+                let launch = launch(kernels::Decay::Head);
+                let away = Away { state: &state, rows, shared: g, order: &[0, 1, 2, 3, 3, 3], launch };
+                if let Some(y) = self.recur_away(cache, away)? {
+                    return Ok(y);
+                }
+            }
             return self.recur(cache, &state, [&q, &k, &v], [&g], &output, |turn: Turn<3, 1>| {
                 let ([q, k, v], [g]) = (turn.rows, turn.shared);
                 let of = LinearAttention { shape: Shape { tokens: turn.tokens, ..s }, q, k, v, g: Decay::Head(g) };
@@ -63,6 +84,11 @@ impl Running<'_> {
         let by_lane = g.dims()? == [tokens, heads, d];
         if !by_lane && g.dims()? != [tokens, heads] {
             return Err(fault!("g {:?} for {tokens} tokens, {heads} heads and {d} lanes of a key", g.dims()?));
+        }
+        let launch = launch(if by_lane { kernels::Decay::Lane } else { kernels::Decay::Token });
+        let away = Away { state: &state, rows: &[&q, &k, &v, &g], shared: &[], order: &[0, 1, 2, 3, 3, 3], launch };
+        if let Some(y) = self.recur_away(cache, away)? {
+            return Ok(y);
         }
         self.recur(cache, &state, [&q, &k, &v, &g], [], &output, |turn: Turn<4, 0>| {
             let [q, k, v, g] = turn.rows;
@@ -81,6 +107,13 @@ impl Running<'_> {
                 return Err(fault!("inputs of shapes {dims:?} and {:?}", input.dims()?));
             }
         }
+        let shape = |tokens| Shape { tokens, heads, k_heads: heads, d, e: d };
+        let launch = |tokens, _| kernels::recur(Rule::Wkv7, kernels::Decay::Lane, shape(tokens));
+        // r, k, v, w, a, b
+        let (rows, order) = (&inputs.each_ref(), &[0, 2, 3, 1, 4, 5]);
+        if let Some(y) = self.recur_away(cache, Away { state: &[heads, d, d], rows, shared: &[], order, launch })? {
+            return Ok(y);
+        }
         self.recur(cache, &[heads, d, d], inputs.each_ref(), [], &dims, |turn: Turn<6, 0>| {
             let [r, w, k, v, a, b] = turn.rows;
             let of = Wkv7 { tokens: turn.tokens, heads, d, r, w, k, v, a, b };
@@ -95,6 +128,11 @@ impl Running<'_> {
         let &[_, dim] = dims.as_slice() else { return Err(fault!("{dims:?} is not [tokens, dim]")) };
         if log_a.dims()? != dims {
             return Err(fault!("x {dims:?} and log_a {:?}", log_a.dims()?));
+        }
+        let launch = |tokens, first| Some(kernels::rg_lru(tokens, dim, first == 0));
+        let rows = &[&x, &log_a];
+        if let Some(y) = self.recur_away(cache, Away { state: &[dim], rows, shared: &[], order: &[0, 1], launch })? {
+            return Ok(y);
         }
         self.recur(cache, &[dim], [&x, &log_a], [], &dims, |turn: Turn<2, 0>| {
             let [x, log_a] = turn.rows;

@@ -15,6 +15,7 @@ mod linear_attention;
 pub(crate) mod own_op;
 mod pooling;
 pub(crate) mod recurring;
+mod recurring_away;
 pub(crate) mod running;
 mod scanning;
 pub(crate) mod table;

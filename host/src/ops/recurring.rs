@@ -1,16 +1,17 @@
 //! The running ops that carry a state from token to token: convolutions and recurrences. Each reads a layer's state per sequence, walks
 //! through the sequence's new tokens and leaves the state after the last one.
 //!
-//! The kernels are plain loops over f32 slices, on the CPU wherever the model lies: elsewhere inputs come to the CPU and the result goes
-//! back, which is right but slow; kernels for GPUs are still to come.
+//! The kernels here are plain loops over f32 slices, on the CPU wherever the model lies: where a GPU has no kernel of its own
+//! (`recurring_away`), inputs come to the CPU and the result goes back, which is right but slow.
 
 use super::{
+    recurring_away::Away,
     running::Running,
     value::{Outcome, Value, fault},
 };
 use crate::{
-    cache::memory,
-    kernels::cpu::recurrence,
+    cache::{memory, numbers::Numbers},
+    kernels::{cpu::recurrence, metal::recurrence as kernels},
     layers::{
         Layer,
         slices::{filled, with_all_f32},
@@ -80,6 +81,11 @@ impl Running<'_> {
         let gather = |values: &[&Value]| values.iter().map(|v| here(v)).collect::<Outcome<Option<Vec<Tensor>>>>();
         let (Some(rows), Some(shared)) = (gather(&rows)?, gather(&shared)?) else { return Ok(Value::planned(output)) };
         let parts = &mut self.parts;
+        for part in parts.iter_mut() {
+            if let Some(recurrent) = part.state.layers.get_mut(cache as usize).and_then(memory::Memory::state_mut) {
+                recurrent.numbers.here()?;
+            }
+        }
         let result = with_all_f32::<N, _>(&rows, |rows| {
             with_all_f32::<M, _>(&shared, |shared| {
                 filled(output, |out| {
@@ -97,8 +103,9 @@ impl Running<'_> {
                             }
                             let of = |all: &[f32]| from * (all.len() / tokens)..to * (all.len() / tokens);
                             let range = of(out);
+                            let Numbers::Here(numbers) = &mut recurrent.numbers else { continue };
                             kernel(Turn {
-                                state: &mut recurrent.numbers,
+                                state: numbers,
                                 rows: rows.map(|all| &all[of(all)]),
                                 shared,
                                 out: &mut out[range],
@@ -126,6 +133,15 @@ impl Running<'_> {
         }
         let state = [kernel.saturating_sub(1), channels];
         let layers = self.layers;
+        if let Some(Layer::Conv1d(conv)) = layers.get(slot.0 as usize)
+            && let Some([weight, bias]) = &conv.away
+        {
+            let launch = |tokens, _| kernels::conv1d(tokens, channels, kernel, conv.bias.is_some());
+            let (rows, shared, order) = (&[&x], &[weight, bias], &[0, 1, 2]);
+            if let Some(y) = self.recur_away(cache, Away { state: &state, rows, shared, order, launch })? {
+                return Ok(y);
+            }
+        }
         match layers.get(slot.0 as usize) {
             Some(Layer::Conv1d(conv)) => self.recur(cache, &state, [&x], [], &dims, |turn: Turn<1, 0>| {
                 recurrence::conv1d(turn.state, turn.rows[0], &conv.weight, conv.bias.as_deref(), channels, turn.out)
@@ -157,6 +173,15 @@ impl Running<'_> {
             return Err(fault!("x {x_dims:?} against dt {dt:?}, a {a:?}, b {b:?}, c {c:?}"));
         }
         let shape = recurrence::Ssd { heads, d, groups, n };
+        if let Value::Real(a) = &a {
+            let a = a.to_dtype(DType::F32)?;
+            let launch = |tokens, _| kernels::ssd(tokens, shape);
+            let (rows, order) = (&[&x, &dt, &b, &c], &[0, 1, 2, 3, 4]);
+            let away = Away { state: &[heads, d, n], rows, shared: &[&a], order, launch };
+            if let Some(y) = self.recur_away(cache, away)? {
+                return Ok(y);
+            }
+        }
         self.recur(cache, &[heads, d, n], [&x, &dt, &b, &c], [&a], &x_dims, |turn: Turn<4, 1>| {
             recurrence::ssd(shape, turn.state, turn.rows, turn.shared[0], turn.out)
         })
@@ -173,6 +198,14 @@ impl Running<'_> {
         if !fits {
             let [dt, b, c] = [dt.dims()?, b.dims()?, c.dims()?];
             return Err(fault!("x {x_dims:?} against dt {dt:?}, a {a_dims:?}, b {b:?}, c {c:?}"));
+        }
+        if let Value::Real(a) = &a {
+            let a = a.to_dtype(DType::F32)?;
+            let launch = |tokens, _| kernels::selective_scan(tokens, [d, n]);
+            let (rows, order) = (&[&x, &dt, &b, &c], &[0, 1, 2, 3, 4]);
+            if let Some(y) = self.recur_away(cache, Away { state: &[d, n], rows, shared: &[&a], order, launch })? {
+                return Ok(y);
+            }
         }
         self.recur(cache, &[d, n], [&x, &dt, &b, &c], [&a], &x_dims, |turn: Turn<4, 1>| {
             recurrence::selective_scan([d, n], turn.state, turn.rows, turn.shared[0], turn.out)

@@ -9,7 +9,10 @@ use super::{
 use crate::{
     cache::State,
     device::Placement,
-    kernels::cpu::{Angles, Turn},
+    kernels::{
+        cpu::{Angles, Turn},
+        metal,
+    },
     layers::{Layer, experts::Activation, rope},
     weights::plan::Wanted,
 };
@@ -65,6 +68,8 @@ pub struct Running<'a> {
     pub misuse: Option<String>,
     /// Angles of this step's tokens, by rope and length of blocks.
     pub angles: HashMap<(u32, usize), Vec<Angles>>,
+    /// The same on a GPU.
+    pub turns: HashMap<(u32, usize), candle_core::Tensor>,
     /// What a dry run learns of the caches.
     pub shapes: CacheShapes,
     /// The ops of the call, where somebody watches.
@@ -199,6 +204,18 @@ impl Running<'_> {
             return x.make(dims, |x| rope.rotate_on_cuda(x, &spans, places, block, turn));
         }
         if !self.place.native {
+            if metal::serves(&self.place.device)
+                && let Value::Real(x) = &x
+            {
+                let turns = match self.turns.get(&(slot.0, block)) {
+                    Some(turns) => turns.clone(),
+                    None => rope.turns(&spans, block, &self.place.device)?,
+                };
+                self.turns.insert((slot.0, block), turns.clone());
+                if let Some(y) = metal::ops::rotate(x, &turns, turn)? {
+                    return Ok(Value::Real(y));
+                }
+            }
             return x.make(dims, |x| rope.rotate(x, &spans, block, turn));
         }
         let angles = self.angles.entry((slot.0, block)).or_insert_with(|| rope.angles(&spans, block));
@@ -246,7 +263,7 @@ impl Running<'_> {
     pub fn gate(&mut self, gate: Handle, up: Handle, activation: Activation) -> Outcome {
         let (gate, up) = (self.arena.get(gate)?, self.arena.get(up)?);
         let native = self.place.native && gate.dims()? == up.dims()?;
-        gate.zip(&up, |gate, up| if native { activation.on_cpu(gate, up) } else { activation.by_candle(gate, up) })
+        gate.zip(&up, |gate, up| if native { activation.on_cpu(gate, up) } else { activation.elsewhere(gate, up) })
     }
 
     /// x `[tokens, heads, inputs]` -> `[tokens, heads, outputs]`

@@ -7,7 +7,7 @@ use super::{
     running::Running,
     value::{Outcome, Value, fault},
 };
-use crate::cache::memory;
+use crate::cache::{memory, numbers::Numbers};
 use abi_stable::std_types::{RSlice, RSliceMut};
 use candle_core::{DType, Tensor};
 use plugin_api::abi::{At, Ctx, Handle, ScanStep};
@@ -57,8 +57,7 @@ impl Running<'_> {
         let state = |(&cache, shape): (&usize, &Vec<usize>)| {
             let memory = self.parts.get(part).and_then(|p| p.state.layers.get(cache)?.state());
             let Some(memory) = memory else { return Ok(Value::planned(shape)) };
-            let numbers = Tensor::from_slice(&memory.numbers, shape.as_slice(), &self.place.device)?;
-            Ok(Value::Real(numbers))
+            Ok(Value::Real(memory.numbers.on(&self.place.device, shape)?))
         };
         plan.caches.iter().zip(&plan.shapes).map(state).collect()
     }
@@ -68,7 +67,10 @@ impl Running<'_> {
         for (&cache, state) in plan.caches.iter().zip(states) {
             let memory = self.parts.get_mut(part).and_then(|p| p.state.layers.get_mut(cache)?.state_mut());
             let (Some(memory), Value::Real(state)) = (memory, state) else { continue };
-            let numbers = state.flatten_all()?.to_vec1::<f32>()?;
+            let numbers = match state.device().is_cpu() {
+                true => Numbers::Here(state.flatten_all()?.to_vec1::<f32>()?),
+                false => Numbers::There(state.clone()),
+            };
             if midway {
                 memory.midway = Some(numbers);
             } else {

@@ -2,13 +2,19 @@
 //! Cloning shares. Checkpoint files are mapped read-only; see `map` for what that asks of the user.
 
 use crate::error::{Error, Result};
-use memmap2::Mmap;
-use std::{fs::File, ops::Deref, ops::Range, path::Path, sync::Arc};
+use memmap2::{Mmap, MmapMut};
+use std::{
+    fs::File,
+    ops::{Deref, Range},
+    path::Path,
+    sync::{Arc, Mutex},
+};
 
 #[derive(Clone)]
 enum Owner {
     File(Arc<Mmap>),
     Memory(Arc<Vec<u8>>),
+    Room(Arc<Room>),
 }
 
 /// Shared, immutable bytes.
@@ -40,6 +46,98 @@ impl Bytes {
     }
 }
 
+impl Bytes {
+    /// Says that nobody will read these bytes soon: pages of a file that lie wholly among them stop counting as this process's memory. They
+    /// would be read again if somebody did.
+    pub fn let_go(&self) {
+        #[cfg(unix)]
+        if let Owner::File(map) = &self.owner {
+            const PAGE: usize = 1 << 14;
+            let (start, end) = (self.range.start.next_multiple_of(PAGE), self.range.end / PAGE * PAGE);
+            if start < end {
+                // SAFETY: the map is of a file and read-only, so dropped pages come back as they were. Refusal would only cost memory.
+                let _ = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, end - start) };
+            }
+        }
+    }
+}
+
+/// Zeros to be written over before anybody shares them: on cache lines of their own, and beside other such on huge pages where the system
+/// has them, which are read a third faster.
+pub struct Room {
+    chunk: Arc<Chunk>,
+    range: Range<usize>,
+}
+
+/// Memory that several rooms lie in.
+struct Chunk {
+    /// What `start` points into; only rooms read or write it.
+    _map: MmapMut,
+    start: *mut u8,
+}
+
+// SAFETY: memory as such; rooms are disjoint parts of it.
+unsafe impl Send for Chunk {}
+// SAFETY: as above.
+unsafe impl Sync for Chunk {}
+
+/// Rooms up to half this size share a chunk.
+const SHARED: usize = 32 << 20;
+const HUGE_PAGE: usize = 2 << 20;
+
+impl Chunk {
+    fn new(len: usize) -> Self {
+        let size = len.next_multiple_of(HUGE_PAGE);
+        let mut map = MmapMut::map_anon(size + HUGE_PAGE).unwrap_or_else(|e| panic!("{len} bytes for weights: {e}"));
+        let start = map.as_mut_ptr().wrapping_add(map.as_ptr().align_offset(HUGE_PAGE));
+        #[cfg(target_os = "linux")]
+        // SAFETY: whole pages of our own memory; it is advice, which changes no byte.
+        unsafe {
+            libc::madvise(start.cast(), size, libc::MADV_HUGEPAGE)
+        };
+        Self { _map: map, start }
+    }
+}
+
+impl Room {
+    /// So many bytes.
+    pub fn new(len: usize) -> Self {
+        static LAST: Mutex<Option<(Arc<Chunk>, usize)>> = Mutex::new(None);
+        if len > SHARED / 2 {
+            return Self { chunk: Arc::new(Chunk::new(len)), range: 0..len };
+        }
+        let mut last = LAST.lock().unwrap_or_else(|e| e.into_inner());
+        let (chunk, start) = match last.take() {
+            Some((chunk, start)) if start + len <= SHARED => (chunk, start),
+            _ => (Arc::new(Chunk::new(SHARED)), 0),
+        };
+        *last = Some((chunk.clone(), (start + len).next_multiple_of(64)));
+        Self { chunk, range: start..start + len }
+    }
+}
+
+impl Deref for Room {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        // SAFETY: the range lies inside the chunk and is no other room's.
+        unsafe { std::slice::from_raw_parts(self.chunk.start.add(self.range.start), self.range.len()) }
+    }
+}
+
+impl std::ops::DerefMut for Room {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as above, and borrowed alone.
+        unsafe { std::slice::from_raw_parts_mut(self.chunk.start.add(self.range.start), self.range.len()) }
+    }
+}
+
+impl From<Room> for Bytes {
+    fn from(room: Room) -> Self {
+        let range = 0..room.len();
+        Self { owner: Owner::Room(Arc::new(room)), range }
+    }
+}
+
 impl From<Vec<u8>> for Bytes {
     fn from(v: Vec<u8>) -> Self {
         let range = 0..v.len();
@@ -53,6 +151,7 @@ impl Deref for Bytes {
         let all: &[u8] = match &self.owner {
             Owner::File(m) => m,
             Owner::Memory(v) => v,
+            Owner::Room(room) => room,
         };
         &all[self.range.clone()]
     }

@@ -11,13 +11,12 @@ use crate::{
     adapter::Adapters,
     device::Placement,
     error::Result,
-    kernels::cpu::Matrix,
     layers::{
         Layer,
         adapted::Adapter,
         conv1d::Conv1d,
         embedding::{Embedding, Ids},
-        experts::{Expert, Experts},
+        experts::{Expert, Experts, Joined},
         linear::Linear,
         multi_linear::MultiLinear,
         norm::Norm,
@@ -42,7 +41,8 @@ impl Loader<'_> {
         Ok(match wanted {
             Wanted::Linear { weight, bias, .. } => {
                 let (matrix, rounded) = self.pantry.linear(weight)?;
-                let placed = Weight::place(matrix, self.place)?.for_inputs_of_eight_bits(rounded);
+                let placed = Weight::place(matrix, self.place)?;
+                let placed = if rounded { placed.for_inputs_of_eight_bits() } else { placed.in_panels() };
                 let bias = bias.as_ref().map(|b| self.tensor(b, self.place.activations())).transpose()?;
                 let adapter = self.linear_adapter(weight, &placed)?;
                 Layer::Linear(Linear { weight: placed, bias, adapter })
@@ -51,7 +51,7 @@ impl Loader<'_> {
                 if let Some(numbers) = self.pantry.whole_numbers(weight)? {
                     return Ok(Layer::Ids(Ids { numbers, dim: *dim }));
                 }
-                let placed = Weight::place(self.pantry.matrix(weight)?, self.place)?;
+                let placed = Weight::place(self.pantry.matrix(weight)?, self.place)?.in_panels();
                 let adapter = match weight.path() {
                     Some(path) => self.adapters.embedding(path, &placed, self.place)?,
                     None => None,
@@ -85,13 +85,15 @@ impl Loader<'_> {
                     None => up.iter().map(|_| None).collect(),
                 };
                 let join = |((gate, up), down)| Expert { gate, up, down };
-                let experts = gate.into_iter().zip(up).zip(down).map(join).collect();
+                let experts: Vec<Expert> = gate.into_iter().zip(up).zip(down).map(join).collect();
+                let joined = (!self.place.native).then(|| Joined::new(&experts, *kind)).transpose()?.flatten();
                 Layer::Experts(Experts {
                     experts,
                     kind: *kind,
                     native: self.place.native,
                     #[cfg(feature = "cuda")]
                     stacked: None,
+                    joined,
                 })
             }
             Wanted::MultiLinear { weight, bias, heads, inputs, outputs } => {
@@ -101,7 +103,7 @@ impl Loader<'_> {
             }
             Wanted::Conv1d { weight, bias, channels, .. } => {
                 let bias = bias.as_ref().map(|b| self.pantry.floats(b)).transpose()?;
-                Layer::Conv1d(Conv1d::new(&self.pantry.floats(weight)?, bias, *channels))
+                Layer::Conv1d(Conv1d::new(&self.pantry.floats(weight)?, bias, *channels).on(self.place, *channels)?)
             }
             Wanted::Parameter { source, dims } => {
                 Layer::Parameter(self.tensor(source, self.place.activations())?.reshape(dims.as_slice())?)
@@ -178,8 +180,8 @@ impl Loader<'_> {
             }
             None => vec![None; matrices.len()],
         };
-        let linear = |(expert, (matrix, bias)): (usize, (Matrix, Option<Tensor>))| {
-            let weight = Weight::place(matrix, self.place)?;
+        let linear = |(expert, (weight, bias)): (usize, (Weight, Option<Tensor>))| {
+            let weight = weight.in_panels();
             let single = match recipe {
                 Recipe::Stack(parts) => parts.get(expert).and_then(|part| part.path()),
                 stacked => stacked.path(),
@@ -188,6 +190,7 @@ impl Loader<'_> {
             let adapter = self.adapters.expert(paths, (expert, experts), &weight, self.place)?;
             Ok(Linear { weight, bias, adapter })
         };
-        matrices.into_iter().zip(biases).enumerate().map(linear).collect()
+        let weights = Weight::place_all(matrices, self.place)?;
+        weights.into_iter().zip(biases).enumerate().map(linear).collect()
     }
 }

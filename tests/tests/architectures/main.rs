@@ -145,6 +145,19 @@ fn candles_ops_alone_give_the_same_logits() {
 }
 
 #[test]
+#[cfg(target_os = "macos")]
+fn metal_gives_the_cpu_s_logits() {
+    if tests::metal_stage::device().is_none() {
+        return;
+    }
+    each_entry(|entry| {
+        let (native, metal) = (Tiny::load(entry, DeviceChoice::Cpu)?, Tiny::load(entry, DeviceChoice::Metal)?);
+        // A GPU's exp and division are approximations, and its sums have another order.
+        near("by metal", &metal.straight()?, &native.straight()?, 1e-3)
+    });
+}
+
+#[test]
 fn a_prompt_in_chunks_gives_the_logits_of_the_whole() {
     each(|tiny| {
         let whole = tiny.straight()?;

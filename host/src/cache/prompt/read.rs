@@ -141,7 +141,8 @@ impl PromptCache {
             let (dtype, has, needs) = (stored.dtype, &stored.shape, &state.dims);
             return Err(self.wrong(format!("{name}: {dtype} {has:?}, the model's state is F32 [1, ..] of {needs:?}")));
         }
-        state.numbers = stored.bytes().as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect();
+        let numbers = stored.bytes().as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect::<Vec<_>>();
+        state.numbers = numbers.into();
         Ok(())
     }
 

@@ -54,7 +54,7 @@ pub fn save(path: &Path, state: &State, origin: &Origin) -> Result<()> {
             Memory::KeyValue(kv) => kv,
             Memory::State(state) => {
                 metadata.insert(format!("1.{index}"), "ArraysCache".to_owned());
-                for none in write_state(&mut tensors, index, state) {
+                for none in write_state(&mut tensors, index, state)? {
                     numbers += 1;
                     metadata.insert(format!("2.{numbers}.0"), none);
                     metadata.insert(format!("2.{numbers}.1"), "none".to_owned());
@@ -90,15 +90,15 @@ pub fn save(path: &Path, state: &State, origin: &Origin) -> Result<()> {
 }
 
 /// An `ArraysCache` of one array: the state, then no padding and no lengths, whose names come back.
-fn write_state(out: &mut Vec<Written>, index: usize, state: &Recurrent) -> [String; 2] {
+fn write_state(out: &mut Vec<Written>, index: usize, state: &Recurrent) -> Result<[String; 2]> {
     let mut write = |name: String, shape: Vec<usize>, numbers: &[f32]| {
         out.push(Written { name, dtype: Dtype::F32, shape, bytes: bytes(numbers, |x| x.to_le_bytes()) });
     };
     let shape = if state.dims.is_empty() { vec![1, 0] } else { [&[1], state.dims.as_slice()].concat() };
-    write(format!("{index}.0.0"), shape, &state.numbers);
+    write(format!("{index}.0.0"), shape, &state.numbers.read()?);
     let nones = [format!("{index}.1"), format!("{index}.2")];
     nones.iter().for_each(|name| write(name.clone(), vec![0], &[]));
-    nones
+    Ok(nones)
 }
 
 /// mlx-lm's class for a layer's cache and its numbers, offset first. What none of its classes can hold gets a name of its own.

@@ -154,6 +154,7 @@ fn calls() -> Result<Vec<(&'static str, f64)>> {
         fed: Vec::new(),
         misuse: None,
         angles: Default::default(),
+        turns: Default::default(),
         shapes: BTreeMap::new(),
         ops: None,
     };

@@ -1,7 +1,7 @@
 //! Gated activations, softmax and argmax over plain f32.
 
 use super::lanes::{Isa, Job, Lanes, dispatch, exp};
-use rayon::prelude::*;
+use super::team::each_chunk;
 
 /// Numbers worth a task of their own.
 const TASK: usize = 1 << 14;
@@ -31,7 +31,8 @@ pub fn softmax_rows(x: &mut [f32], cols: usize) {
     let isa = Isa::best();
     // SAFETY: `isa` is available; the job stays inside its slice.
     let one = |row: &mut [f32]| unsafe { dispatch(isa, Softmax(row)) };
-    if x.len() <= TASK { x.chunks_exact_mut(cols).for_each(one) } else { x.par_chunks_exact_mut(cols).for_each(one) }
+    let rows = (TASK / cols).max(1);
+    each_chunk(x, rows * cols, |_, x| x.chunks_exact_mut(cols).for_each(one));
 }
 
 /// Index of the largest number, the first one of equals; numbers that are not comparable (NaN) never win. 0 for no numbers.
@@ -82,11 +83,10 @@ fn gated<G: Gate>(gate: &[f32], up: &[f32], out: &mut [f32]) {
         // SAFETY: `isa` is available; lengths were checked.
         unsafe { dispatch(isa, Gated::<G> { gate, up, out, kind: std::marker::PhantomData }) }
     };
-    if out.len() <= TASK {
-        task(((gate, up), out));
-    } else {
-        gate.par_chunks(TASK).zip(up.par_chunks(TASK)).zip(out.par_chunks_mut(TASK)).for_each(task);
-    }
+    each_chunk(out, TASK, |i, out| {
+        let of = |x| <[f32]>::split_at(x, i * TASK).1.split_at(out.len()).0;
+        task(((of(gate), of(up)), out));
+    });
 }
 
 impl<G: Gate> Job for Gated<'_, G> {

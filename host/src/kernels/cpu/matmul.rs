@@ -4,29 +4,31 @@
 //! result is bit for bit the same alone, in a batch, in a chunk of any size and on any number of threads.
 
 #[cfg(target_arch = "x86_64")]
-use super::integers;
+use super::bf16;
 use super::{
     format::{Float, Format},
     lanes::{Isa, dispatch},
     matrix::Matrix,
     stream::{ABREAST, Padded, Spill, Stream, Streamed},
+    tasks::{Output, in_tasks},
+    team::each_chunk,
     tile::{Block, multiply},
     unpack::{
         Bf16, Dense, F16, F32, Fp8, Order, Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0, Raw, Unpack,
         Unpacked, Words,
     },
 };
-use rayon::prelude::*;
 
 /// Up to this many tokens weights are unpacked in registers.
 const FEW: usize = 4;
-/// Weights that are worth a task of their own.
-const TASK: usize = 1 << 16;
+/// Tokens that are worth a task of their own to be laid out.
+const TOKENS: usize = 16;
 /// Unpacked weights that stay in a core's second-level cache, in f32.
 const CACHED: usize = 1 << 17;
 
 impl Matrix {
-    /// out = x · Wᵀ: `x` is `[tokens, cols]`, `out` `[tokens, rows]`; products and sums in f32.
+    /// out = x · Wᵀ: `x` is `[tokens, cols]`, `out` `[tokens, rows]`; products and sums in f32, of activations rounded
+    /// to bfloat16 if the matrix is [for halves](Matrix::for_halves).
     ///
     /// # Panics
     /// If the lengths of `x` and `out` do not belong to the same number of tokens.
@@ -34,20 +36,8 @@ impl Matrix {
         self.matmul_on(Isa::best(), x, out);
     }
 
-    /// The same for activations that were bfloat16 or half: they may be rounded by a hundredth of what they were rounded by before.
-    ///
-    /// # Panics
-    /// As [`Matrix::matmul`].
-    pub fn matmul_halves(&self, x: &[f32], out: &mut [f32]) {
-        self.multiply(Isa::best(), x, out, false);
-    }
-
     /// The same with a chosen instruction set, one of [`Isa::available`].
     pub fn matmul_on(&self, isa: Isa, x: &[f32], out: &mut [f32]) {
-        self.multiply(isa, x, out, true);
-    }
-
-    fn multiply(&self, isa: Isa, x: &[f32], out: &mut [f32], exact: bool) {
         if self.cols() == 0 || self.rows() == 0 {
             return out.fill(0.0);
         }
@@ -61,15 +51,13 @@ impl Matrix {
         assert!(isa == Isa::best() || Isa::available().contains(&isa), "this machine has no {isa:?}");
         let raw = Raw::of(self);
         let x = self.stored_order(x);
-        // Elsewhere all products are of floats, which are exact anyway.
-        #[cfg(not(target_arch = "x86_64"))]
-        let _ = exact;
         #[cfg(target_arch = "x86_64")]
-        if isa == Isa::Vnni {
-            let product = integers::Product { rows: self.rows(), cols: self.cols(), tokens, x: &x, exact };
-            if integers::multiply(self, product, out) {
-                return;
-            }
+        if self.is_for_halves()
+            && self.format() == Format::Dense(Float::BF16)
+            && isa == Isa::best()
+            && bf16::runs_here()
+        {
+            return bf16::multiply(self, &x, out);
         }
         let call = Call { isa, rows: self.rows(), cols: self.cols(), tokens, x: &x, order: Order::Plain };
         match self.format() {
@@ -97,20 +85,6 @@ impl Matrix {
             Format::Q5K => call.run(Q5K(raw), out),
             Format::Q6K => call.run(Q6K(raw), out),
         }
-    }
-}
-
-/// Output that several threads write, each its own rows.
-#[derive(Clone, Copy)]
-pub(super) struct Output(pub(super) *mut f32);
-// SAFETY: threads write disjoint elements, see `Call::run` and `Product::run`.
-unsafe impl Send for Output {}
-// SAFETY: as above.
-unsafe impl Sync for Output {}
-
-impl Output {
-    pub(super) fn pointer(self) -> *mut f32 {
-        self.0
     }
 }
 
@@ -146,15 +120,8 @@ impl Call<'_> {
             &laid_out[..]
         };
         let out = Output(out.as_mut_ptr());
-        let threads = rayon::current_num_threads();
-        let rows = if few {
-            self.rows.div_ceil(threads * 4).max(TASK / self.cols)
-        } else {
-            self.rows.div_ceil(threads).min((CACHED / padded).max(ABREAST))
-        };
-        let rows = rows.max(1).next_multiple_of(ABREAST);
-        let task = |scratch: &mut Vec<f32>, i: usize| {
-            let range = i * rows..self.rows.min((i + 1) * rows);
+        let most = if few { usize::MAX } else { (CACHED / padded).max(ABREAST) };
+        in_tasks(self.rows, self.cols * self.tokens, ABREAST, most, |scratch: &mut Vec<f32>, range| {
             // SAFETY: rows lie inside the matrix, which the caller borrows; `x` has `stride` floats for each token, and
             // tasks write disjoint rows of `out`.
             unsafe {
@@ -170,7 +137,7 @@ impl Call<'_> {
                         _ => dispatch(self.isa, Streamed::<U, FEW>(stream)),
                     }
                 } else {
-                    scratch.resize(unpack.scratch() + rows * stride, 0.0);
+                    scratch.resize(unpack.scratch() + range.len() * stride, 0.0);
                     let to = scratch.as_mut_ptr().add(unpack.scratch());
                     dispatch(
                         self.isa,
@@ -182,16 +149,7 @@ impl Call<'_> {
                     multiply(self.isa, weights, x, padded, out, self.rows);
                 }
             }
-        };
-        let tasks = self.rows.div_ceil(rows);
-        // Entering the pool from outside wakes a thread and waits for it: tens of microseconds that a small product has not.
-        let alone = if rayon::current_thread_index().is_some() { TASK } else { 4 * TASK };
-        if tasks == 1 || self.rows * self.cols * self.tokens <= alone {
-            let mut scratch = Vec::new();
-            (0..tasks).for_each(|i| task(&mut scratch, i));
-        } else {
-            (0..tasks).into_par_iter().for_each_init(Vec::new, task);
-        }
+        });
     }
 
     /// Copies activations into the order of the weights, each token `stride` floats after the one before.
@@ -209,11 +167,8 @@ impl Call<'_> {
                 }
             }
         };
-        let pairs = (to, self.x);
-        if self.tokens <= FEW {
-            pairs.0.chunks_mut(stride).zip(pairs.1.chunks(self.cols)).for_each(one);
-        } else {
-            pairs.0.par_chunks_mut(stride).zip(pairs.1.par_chunks(self.cols)).for_each(one);
-        }
+        each_chunk(to, stride * TOKENS, |i, to| {
+            to.chunks_mut(stride).zip(self.x.chunks(self.cols).skip(i * TOKENS)).for_each(one);
+        });
     }
 }

@@ -20,6 +20,8 @@ pub struct Matrix {
     parts: [Bytes; 3],
     /// Stored column j is column `order[j]`.
     order: Option<Arc<[u32]>>,
+    /// Whether products may round activations to bfloat16.
+    in_halves: bool,
 }
 
 impl std::fmt::Debug for Matrix {
@@ -61,7 +63,7 @@ impl Matrix {
                 )));
             }
         }
-        Ok(Self { format, rows, cols, parts, order: None })
+        Ok(Self { format, rows, cols, parts, order: None, in_halves: false })
     }
 
     /// The same matrix, where stored column j is to be column `order[j]`. Fails unless every column is named once.
@@ -77,6 +79,21 @@ impl Matrix {
     /// Whether columns are stored in another order.
     pub fn has_column_order(&self) -> bool {
         self.order.is_some()
+    }
+
+    /// The same matrix for activations of half precision, which products may round accordingly: 2^-9 of each, where that is faster.
+    pub fn for_halves(self) -> Self {
+        Self { in_halves: true, ..self }
+    }
+
+    /// Whether products may round activations.
+    pub fn is_for_halves(&self) -> bool {
+        self.in_halves
+    }
+
+    /// Which column is stored at each place, unless they are stored as they are counted.
+    pub fn column_order(&self) -> Option<&[u32]> {
+        self.order.as_deref()
     }
 
     /// How it is packed.

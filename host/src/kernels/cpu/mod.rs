@@ -1,27 +1,33 @@
 //! Kernels for the CPU, in f32 arithmetic: packed matrices of every format, attention, and the small ops around them.
 //! Each is written once over `lanes` and compiled for AVX-512, AVX2 and plain Rust (NEON on ARM); the machine picks at run
-//! time. No result depends on the number of threads. Packed whole numbers are multiplied as they are where the machine can (`integers`).
+//! time. No result depends on the number of threads.
+//! Where the machine can, weights of whole numbers are multiplied as such (`panels`) and bfloat16 as bfloat16 (`bf16`).
 
 // Tiles of registers are indexed by constants on several arrays at once.
 #![allow(clippy::needless_range_loop)]
 
+mod ahead;
 pub mod attention;
+#[cfg(target_arch = "x86_64")]
+mod bf16;
 mod dequantize;
 pub mod elementwise;
 pub mod format;
-#[cfg(target_arch = "x86_64")]
-mod integers;
 mod lanes;
 mod matmul;
 pub mod matrix;
 pub mod norm;
+mod panels;
 mod quantize;
 pub mod recurrence;
 pub mod rope;
 mod stream;
+mod tasks;
+mod team;
 mod tile;
 mod unpack;
 
+pub use ahead::begin_step;
 pub use attention::{Attend, Rows, attend, attend_all};
 pub use dequantize::e8m0_to_f32;
 pub use elementwise::{argmax, gelu_tanh_mul, silu_mul, softmax_rows};
@@ -29,5 +35,6 @@ pub use format::{Float, Format};
 pub use lanes::Isa;
 pub use matrix::Matrix;
 pub use norm::{layer_norm, rms_norm};
+pub use panels::Panels;
 pub use quantize::quantize_rows;
 pub use rope::{Angles, Turn, rope};

@@ -1,7 +1,7 @@
 //! Normalisation of rows: RMSNorm (Zhang and Sennrich 2019) and LayerNorm (Ba et al. 2016), sums in f32 and vector lanes.
 
 use super::lanes::{Isa, Job, Lanes, dispatch};
-use rayon::prelude::*;
+use super::team::each_chunk;
 
 /// Numbers worth a task of their own.
 const TASK: usize = 1 << 14;
@@ -47,7 +47,7 @@ fn normalize(norm: Norm<'_>, x: &[f32], dim: usize, out: &mut [f32]) {
     if x.len() <= chunk {
         task((x, out));
     } else {
-        x.par_chunks(chunk).zip(out.par_chunks_mut(chunk)).for_each(task);
+        each_chunk(out, chunk, |i, out| task((&x[i * chunk..][..out.len()], out)));
     }
 }
 

@@ -2,7 +2,10 @@
 //! because f32 loses a thousandth of a turn at positions in the ten thousands. A step's angles serve all its layers.
 
 use super::lanes::{Isa, Job, Lanes, dispatch};
-use rayon::prelude::*;
+use super::team::each_chunk;
+
+/// Tokens that are worth a task of their own.
+const TOKENS: usize = 16;
 
 /// Cosines and sines of some tokens' angles.
 #[derive(Clone, Debug)]
@@ -37,12 +40,17 @@ impl Angles {
                 (*cosine, *sine) = ((c * f64::from(amplitude)) as f32, (s * f64::from(amplitude)) as f32);
             }
         };
-        if pairs > 0 && positions.len() < 16 {
-            turns.chunks_exact_mut(2 * pairs).zip(positions).for_each(one);
-        } else if pairs > 0 {
-            turns.par_chunks_exact_mut(2 * pairs).zip(positions).for_each(one);
+        if pairs > 0 {
+            each_chunk(&mut turns, 2 * pairs * TOKENS, |i, turns| {
+                turns.chunks_exact_mut(2 * pairs).zip(&positions[i * TOKENS..]).for_each(one);
+            });
         }
         Self { pairs, turns }
+    }
+
+    /// Cosines and sines `[tokens, 2 * pairs]`.
+    pub fn turns(&self) -> &[f32] {
+        &self.turns
     }
 
     /// Turns `2 * pairs` lanes of each head of `x`, `[tokens, heads, head_dim]`, in place; the rest stays.
@@ -61,11 +69,10 @@ impl Angles {
             // SAFETY: `isa` is available; lengths were checked.
             unsafe { dispatch(isa, Rotate { x, head_dim, turns, turn }) }
         };
-        if x.len() < 1 << 14 {
-            x.chunks_exact_mut(row).zip(self.turns.chunks_exact(2 * self.pairs)).for_each(one);
-        } else {
-            x.par_chunks_exact_mut(row).zip(self.turns.par_chunks_exact(2 * self.pairs)).for_each(one);
-        }
+        each_chunk(x, row * TOKENS, |i, x| {
+            let turns = self.turns.chunks_exact(2 * self.pairs).skip(i * TOKENS);
+            x.chunks_exact_mut(row).zip(turns).for_each(one);
+        });
     }
 }
 

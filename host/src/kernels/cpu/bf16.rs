@@ -1,0 +1,220 @@
+//! Activations times bfloat16 weights as the checkpoint has them, 32 products an instruction (`vdpbf16ps`): activations are rounded to
+//! bfloat16 too, half a unit in their eighth bit, as everybody does who computes in that type; sums stay f32.
+//!
+//! Each sum is one vector that runs from the first column to the last, added up in one order at the end: a token's bits are the same
+//! alone, in a batch and on any number of threads.
+
+use super::{
+    ahead,
+    matrix::Matrix,
+    tasks::{Output, in_tasks},
+    team::each_chunk,
+};
+use std::{arch::x86_64::*, ops::Range, sync::OnceLock};
+
+/// Columns of a vector.
+const LANES: usize = 32;
+/// Up to this many tokens weights are streamed from memory once, rows before tokens.
+const FEW: usize = 4;
+/// Tokens that are worth a task of their own to be rounded.
+const ROUNDED: usize = 16;
+/// Bytes of weights that stay in a core's second-level cache while tokens pass.
+const CACHED: usize = 1 << 19;
+
+/// Whether this machine has the instruction.
+pub(super) fn runs_here() -> bool {
+    static RUNS: OnceLock<bool> = OnceLock::new();
+    *RUNS.get_or_init(|| super::Isa::best() == super::Isa::Vnni && is_x86_feature_detected!("avx512bf16"))
+}
+
+/// out = x · Wᵀ: `x` is `[tokens, cols]`, `out` `[tokens, rows]`.
+pub(super) fn multiply(m: &Matrix, x: &[f32], out: &mut [f32]) {
+    let (rows, cols) = (m.rows(), m.cols());
+    let tokens = x.len() / cols;
+    // Rows whose starts are a power of two apart would all fall into the same few lines of the first-level cache.
+    let stride = cols.next_multiple_of(LANES) + LANES;
+    let mut halves = vec![0u16; tokens * stride];
+    let round = |(to, x): (&mut [u16], &[f32])| {
+        // SAFETY: `runs_here`; a token's room is whole vectors longer than its columns.
+        unsafe { round(x, to) }
+    };
+    each_chunk(&mut halves, stride * ROUNDED, |i, halves| {
+        halves.chunks_exact_mut(stride).zip(x.chunks_exact(cols).skip(i * ROUNDED)).for_each(round);
+    });
+    let [weights, ..] = m.parts();
+    if tokens <= FEW {
+        ahead::pass(weights);
+    }
+    let product = Product {
+        weights: weights.as_ptr().cast(),
+        x: halves.as_ptr(),
+        out: Output(out.as_mut_ptr()),
+        rows,
+        cols,
+        stride,
+        tokens,
+        ahead: if tokens <= FEW { 8 * cols } else { 0 },
+    };
+    let abreast = if tokens <= FEW { usize::MAX } else { (CACHED / (2 * cols)).max(8) };
+    in_tasks(rows, cols * tokens, 8, abreast, |(): &mut (), range| {
+        // SAFETY: rows of the matrix; tasks write disjoint rows of `out`; `runs_here`.
+        unsafe { if tokens <= FEW { product.few(range) } else { product.many(range) } }
+    });
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+unsafe fn round(x: &[f32], to: &mut [u16]) {
+    for (x, to) in x.chunks(16).zip(to.chunks_exact_mut(16)) {
+        let mask = (u32::MAX >> (32 - x.len())) as u16;
+        // SAFETY: masked to what there is of `x`; sixteen places in `to`.
+        unsafe {
+            let rounded = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, x.as_ptr()));
+            _mm256_storeu_si256(to.as_mut_ptr().cast(), std::mem::transmute::<__m256bh, __m256i>(rounded));
+        }
+    }
+}
+
+/// One product.
+#[derive(Clone, Copy)]
+struct Product {
+    weights: *const u16,
+    x: *const u16,
+    out: Output,
+    rows: usize,
+    cols: usize,
+    /// From one token to the next in `x`.
+    stride: usize,
+    tokens: usize,
+    /// How many weights further on memory is asked for what comes next; 0 where it is in cache already.
+    ahead: usize,
+}
+
+// SAFETY: read-only memory that outlives the product, and an output of which threads write disjoint rows.
+unsafe impl Sync for Product {}
+
+impl Product {
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    unsafe fn few(self, range: Range<usize>) {
+        let mut r = range.start;
+        while r < range.end {
+            // SAFETY: passed on to the caller.
+            unsafe {
+                r += match (self.tokens, range.end - r) {
+                    (1, 8..) => self.tile::<8, 1>(r, 0),
+                    (1, 4..) => self.tile::<4, 1>(r, 0),
+                    (2, 4..) => self.tile::<4, 2>(r, 0),
+                    (3, 4..) => self.tile::<4, 3>(r, 0),
+                    (4, 4..) => self.tile::<4, 4>(r, 0),
+                    (1, _) => self.tile::<1, 1>(r, 0),
+                    (2, _) => self.tile::<1, 2>(r, 0),
+                    (3, _) => self.tile::<1, 3>(r, 0),
+                    (_, _) => self.tile::<1, 4>(r, 0),
+                }
+            };
+        }
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    unsafe fn many(self, range: Range<usize>) {
+        let mut t = 0;
+        while t < self.tokens {
+            // SAFETY: passed on to the caller.
+            unsafe {
+                t += match self.tokens - t {
+                    6.. => self.column::<6>(range.clone(), t),
+                    3.. => self.column::<3>(range.clone(), t),
+                    _ => self.column::<1>(range.clone(), t),
+                }
+            };
+        }
+    }
+
+    /// All rows of the range with some tokens.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    unsafe fn column<const T: usize>(self, range: Range<usize>, t: usize) -> usize {
+        let mut r = range.start;
+        // SAFETY: passed on to the caller.
+        unsafe {
+            while r < range.end {
+                r += if range.end - r >= 4 { self.tile::<4, T>(r, t) } else { self.tile::<1, T>(r, t) };
+            }
+        }
+        T
+    }
+
+    /// `R` rows with `T` tokens; says how many rows.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    unsafe fn tile<const R: usize, const T: usize>(self, r: usize, t: usize) -> usize {
+        // SAFETY: rows of the matrix and tokens of `x`; what lies beyond the last column is masked away.
+        unsafe {
+            let rows: [*const u16; R] = std::array::from_fn(|i| self.weights.add((r + i) * self.cols));
+            let tokens: [*const u16; T] = std::array::from_fn(|i| self.x.add((t + i) * self.stride));
+            let mut sums = [[_mm512_setzero_ps(); T]; R];
+            let whole = self.cols / LANES * LANES;
+            let mut c = 0;
+            while c < whole {
+                let weights: [__m512bh; R] = std::array::from_fn(|i| {
+                    let at = rows[i].add(c);
+                    // Rows are too short for the processor to see a stream in them.
+                    _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(self.ahead).cast());
+                    halves(_mm512_loadu_si512(at.cast()))
+                });
+                for k in 0..T {
+                    let x = halves(_mm512_loadu_si512(tokens[k].add(c).cast()));
+                    for i in 0..R {
+                        sums[i][k] = _mm512_dpbf16_ps(sums[i][k], weights[i], x);
+                    }
+                }
+                c += LANES;
+            }
+            if c < self.cols {
+                let mask = u32::MAX >> (LANES - (self.cols - c));
+                for i in 0..R {
+                    let weights = halves(_mm512_maskz_loadu_epi16(mask, rows[i].add(c).cast()));
+                    for k in 0..T {
+                        let x = halves(_mm512_maskz_loadu_epi16(mask, tokens[k].add(c).cast()));
+                        sums[i][k] = _mm512_dpbf16_ps(sums[i][k], weights, x);
+                    }
+                }
+            }
+            for k in 0..T {
+                let out = self.out.pointer().add((t + k) * self.rows + r);
+                let mut i = 0;
+                while i + 4 <= R {
+                    _mm_storeu_ps(out.add(i), added_up([sums[i][k], sums[i + 1][k], sums[i + 2][k], sums[i + 3][k]]));
+                    i += 4;
+                }
+                while i < R {
+                    let none = _mm512_setzero_ps();
+                    *out.add(i) = _mm_cvtss_f32(added_up([sums[i][k], none, none, none]));
+                    i += 1;
+                }
+            }
+        }
+        R
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn halves(v: __m512i) -> __m512bh {
+    // SAFETY: the same 512 bits.
+    unsafe { std::mem::transmute::<__m512i, __m512bh>(v) }
+}
+
+/// The lanes' sums of four vectors, side by side: halves to halves, quarters to quarters, and so on, whatever else is in the vectors.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn added_up([a, b, c, d]: [__m512; 4]) -> __m128 {
+    let halves = |a, b| _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xee>(a, b));
+    let (ab, cd) = (halves(a, b), halves(c, d));
+    let quarters = _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(ab, cd), _mm512_shuffle_f32x4::<0xdd>(ab, cd));
+    let eighths = _mm512_add_ps(quarters, _mm512_permute_ps::<0b01_00_11_10>(quarters));
+    let sums = _mm512_add_ps(eighths, _mm512_permute_ps::<0b10_11_00_01>(eighths));
+    _mm512_castps512_ps128(_mm512_permutexvar_ps(
+        _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0),
+        sums,
+    ))
+}

@@ -1,0 +1,72 @@
+//! Packed whole numbers as the processor wants them: sixteen rows side by side, so that a vector holds four columns of each and one
+//! instruction (VNNI's `vpdpbusd`) adds four products to the sum of each row. Activations are rounded to whole steps of the largest in
+//! their group; sums within a group are exact, and scales meet them once a group.
+//!
+//! The error is that of the rounding: of each activation up to 1/254 of its group's largest where weights have two or four bits (their own
+//! error is ten times that), 1/65000 where they have eight. A token's bits are the same alone, in a batch and on any number of threads.
+
+mod layout;
+#[cfg(target_arch = "x86_64")]
+mod numbers;
+#[cfg_attr(not(target_arch = "x86_64"), path = "elsewhere.rs")]
+mod product;
+#[cfg(target_arch = "x86_64")]
+mod rounded;
+
+use super::{format::Format, matrix::Matrix};
+use crate::weights::bytes::Bytes;
+use layout::Layout;
+
+/// Rows that lie side by side: the 32-bit lanes of a vector.
+const LANES: usize = 16;
+
+/// `[rows, cols]` = `[out, in]`, sixteen rows after sixteen rows. Cloning shares the bytes.
+#[derive(Clone)]
+pub struct Panels {
+    layout: Layout,
+    rows: usize,
+    cols: usize,
+    /// For each panel: for each 32 bits of a row, those of all lanes; for each group, the scales of all lanes; the same of biases.
+    bytes: Bytes,
+    /// A factor for each row of all panels, empty in most formats.
+    factors: Vec<f32>,
+}
+
+impl std::fmt::Debug for Panels {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:?} [{}, {}] in panels", self.layout.format, self.rows, self.cols)
+    }
+}
+
+impl Panels {
+    /// The same matrix in panels, and its own pages let go, if this machine multiplies its format that way.
+    pub fn new(matrix: &Matrix) -> Option<Self> {
+        let layout = Layout::of(matrix.format()).filter(|_| product::runs_here())?;
+        let fits = matrix.rows() >= LANES && matrix.cols() > 0 && matrix.column_order().is_none();
+        fits.then(|| Self::pack(layout, matrix))
+    }
+
+    /// How the weights were packed.
+    pub fn format(&self) -> Format {
+        self.layout.format
+    }
+
+    /// Outputs.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Inputs.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Memory held, scales included.
+    pub fn bytes(&self) -> usize {
+        self.bytes.len() + 4 * self.factors.len()
+    }
+
+    fn panels(&self) -> usize {
+        self.rows.div_ceil(LANES)
+    }
+}

@@ -1,0 +1,158 @@
+//! Products that may round activations: how much they do, and that everything else about them is as exact as elsewhere. On a machine
+//! without the instructions there are no panels, and the tests of these have nothing to hold.
+
+use super::{Random, back, formats, random};
+use dylm::kernels::cpu::{Float, Format, Panels};
+
+/// Columns whose activations share a step, and the largest error of one relative to the largest of them.
+fn rounding(format: Format) -> (usize, f64) {
+    match format {
+        Format::Affine { bits: 8, group, .. } => (group, 1.0 / 65_024.0),
+        Format::Q8_0 => (32, 1.0 / 65_024.0),
+        Format::Affine { group, .. } => (group, 1.0 / 254.0),
+        Format::Nvfp4 | Format::Nvfp4Scaled => (16, 1.0 / 254.0),
+        _ => (32, 1.0 / 254.0),
+    }
+}
+
+fn panels() -> Vec<Format> {
+    let mut r = Random(2);
+    formats().into_iter().filter(|&f| Panels::new(&random(f, 16, f.block().0, &mut r)).is_some()).collect()
+}
+
+#[test]
+fn a_matrix_in_panels_unpacks_to_the_same_numbers() {
+    let mut r = Random(41);
+    for format in panels() {
+        for (rows, blocks) in [(16, 1), (37, 3), (64, 5)] {
+            let m = random(format, rows, format.block().0 * blocks, &mut r);
+            let (p, want) = (Panels::new(&m).unwrap(), back(&m));
+            let mut got = vec![f32::NAN; want.len()];
+            p.dequantize(&mut got);
+            assert!(got == want, "{format:?} [{rows}, {}]", m.cols());
+            let ids = [rows as u32 - 1, 0, 7];
+            let mut some = vec![f32::NAN; 3 * m.cols()];
+            p.gather_rows(&ids, &mut some);
+            for (id, row) in ids.iter().zip(some.chunks(m.cols())) {
+                assert!(row == &want[*id as usize * m.cols()..][..m.cols()], "{format:?}, row {id}");
+            }
+        }
+    }
+}
+
+#[test]
+fn products_in_panels_are_off_by_the_rounding_of_activations_alone() {
+    let mut r = Random(43);
+    for format in panels() {
+        let (group, rounding) = rounding(format);
+        for (rows, blocks, tokens) in
+            [(16, 1, 1), (37, 3, 2), (70, 5, 3), (129, 7, 4), (33, 4, 5), (16, 6, 13), (50, 2, 70)]
+        {
+            let m = random(format, rows, format.block().0 * blocks, &mut r);
+            let (cols, w) = (m.cols(), back(&m));
+            let x: Vec<f32> = r.floats(tokens * cols).into_iter().map(|x| x * x * x).collect();
+            let mut got = vec![f32::NAN; tokens * rows];
+            Panels::new(&m).unwrap().matmul(&x, &mut got);
+            for (t, x) in x.chunks(cols).enumerate() {
+                for (row, w) in w.chunks(cols).enumerate() {
+                    let (mut want, mut bound) = (0.0, 1e-12);
+                    for (x, w) in x.chunks(group).zip(w.chunks(group)) {
+                        let peak = x.iter().fold(0f32, |m, x| m.max(x.abs()));
+                        // What f32 sums may be off by is relative to all that was added up, biases too: a hundredth of the rounding.
+                        bound +=
+                            w.iter().map(|w| f64::from(w.abs())).sum::<f64>() * f64::from(peak) * (rounding + 4e-6);
+                        want += w.iter().zip(x).map(|(&w, &x)| f64::from(w) * f64::from(x)).sum::<f64>();
+                    }
+                    let error = (f64::from(got[t * rows + row]) - want).abs();
+                    assert!(
+                        error <= bound,
+                        "{format:?} [{rows}, {cols}], token {t} of {tokens}: off by {error}, within {bound}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn bfloat16_products_for_halves_are_off_by_half_a_unit_of_each_activation() {
+    let mut r = Random(47);
+    for (rows, cols, tokens) in [(1, 1, 1), (5, 33, 2), (13, 64, 3), (8, 200, 4), (37, 96, 5), (9, 1000, 31)] {
+        let m = random(Format::Dense(Float::BF16), rows, cols, &mut r).for_halves();
+        let (x, w) = (r.floats(tokens * cols), back(&m));
+        let mut got = vec![f32::NAN; tokens * rows];
+        m.matmul(&x, &mut got);
+        for (t, x) in x.chunks(cols).enumerate() {
+            for (row, w) in w.chunks(cols).enumerate() {
+                let products = w.iter().zip(x).map(|(&w, &x)| f64::from(w) * f64::from(x));
+                let (want, bound) =
+                    (products.clone().sum::<f64>(), products.map(f64::abs).sum::<f64>() * 2f64.powi(-8));
+                let error = (f64::from(got[t * rows + row]) - want).abs();
+                assert!(error <= bound, "[{rows}, {cols}], token {t} of {tokens}: off by {error}, within {bound}");
+            }
+        }
+    }
+}
+
+/// Some products of one kind.
+type Product<'a> = Box<dyn Fn(&[f32], &mut [f32]) + Sync + 'a>;
+
+fn kinds(rows: usize, cols: usize, r: &mut Random) -> Vec<(String, Product<'static>)> {
+    let in_panels = panels().into_iter().map(|format| {
+        let p = Panels::new(&random(format, rows, cols, r)).unwrap();
+        (format!("{p:?}"), Box::new(move |x: &[f32], out: &mut [f32]| p.matmul(x, out)) as Product)
+    });
+    let mut all: Vec<_> = in_panels.collect();
+    let m = random(Format::Dense(Float::BF16), rows, cols, r).for_halves();
+    all.push((format!("{m:?}"), Box::new(move |x: &[f32], out: &mut [f32]| m.matmul(x, out))));
+    all
+}
+
+#[test]
+fn a_rounded_token_gives_the_same_bits_alone_and_among_others() {
+    let mut r = Random(53);
+    let (rows, cols, tokens) = (101, 768, 23);
+    for (name, product) in kinds(rows, cols, &mut r) {
+        let x = r.floats(tokens * cols);
+        let mut whole = vec![0.0; tokens * rows];
+        product(&x, &mut whole);
+        for chunk in [1, 2, 3, 4, 5, 7, 8, 16] {
+            let mut parts = vec![0.0; tokens * rows];
+            x.chunks(chunk * cols).zip(parts.chunks_mut(chunk * rows)).for_each(|(x, out)| product(x, out));
+            assert!(parts == whole, "{name} in chunks of {chunk}");
+        }
+    }
+}
+
+#[test]
+fn what_is_no_number_stays_none_when_it_is_rounded() {
+    let mut r = Random(59);
+    for (name, product) in kinds(16, 768, &mut r) {
+        for stray in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let mut x = r.floats(2 * 768);
+            x[768 + 300] = stray;
+            let mut out = [0.0; 32];
+            product(&x, &mut out);
+            assert!(out[..16].iter().all(|y| y.is_finite()), "{name}: the other token is {:?}", &out[..16]);
+            assert!(out[16..].iter().all(|y| !y.is_finite()), "{name}: {stray} became {:?}", &out[16..]);
+        }
+    }
+}
+
+#[test]
+fn rounded_results_do_not_depend_on_the_number_of_threads() {
+    let mut r = Random(61);
+    for (name, product) in kinds(515, 1024, &mut r) {
+        for tokens in [1, 40] {
+            let x = r.floats(tokens * 1024);
+            let on = |threads: usize| {
+                let mut out = vec![0.0; tokens * 515];
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                pool.install(|| product(&x, &mut out));
+                out
+            };
+            let one = on(1);
+            assert!([2, 3, 7].iter().all(|&n| on(n) == one), "{name}, {tokens} tokens");
+        }
+    }
+}
