@@ -6,11 +6,7 @@ use super::{
     launch::{Launch, word},
     rows::{self, Mix, Norm, Turn},
 };
-use crate::{
-    cache::kv::KvCache,
-    kernels::cpu::Attend,
-    layers::experts::Activation,
-};
+use crate::{cache::kv::KvCache, kernels::cpu::Attend, layers::experts::Activation};
 use candle_core::{DType, Result, Tensor};
 
 /// Whether kernels can take a tensor, and there is something to do.
