@@ -2,6 +2,7 @@
 //! workspace), the sources of all plugins, a tiny checkpoint for each model type, and the versions of Cargo.lock.
 //!
 //! A crate made from an installed dylm then needs no network, and speaks the very ABI of the dylm that made it.
+//! With the feature `cuda` it also compiles the kernels for NVIDIA's GPUs.
 
 use std::{
     collections::BTreeMap,
@@ -32,7 +33,51 @@ fn main() -> io::Result<()> {
     files.insert("template/rustfmt.toml".into(), fs::read_to_string(root.join("rustfmt.toml"))?);
     files.insert("Cargo.lock".into(), lock(&fs::read_to_string(root.join("Cargo.lock"))?, "plugin-api"));
     let out = PathBuf::from(env::var_os("OUT_DIR").unwrap_or_default());
-    fs::write(out.join("scaffold.zip"), archive(&files)?)
+    fs::write(out.join("scaffold.zip"), archive(&files)?)?;
+    if env::var_os("CARGO_FEATURE_CUDA").is_some() { cuda(&host.join("src/kernels/cuda"), &out) } else { Ok(()) }
+}
+
+/// Compiles every .cu file of `folder`, and writes the list of them that the host includes.
+fn cuda(folder: &Path, out: &Path) -> io::Result<()> {
+    for name in ["CUDA_HOME", "CUDA_PATH", "PATH"] {
+        println!("cargo:rerun-if-env-changed={name}");
+    }
+    let homes = ["CUDA_HOME", "CUDA_PATH"].map(|name| env::var_os(name).map(PathBuf::from));
+    let homes = homes.into_iter().flatten().chain([PathBuf::from("/usr/local/cuda")]);
+    let nvcc = homes.map(|home| home.join("bin/nvcc")).find(|nvcc| nvcc.is_file()).unwrap_or_else(|| "nvcc".into());
+    let mut sources: Vec<PathBuf> = fs::read_dir(folder)?.map(|entry| Ok(entry?.path())).collect::<io::Result<_>>()?;
+    sources.retain(|path| path.extension().is_some_and(|e| e == "cu" || e == "cuh"));
+    // Not the folder: the Rust beside them changes more often. A new kernel comes with a new line in mod.rs.
+    for watched in sources.iter().chain([&folder.join("mod.rs")]) {
+        println!("cargo:rerun-if-changed={}", watched.display());
+    }
+    sources.retain(|path| path.extension().is_some_and(|e| e == "cu"));
+    sources.sort();
+    let mut list = String::from(
+        "#[repr(align(16))]\nstruct Image<const N: usize>([u8; N]);\nstruct Bytes(&'static [u8]);\nstatic PROGRAMS: &[(&str, Bytes)] = &[\n",
+    );
+    let missing = |e| {
+        let what = "--features cuda needs NVIDIA's nvcc: install the CUDA toolkit or set CUDA_HOME";
+        io::Error::other(format!("{}: {e}; {what}", nvcc.display()))
+    };
+    // Machine code for Hopper; for any other GPU from Ampere on, PTX that its driver compiles.
+    let targets = ["-gencode=arch=compute_90,code=sm_90", "-gencode=arch=compute_80,code=compute_80"];
+    let mut compilers = Vec::new();
+    for source in sources {
+        let name = source.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        let image = out.join(format!("{name}.fatbin"));
+        let mut command = std::process::Command::new(&nvcc);
+        command.args(["-std=c++17", "-O3", "-fatbin"]).args(targets).arg("-o").arg(&image).arg(&source);
+        compilers.push((source, command.spawn().map_err(missing)?));
+        list += &format!("({name:?}, Bytes(&Image(*include_bytes!({:?})).0)),\n", image.display().to_string());
+    }
+    // All at once: a few files, of which two take most of the time.
+    for (source, mut compiler) in compilers {
+        if !compiler.wait()?.success() {
+            return Err(io::Error::other(format!("nvcc cannot compile {}", source.display())));
+        }
+    }
+    fs::write(out.join("cuda_programs.rs"), list + "];\n")
 }
 
 /// Every text of `folder`, named from `to`.

@@ -105,6 +105,12 @@ impl Adapters {
         self.parts.layers.get(path).map(|part| part.over_embedding(weight, place)).transpose()
     }
 
+    /// Whether anything changes what single layers compute; new weights in place of old ones do not.
+    #[cfg(feature = "cuda")]
+    pub fn lie_over_layers(&self) -> bool {
+        !self.parts.layers.is_empty()
+    }
+
     /// For expert `expert.0` of `expert.1`. `paths` are those of the stack (`mlp.switch_mlp.up_proj`) or of the one expert
     /// (`mlp.experts.3.up_proj`); the first that the adapter has counts, and it may have one expert's under the stack's name.
     pub fn expert<'a>(

@@ -161,6 +161,17 @@ impl<'a> Decoder<'a> {
     }
 
     fn step(&mut self) -> Result<()> {
+        let tokens = self.text.get(self.state.offset..).unwrap_or_default();
+        if self.sampler.takes_the_most_likely()
+            && let Some(chosen) =
+                self.model.choose(&mut [Input { state: &mut self.state, tokens, want: Want::Last }])?
+        {
+            for (token, logprob) in chosen {
+                self.text.push(token);
+                self.ready.push_back(Chosen { token, logprob, from_draft: false });
+            }
+            return Ok(());
+        }
         let mut logits = last(read(self.model, &mut self.state, &self.text, Want::Last)?)?;
         let Choice { id, logprob } = self.sampler.sample(&mut logits, &self.text)?;
         self.text.push(id);

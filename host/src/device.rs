@@ -3,6 +3,9 @@
 //! On the CPU activations are always f32, whatever the dtype: no CPU here adds bf16 numbers, and rounding after each op would only lose
 //! time and digits. There `dtype` says how wide the KV cache is, and how wide weights may be. On GPUs it is the type of everything.
 
+#[cfg(feature = "cuda")]
+mod cuda;
+
 use crate::error::{Error, Result};
 use candle_core::{DType, Device};
 
@@ -69,18 +72,25 @@ impl Placement {
 }
 
 fn open(choice: DeviceChoice) -> Result<Device> {
-    let missing = |name: &str, e: candle_core::Error| {
-        Error::Device(format!(
-            "--device {name}: {}; use --device cpu",
-            e.to_string().lines().next().unwrap_or_default()
-        ))
+    let missing = |name: &str, why: String| {
+        Error::Device(format!("--device {name}: {}; use --device cpu", why.lines().next().unwrap_or_default()))
     };
     match choice {
         DeviceChoice::Cpu | DeviceChoice::CpuByCandle => Ok(Device::Cpu),
-        DeviceChoice::Cuda => Device::new_cuda(0).map_err(|e| missing("cuda", e)),
-        DeviceChoice::Metal => Device::new_metal(0).map_err(|e| missing("metal", e)),
-        DeviceChoice::Auto if cfg!(feature = "cuda") => Ok(Device::new_cuda(0).unwrap_or(Device::Cpu)),
+        DeviceChoice::Cuda => open_cuda().map_err(|e| missing("cuda", e)),
+        DeviceChoice::Metal => Device::new_metal(0).map_err(|e| missing("metal", e.to_string())),
+        DeviceChoice::Auto if cfg!(feature = "cuda") => Ok(open_cuda().unwrap_or(Device::Cpu)),
         DeviceChoice::Auto if cfg!(target_os = "macos") => Ok(Device::new_metal(0).unwrap_or(Device::Cpu)),
         DeviceChoice::Auto => Ok(Device::Cpu),
     }
+}
+
+#[cfg(feature = "cuda")]
+fn open_cuda() -> std::result::Result<Device, String> {
+    cuda::open()
+}
+
+#[cfg(not(feature = "cuda"))]
+fn open_cuda() -> std::result::Result<Device, String> {
+    Err("this dylm was built without it (.ci/cuda builds one with it)".into())
 }

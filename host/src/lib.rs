@@ -49,6 +49,8 @@ pub mod pip;
 pub mod plugin;
 pub mod processors;
 mod progress;
+#[cfg(feature = "cuda")]
+mod replay;
 pub mod repo;
 pub mod sampler;
 pub mod scaffold;

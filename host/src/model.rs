@@ -1,5 +1,7 @@
 //! A checkpoint and a plugin, made into a model: planned against the files' headers, loaded, and run step by step.
 
+mod engine;
+
 use crate::{
     adapter::Adapters,
     cache::{CacheOptions, State, kv::pooled_by, memory},
@@ -8,10 +10,9 @@ use crate::{
     error::{Error, Result},
     layers::Layer,
     ops::{
-        arena::Arena,
         building::Building,
         lending::Call,
-        running::{CacheShapes, Part, Running},
+        running::{CacheShapes, Part},
         value::Value,
         watch::Watch,
     },
@@ -29,9 +30,10 @@ use crate::{
     },
 };
 use candle_core::{DType, Tensor};
-use plugin_api::abi::{CacheSpec, extension::Extension};
+use engine::Engine;
+use plugin_api::abi::{CacheSpec, Slot, extension::Extension};
 use rayon::prelude::*;
-use std::{cell::RefCell, collections::HashMap, path::PathBuf};
+use std::{cell::RefCell, path::PathBuf};
 
 /// A model that an architecture has described and no weights have been read for.
 pub struct Plan {
@@ -49,6 +51,9 @@ pub struct Plan {
     pub(crate) wanted: Vec<Wanted>,
     /// The files' tensors.
     pub(crate) pantry: Pantry,
+    /// Linear layers of one input, which may run as one.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    together: Vec<Vec<Slot>>,
 }
 
 /// A model that runs.
@@ -65,6 +70,9 @@ pub struct Model {
     pub(crate) watch: Option<Watch>,
     wanted: Vec<Wanted>,
     layers: Vec<Layer>,
+    /// Its steps that were recorded.
+    #[cfg(feature = "cuda")]
+    pub(crate) replays: crate::replay::Replays,
 }
 
 /// Which rows of a sequence's new tokens the caller wants logits for.
@@ -113,10 +121,10 @@ impl Plan {
         let call = Call::Building(RefCell::new(Building::new(&pantry, &json)));
         let object = library.create(&call, &config.text())?;
         let Call::Building(building) = call else { unreachable!("made as Building above") };
-        let Building { wanted, ignored, complaints, .. } = building.into_inner();
+        let Building { wanted, ignored, together, complaints, .. } = building.into_inner();
         let report = Report::new(&wanted, &pantry, &ignored, complaints);
         let (plugin, note) = (library.path.clone(), library.note.clone());
-        Ok(Plan { config, plugin, note, report, pantry, object, wanted })
+        Ok(Plan { config, plugin, note, report, pantry, object, wanted, together })
     }
 
     /// Runs the architecture on shapes alone, which finds most mistakes of a plugin before gigabytes are read, and tells what its caches
@@ -136,7 +144,8 @@ impl Plan {
     /// `forward` and `head` without numbers; gives the logits.
     pub(crate) fn dry(&self, tokens: Value, watch: Option<&Watch>) -> Result<(Value, CacheShapes)> {
         let place = Placement::new(DeviceChoice::Cpu, DtypeChoice::Float32, DType::F32)?;
-        let engine = Engine { object: &self.object, wanted: &self.wanted, layers: &[], place: &place, watch };
+        let engine =
+            Engine { object: &self.object, wanted: &self.wanted, layers: &[], place: &place, watch, places: None };
         let (logits, shapes) = engine.run(Vec::new(), tokens, |all| Ok(Some(all.clone())))?;
         Ok((logits.unwrap_or(Value::planned(&[])), shapes))
     }
@@ -200,10 +209,23 @@ impl Plan {
             progress(done.fetch_add(1, std::sync::atomic::Ordering::Relaxed) + 1, self.wanted.len());
             layer
         };
-        let layers = self.wanted.par_iter().map(load).collect::<Result<Vec<_>>>()?;
+        #[allow(unused_mut)]
+        let mut layers = self.wanted.par_iter().map(load).collect::<Result<Vec<_>>>()?;
+        #[cfg(feature = "cuda")]
+        crate::kernels::cuda::together::join(&mut layers, &self.together);
         adapters.refuse_unused()?;
         let Plan { config, note: plugin, object, wanted, .. } = self;
-        Ok(Model { config, place, plugin, object, watch: None, wanted, layers })
+        Ok(Model {
+            config,
+            place,
+            plugin,
+            object,
+            watch: None,
+            wanted,
+            layers,
+            #[cfg(feature = "cuda")]
+            replays: Default::default(),
+        })
     }
 }
 
@@ -244,10 +266,10 @@ impl Model {
         if ids.peek().is_none() {
             return Ok(vec![Vec::new(); inputs.len()]);
         }
-        if let Some((id, vocab)) = self.vocab_size().and_then(|v| Some((ids.find(|&&id| id as usize >= v)?, v))) {
-            return Err(Error::Generate(format!(
-                "token {id} is beyond the model's vocabulary of {vocab}: does the tokenizer belong to this model?"
-            )));
+        self.knows(ids)?;
+        #[cfg(feature = "cuda")]
+        if let Some(crate::replay::Made::Logits(rows)) = self.replayed(inputs, false)? {
+            return Ok(rows.into_iter().map(|row| vec![row]).collect());
         }
         let (mut ids, mut rows) = (Vec::new(), Vec::new());
         let (mut counts, mut replayed) = (Vec::with_capacity(inputs.len()), Vec::with_capacity(inputs.len()));
@@ -282,6 +304,35 @@ impl Model {
         }
     }
 
+    /// The most likely next token of each sequence with its log-probability, after a step of one token each, where the device can choose it
+    /// by itself; none, and nothing done, where it cannot: then [`Self::step`] gives the logits.
+    pub fn choose(&self, inputs: &mut [Input]) -> Result<Option<Vec<(u32, f32)>>> {
+        self.knows(inputs.iter().flat_map(|i| i.tokens))?;
+        #[cfg(feature = "cuda")]
+        if let Some(crate::replay::Made::Chosen(chosen)) = self.replayed(inputs, true)? {
+            return Ok(Some(chosen));
+        }
+        Ok(None)
+    }
+
+    /// Why the GPU runs this model's steps op by op, where it tried to record and replay them.
+    pub fn not_replayed(&self) -> Option<String> {
+        #[cfg(feature = "cuda")]
+        if let Some(why) = self.replays.refused() {
+            return Some(why);
+        }
+        None
+    }
+
+    fn knows<'i>(&self, mut ids: impl Iterator<Item = &'i u32>) -> Result<()> {
+        match self.vocab_size().and_then(|v| Some((ids.find(|&&id| id as usize >= v)?, v))) {
+            Some((id, vocab)) => Err(Error::Generate(format!(
+                "token {id} is beyond the model's vocabulary of {vocab}: does the tokenizer belong to this model?"
+            ))),
+            None => Ok(()),
+        }
+    }
+
     fn run(&self, inputs: &mut [Input], replayed: &[Vec<u32>], ids: Vec<u32>, rows: Vec<u32>) -> Result<Vec<Vec<f32>>> {
         let mut start = 0;
         let mut parts = Vec::with_capacity(inputs.len());
@@ -295,11 +346,14 @@ impl Model {
         let count = ids.len();
         let tokens = Tensor::from_vec(ids, count, &self.place.device)?;
         let (object, wanted, layers, place) = (&self.object, &self.wanted, &self.layers, &self.place);
-        let engine = Engine { object, wanted, layers, place, watch: self.watch.as_ref() };
+        let watch = self.watch.as_ref();
+        let engine = Engine { object, wanted, layers, place, watch, places: self.places(&parts, count)? };
         let select = |hidden: &Value| match hidden {
+            // A GPU does not choose nothing out of something.
+            _ if rows.is_empty() => Ok(None),
             Value::Real(hidden) if rows.len() < count => {
                 let index = Tensor::from_vec(rows.clone(), rows.len(), &self.place.device)?;
-                Ok((!rows.is_empty()).then_some(Value::Real(hidden.index_select(&index, 0)?)))
+                Ok(Some(Value::Real(hidden.index_select(&index, 0)?)))
             }
             all => Ok(Some(all.clone())),
         };
@@ -307,87 +361,5 @@ impl Model {
             Some(Value::Real(logits)) => Ok(logits.to_dtype(DType::F32)?.to_vec2::<f32>()?),
             _ => Ok(Vec::new()),
         }
-    }
-}
-
-/// What one call of a plugin needs, loaded or not.
-struct Engine<'a> {
-    object: &'a Object,
-    wanted: &'a [Wanted],
-    layers: &'a [Layer],
-    place: &'a Placement,
-    watch: Option<&'a Watch>,
-}
-
-impl Engine<'_> {
-    /// `forward`, then `head` on the rows that `select` leaves, if any.
-    fn run(
-        &self,
-        parts: Vec<Part>,
-        tokens: Value,
-        select: impl FnOnce(&Value) -> Result<Option<Value>>,
-    ) -> Result<(Option<Value>, CacheShapes)> {
-        let count = tokens.dims().ok().and_then(|dims| dims.first().copied()).unwrap_or_default();
-        let running = Running {
-            arena: Arena::default(),
-            tokens: count,
-            caches: &self.object.caches,
-            fed: vec![false; self.object.caches.len()],
-            misuse: None,
-            wanted: self.wanted,
-            layers: self.layers,
-            place: self.place,
-            parts,
-            angles: HashMap::new(),
-            turns: HashMap::new(),
-            shapes: CacheShapes::new(),
-            ops: self.watch.map(|_| Vec::new()),
-        };
-        let call = Call::Running(RefCell::new(running));
-        let Call::Running(cell) = &call else { unreachable!("made as Running above") };
-
-        let tokens = cell.borrow_mut().arena.put(tokens);
-        let hidden = self.object.forward(&call, tokens)?;
-        let hidden = take(cell, hidden, "forward", count)?;
-        let Some(chosen) = select(&hidden)? else {
-            self.tell(cell);
-            return Ok((None, CacheShapes::new()));
-        };
-        let count = chosen.dims().ok().and_then(|dims| dims.first().copied()).unwrap_or_default();
-        let chosen = cell.borrow_mut().arena.put(chosen);
-        let logits = self.object.head(&call, chosen)?;
-        let logits = take(cell, logits, "head", count)?;
-        self.tell(cell);
-        let shapes = std::mem::take(&mut cell.borrow_mut().shapes);
-        Ok((Some(logits), shapes))
-    }
-
-    fn tell(&self, running: &RefCell<Running>) {
-        let mut running = running.borrow_mut();
-        if let (Some(watch), Some(ops)) = (self.watch, running.ops.take()) {
-            watch.put(ops, &running.arena, &running.fed);
-        }
-    }
-}
-
-/// The value that a plugin returned, of as many rows as it was given, or the first failure on the way to it.
-fn take(running: &RefCell<Running>, handle: plugin_api::abi::Handle, what: &str, rows: usize) -> Result<Value> {
-    let mut running = running.borrow_mut();
-    if let Some(misuse) = running.misuse.take() {
-        return Err(Error::plugin(misuse));
-    }
-    match running.arena.get(handle) {
-        Ok(Value::Failed(first)) => Err(Error::plugin(first.to_string())),
-        Ok(value) => match value.dims() {
-            Ok(&[n, width]) if n == rows && width > 0 => {
-                running.arena.release(handle);
-                Ok(value)
-            }
-            Ok(dims) => Err(Error::plugin(format!("the plugin's {what} returned {dims:?}, it should be [{rows}, ..]"))),
-            Err(_) => Err(Error::plugin(format!("the plugin's {what} failed"))),
-        },
-        Err(_) => Err(Error::plugin(format!(
-            "the plugin's {what} returned no tensor of this step (but one kept from another step, dropped twice, or made up)"
-        ))),
     }
 }

@@ -62,6 +62,15 @@ impl Sampler {
         })
     }
 
+    /// Whether the choice is the most likely token of the logits as they are, and nothing else.
+    pub fn takes_the_most_likely(&self) -> bool {
+        let Sampling { logit_bias, repetition_penalty, presence_penalty, frequency_penalty, .. } = &self.sampling;
+        self.sampling.temp == 0.0
+            && logit_bias.is_empty()
+            && repetition_penalty.is_none_or(|penalty| penalty == 1.0)
+            && [*presence_penalty, *frequency_penalty] == [0.0; 2]
+    }
+
     /// The seed in use.
     pub fn seed(&self) -> u64 {
         self.random.seed()

@@ -127,6 +127,65 @@ impl KvCache {
         Ok(())
     }
 
+    /// The same on CUDA, at positions `[tokens]` that lie on the device, the first of which is `offset` now: a step that was recorded writes
+    /// its rows where they will stand when it is replayed.
+    #[cfg(feature = "cuda")]
+    pub fn append_at(
+        &mut self,
+        keys: &Tensor,
+        values: Option<&Tensor>,
+        positions: &Tensor,
+        offset: usize,
+    ) -> Result<()> {
+        let tokens = keys.dim(0)?;
+        let origin = self.origin(offset)?;
+        for (rows, table) in [(Some(keys), &mut self.keys), (values, &mut self.values)] {
+            let (Some(rows), Table::Tensor(room)) = (rows, table) else { continue };
+            room.reserve(rows, tokens)?;
+            if let Some(whole) = room.whole() {
+                crate::kernels::cuda::step::append(rows, positions, whole, origin)?;
+            }
+            room.grown(tokens);
+        }
+        self.positions.extend((offset as u32..).take(tokens));
+        Ok(())
+    }
+
+    /// Makes room for `rows` more.
+    #[cfg(feature = "cuda")]
+    pub fn make_room(&mut self, rows: usize) -> Result<()> {
+        for table in [&mut self.keys, &mut self.values] {
+            if let Table::Tensor(room) = table
+                && let Some(like) = room.whole().cloned()
+            {
+                room.reserve(&like, rows)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Counts a row that a replayed step has written for the token at `offset`.
+    #[cfg(feature = "cuda")]
+    pub fn replayed(&mut self, offset: usize) {
+        for table in [&mut self.keys, &mut self.values] {
+            if let Table::Tensor(room) = table
+                && room.whole().is_some()
+            {
+                room.grown(1);
+            }
+        }
+        self.positions.push(offset as u32);
+    }
+
+    /// What to take from the position of a token at `offset` for its place in the table.
+    #[cfg(feature = "cuda")]
+    pub fn origin(&self, offset: usize) -> Result<u32> {
+        match offset.checked_sub(self.positions.len()) {
+            Some(origin) => Ok(origin as u32),
+            None => candle_core::bail!("{} entries before position {offset}", self.positions.len()),
+        }
+    }
+
     /// Row widths of keys and values.
     fn widths(&self) -> [usize; 2] {
         self.shape.map_or([0, 0], |[heads, dim, v_heads, v_dim]| [heads * dim, v_heads * v_dim])

@@ -6,6 +6,7 @@ pub mod kv;
 pub mod memory;
 pub mod numbers;
 pub mod prompt;
+pub mod room;
 pub mod rows;
 mod state;
 

@@ -1,5 +1,6 @@
 //! A growing table of keys or values: one row of `[heads, dim]` for each remembered token, in the cache's own type.
 
+use super::room::Room;
 use crate::{
     device::Placement,
     kernels::cpu::{attention::Rows, quantize_rows},
@@ -29,15 +30,15 @@ pub enum Table {
         /// Values a group.
         group: usize,
     },
-    /// For candle: `[entries, heads, dim]`, or nothing yet.
-    Tensor(Option<Tensor>),
+    /// For GPUs, and for candle: `[entries, heads, dim]`, with room for more.
+    Tensor(Room),
 }
 
 impl Table {
     /// An empty table for the placement.
     pub fn new(place: &Placement) -> Self {
         match (place.native, place.dtype) {
-            (false, _) => Table::Tensor(None),
+            (false, _) => Table::Tensor(Room::default()),
             (true, DType::BF16) => Table::BF16(Vec::new()),
             (true, DType::F16) => Table::F16(Vec::new()),
             (true, _) => Table::F32(Vec::new()),
@@ -59,13 +60,17 @@ impl Table {
 
     /// Appends `[tokens, heads, dim]`.
     pub fn extend_tensor(&mut self, rows: &Tensor) -> Result<()> {
-        if let Table::Tensor(table) = self {
-            *table = Some(match table.take() {
-                Some(old) => Tensor::cat(&[&old, rows], 0)?,
-                None => rows.contiguous()?,
-            });
-        }
-        Ok(())
+        if let Table::Tensor(room) = self { room.extend(rows) } else { Ok(()) }
+    }
+
+    /// The rows `[entries, heads, dim]` of a tensor's table, if there are any.
+    pub fn tensor(&self) -> Result<Option<Tensor>> {
+        if let Table::Tensor(room) = self { room.rows() } else { Ok(None) }
+    }
+
+    /// All that a tensor's table has room for, if it has any.
+    pub fn whole(&self) -> Option<&Tensor> {
+        if let Table::Tensor(room) = self { room.whole() } else { None }
     }
 
     /// Drops entries `from..to`; a row has `width` values.
@@ -80,18 +85,7 @@ impl Table {
                 scales.drain(range.start / *group..range.end / *group);
                 biases.drain(range.start / *group..range.end / *group);
             }
-            Table::Tensor(table) => {
-                if let Some(old) = table.take() {
-                    let entries = old.dim(0)?;
-                    let (head, tail) = (old.narrow(0, 0, from)?, old.narrow(0, to, entries - to)?);
-                    *table = match (from, entries - to) {
-                        (0, 0) => None,
-                        (_, 0) => Some(head.contiguous()?),
-                        (0, _) => Some(tail.contiguous()?),
-                        _ => Some(Tensor::cat(&[&head, &tail], 0)?),
-                    };
-                }
-            }
+            Table::Tensor(room) => room.remove(from, to)?,
         }
         Ok(())
     }
@@ -116,8 +110,10 @@ impl Table {
             Table::F16(table) => table.iter().map(|x| x.to_f32()).collect(),
             Table::BF16(table) => table.iter().map(|x| x.to_f32()).collect(),
             Table::Packed { data, scales, biases, bits, group } => unpack(data, scales, biases, *bits, *group),
-            Table::Tensor(None) => Vec::new(),
-            Table::Tensor(Some(t)) => t.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?,
+            Table::Tensor(room) => match room.rows()? {
+                Some(rows) => rows.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?,
+                None => Vec::new(),
+            },
         })
     }
 
@@ -137,7 +133,7 @@ impl Table {
             Table::Packed { bits, group, .. } => {
                 Table::Packed { data: Vec::new(), scales: Vec::new(), biases: Vec::new(), bits: *bits, group: *group }
             }
-            Table::Tensor(_) => Table::Tensor(None),
+            Table::Tensor(_) => Table::Tensor(Room::default()),
         }
     }
 
@@ -148,7 +144,7 @@ impl Table {
             Table::F16(table) => table.len() * 2,
             Table::BF16(table) => table.len() * 2,
             Table::Packed { data, scales, biases, .. } => data.len() + 4 * (scales.len() + biases.len()),
-            Table::Tensor(table) => table.as_ref().map_or(0, |t| t.elem_count() * t.dtype().size_in_bytes()),
+            Table::Tensor(room) => room.whole().map_or(0, |t| t.elem_count() * t.dtype().size_in_bytes()),
         }
     }
 }

@@ -6,10 +6,7 @@ use super::{
     slices::{filled, with_f32},
 };
 use crate::{
-    cache::{
-        kv::{KvCache, Sight},
-        rows::Table,
-    },
+    cache::kv::{KvCache, Sight},
     device::Placement,
     kernels::{
         cpu::attention::{Attend, Blocks, Keys, Selection, attend_all},
@@ -17,11 +14,13 @@ use crate::{
     },
     ops::{
         attending::{memory, remembered},
-        running::Part,
+        running::{Part, Places},
     },
 };
 use candle_core::{D, DType, Device, Result, Tensor, bail};
 
+#[cfg(feature = "cuda")]
+mod on_cuda;
 #[cfg(test)]
 mod tests;
 
@@ -86,7 +85,17 @@ pub fn attend(
     how: &Scores,
     parts: &mut [Part],
     place: &Placement,
+    places: Option<&Places>,
 ) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let Some(places) = places
+        && let Some(output) = on_cuda::attend(cache, q, new, how, parts, place, places)?
+    {
+        return Ok(output);
+    }
+    if places.is_some_and(|places| places.recorded) {
+        bail!("attention of a kind that has no kernel for this GPU");
+    }
     // What stays on the GPU need not be waited for.
     let away = !place.native && how.on_metal(q, parts);
     let numbers = |t: &Option<Tensor>| match t {
@@ -216,13 +225,13 @@ fn by_candle(
     let (mut keys, mut values) = (Vec::with_capacity(seen.len()), Vec::with_capacity(seen.len()));
     for (kv, _) in seen {
         // Of pooled keys there may be none yet.
-        let Table::Tensor(Some(k)) = &kv.keys else { continue };
-        values.push(match (&kv.values, lanes) {
+        let Some(k) = kv.keys.tensor()? else { continue };
+        values.push(match (kv.values.tensor()?, lanes) {
             (_, Some(lanes)) => spread(&k.narrow(2, 0, lanes)?)?,
-            (Table::Tensor(Some(v)), None) => spread(v)?,
+            (Some(v), None) => spread(&v)?,
             _ => bail!("the cache is empty"),
         });
-        keys.push(spread(k)?);
+        keys.push(spread(&k)?);
     }
     let (Some((_, how)), false) = (seen.first(), keys.is_empty()) else { bail!("the cache is empty") };
     let (keys, values) = (Tensor::cat(&keys, 1)?, Tensor::cat(&values, 1)?);

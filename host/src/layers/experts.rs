@@ -115,6 +115,10 @@ impl Activation {
 
     /// With candle's ops, on any device.
     pub fn by_candle(self, gate: &Tensor, up: &Tensor) -> candle_core::Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if let Some(joined) = crate::kernels::cuda::norm::join(self, gate, up)? {
+            return Ok(joined);
+        }
         match self {
             Activation::Swiglu => gate.silu()?.broadcast_mul(up),
             Activation::Geglu => gate.gelu()?.broadcast_mul(up),
@@ -144,6 +148,9 @@ pub struct Experts {
     pub kind: Kind,
     /// Whether dylm's own kernel joins gate and up.
     pub native: bool,
+    /// All of them for the kernels of an NVIDIA GPU; `experts` is empty then.
+    #[cfg(feature = "cuda")]
+    pub stacked: Option<crate::kernels::cuda::experts::Stacked>,
     /// The same experts side by side, where kernels of a GPU find the chosen ones themselves.
     pub joined: Option<Joined>,
 }
@@ -162,6 +169,10 @@ pub struct Kind {
 impl Experts {
     /// x `[tokens, dim]`, chosen (u32) and weights `[tokens, k]` -> the weighted sum `[tokens, dim]`.
     pub fn forward(&self, x: &Tensor, chosen: &Tensor, weights: &Tensor) -> candle_core::Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if let Some(stacked) = &self.stacked {
+            return stacked.forward(x, chosen, weights, self.kind)?.to_dtype(x.dtype());
+        }
         if let Some(joined) = self.joined.as_ref().filter(|_| chosen.elem_count() <= joined::FEW) {
             return joined.forward(self.kind, x, chosen, weights);
         }
@@ -256,7 +267,14 @@ mod tests {
     fn squares(identity: usize, scaled_input: bool) -> Experts {
         let expert = |w: f32| Expert { gate: None, up: linear(&[w], 1), down: linear(&[1.0], 1) };
         let kind = Kind { activation: Relu2, identity, scaled_input };
-        Experts { experts: vec![expert(1.0), expert(2.0)], kind, native: false, joined: None }
+        Experts {
+            experts: vec![expert(1.0), expert(2.0)],
+            kind,
+            native: false,
+            #[cfg(feature = "cuda")]
+            stacked: None,
+            joined: None,
+        }
     }
 
     fn run(experts: &Experts, chosen: [[u32; 2]; 2]) -> candle_core::Result<Vec<f32>> {

@@ -157,8 +157,10 @@ impl<'a> Keys<'a> {
         let (_, heads, dim) = q.dims3()?;
         let entries = self.kv.positions.len();
         let keys = match &self.kv.keys {
-            Table::Tensor(Some(t)) => t.to_dtype(DType::F32)?.squeeze(1)?.t()?.contiguous()?,
-            Table::Tensor(None) => bail!("the cache is empty"),
+            Table::Tensor(room) => match room.rows()? {
+                Some(rows) => rows.to_dtype(DType::F32)?.squeeze(1)?.t()?.contiguous()?,
+                None => bail!("the cache is empty"),
+            },
             table => Tensor::from_vec(table.numbers()?, (entries, dim), &self.place.device)?.t()?.contiguous()?,
         };
         let abreast = (MOST_SCORES / (heads * entries).max(1)).max(1);

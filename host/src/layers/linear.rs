@@ -16,6 +16,10 @@ pub struct Linear {
 impl Linear {
     /// `[.., inputs]` -> `[.., outputs]`
     pub fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if let (super::weight::Weight::Tiles(tiles), None, Some(bias)) = (&self.weight, &self.adapter, &self.bias) {
+            return tiles.matmul(x, Some(bias))?.to_dtype(x.dtype());
+        }
         let y = self.weight.matmul(x)?;
         let y = match &self.adapter {
             Some(adapter) => adapter.apply(x, y)?,

@@ -45,6 +45,8 @@ impl MultiLinear {
             Weight::Packed(m) => {
                 Heads::Packed((0..heads).filter_map(|h| m.slice_rows(h * outputs..(h + 1) * outputs)).collect())
             }
+            #[cfg(feature = "cuda")]
+            Weight::Tiles(t) => return Self::new(Weight::Dense(t.dense()?), bias, [heads, outputs, inputs]),
             Weight::Metal(p) => Heads::Metal(p),
             Weight::Dense(t) => Heads::Dense(t.reshape((heads, outputs, inputs))?.transpose(1, 2)?.contiguous()?),
         };

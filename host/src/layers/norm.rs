@@ -21,6 +21,16 @@ pub struct Norm {
 impl Norm {
     /// The same shape and type.
     pub fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if let Some([y, _]) = crate::kernels::cuda::norm::norm(
+            x,
+            None,
+            [self.weight.as_ref(), self.bias.as_ref()],
+            self.eps,
+            self.centred,
+        )? {
+            return Ok(y);
+        }
         if self.native {
             return if !self.centred && self.bias.is_none() { self.rms_on_cpu(x) } else { self.by_candle(x) };
         }

@@ -17,6 +17,9 @@ pub struct Rope {
     /// Multiplies what was turned (YaRN's and LongRoPE's attention factor).
     pub amplitude: f32,
     by_length: ByLength,
+    /// The frequencies where the model is, once they were needed there.
+    #[cfg(feature = "cuda")]
+    there: std::sync::OnceLock<Tensor>,
 }
 
 /// Scalings that look at how long the text is.
@@ -143,12 +146,21 @@ impl Rope {
             inv_freq: frequencies.into_iter().map(|f| f as f32).collect(),
             amplitude: amplitude as f32,
             by_length,
+            #[cfg(feature = "cuda")]
+            there: Default::default(),
         })
     }
 
     /// Angles of 0, in place of a rope that could not be made.
     pub fn none() -> Self {
-        Rope { dims: 0, inv_freq: Vec::new(), amplitude: 1.0, by_length: ByLength::Never }
+        Rope {
+            dims: 0,
+            inv_freq: Vec::new(),
+            amplitude: 1.0,
+            by_length: ByLength::Never,
+            #[cfg(feature = "cuda")]
+            there: Default::default(),
+        }
     }
 
     /// The frequencies for a text of `len` tokens. Keys that were cached while it was shorter keep theirs, as in transformers.
@@ -245,6 +257,42 @@ impl Rope {
             1 => Ok(turned.remove(0)),
             _ => Tensor::cat(&turned, 0),
         }
+    }
+
+    /// The same on CUDA, where `positions` `[tokens]` lie on the device. A step that is to be replayed when the text is longer must not look
+    /// at its length.
+    #[cfg(feature = "cuda")]
+    pub fn rotate_on_cuda(
+        &self,
+        x: &Tensor,
+        spans: &[Span],
+        crate::ops::running::Places { positions, recorded }: &crate::ops::running::Places,
+        block: usize,
+        turn: cpu::Turn,
+    ) -> candle_core::Result<Tensor> {
+        use crate::kernels::cuda::step;
+        if matches!(self.by_length, ByLength::Never) {
+            let there = match self.there.get() {
+                Some(there) => there,
+                None => {
+                    let there = Tensor::new(&self.inv_freq[..], x.device())?;
+                    self.there.get_or_init(|| there)
+                }
+            };
+            return step::rope(x, positions, (there, self.amplitude), block, turn);
+        }
+        if *recorded {
+            candle_core::bail!("a rope that turns by the length of the text");
+        }
+        let (mut turned, mut start) = (Vec::with_capacity(spans.len()), 0);
+        for span in spans {
+            let rows = |t: &Tensor| t.narrow(0, start, span.len);
+            let frequencies = Tensor::new(&*self.frequencies(span.text()), x.device())?;
+            let how = (&frequencies, self.amplitude(span.text()));
+            turned.push(step::rope(&rows(x)?, &rows(positions)?, how, block, turn)?);
+            start += span.len;
+        }
+        if turned.len() == 1 { Ok(turned.remove(0)) } else { Tensor::cat(&turned, 0) }
     }
 
     fn rotate_by_candle(&self, x: &Tensor, span: &Span, block: usize, turn: cpu::Turn) -> candle_core::Result<Tensor> {

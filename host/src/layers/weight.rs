@@ -1,9 +1,12 @@
 //! A matrix of weights where it will be used: packed for dylm's own CPU kernels, or a tensor for candle on a GPU.
 //!
 //! On the CPU the kernels read the checkpoint's mapped bytes, or a copy in the order in which they are fastest, never both. On Metal
-//! packed weights stay packed. On other GPUs they are dequantized when they are loaded, until dylm has its own kernels there.
+//! packed weights stay packed, and on NVIDIA's GPUs where there are kernels for their format and activations are bf16; elsewhere they are
+//! dequantized when they are loaded.
 
 use super::slices::{filled, with_f32};
+#[cfg(feature = "cuda")]
+use crate::kernels::cuda::packed::Tiles;
 use crate::{
     device::Placement,
     error::Result,
@@ -23,6 +26,9 @@ pub enum Weight {
     Panels(Panels),
     /// For candle, in the placement's type.
     Dense(Tensor),
+    /// For dylm's own kernels on an NVIDIA GPU.
+    #[cfg(feature = "cuda")]
+    Tiles(Tiles),
     /// For the Metal kernels.
     Metal(metal::Packed),
     /// Any, for inputs that are rounded to eight bits first.
@@ -32,6 +38,13 @@ pub enum Weight {
 impl Weight {
     /// Brings a matrix to where it is used. A dense one that is wider than `dtype` is narrowed; a narrower one stays, exactly.
     pub fn place(matrix: Matrix, place: &Placement) -> Result<Self> {
+        #[cfg(feature = "cuda")]
+        if !place.native
+            && place.dtype == DType::BF16
+            && let Some(tiles) = Tiles::place(std::slice::from_ref(&matrix), &place.device)?
+        {
+            return Ok(Weight::Tiles(tiles));
+        }
         if !place.native {
             return Ok(match metal::Packed::place(&matrix, place)? {
                 Some(packed) => Weight::Metal(packed),
@@ -87,6 +100,8 @@ impl Weight {
             Weight::Packed(m) => m.rows(),
             Weight::Panels(m) => m.rows(),
             Weight::Dense(t) => t.dims()[0],
+            #[cfg(feature = "cuda")]
+            Weight::Tiles(t) => t.rows,
             Weight::Metal(p) => p.rows(),
             Weight::Rounded(w) => w.rows(),
         }
@@ -98,6 +113,8 @@ impl Weight {
             Weight::Packed(m) => m.cols(),
             Weight::Panels(m) => m.cols(),
             Weight::Dense(t) => t.dims()[1],
+            #[cfg(feature = "cuda")]
+            Weight::Tiles(t) => t.cols,
             Weight::Metal(p) => p.cols(),
             Weight::Rounded(w) => w.cols(),
         }
@@ -117,6 +134,8 @@ impl Weight {
                 let flat = x.reshape((rows, w.dims()[1]))?.to_dtype(w.dtype())?;
                 flat.matmul(&w.t()?)?.reshape(dims)?.to_dtype(x.dtype())
             }
+            #[cfg(feature = "cuda")]
+            Weight::Tiles(t) => t.matmul(x, None)?.to_dtype(x.dtype()),
             Weight::Metal(p) => p.matmul(x),
             Weight::Rounded(w) => w.matmul(&eight_bits(x)?),
         }
@@ -132,6 +151,8 @@ impl Weight {
                 super::slices::with_u32(ids, |ids| filled((ids.len(), m.cols()), |out| m.gather_rows(ids, out)))?
             }
             Weight::Dense(w) => w.index_select(ids, 0),
+            #[cfg(feature = "cuda")]
+            Weight::Tiles(t) => t.gather(ids),
             Weight::Metal(p) => p.gather(ids),
             Weight::Rounded(w) => w.gather(ids),
         }
@@ -143,6 +164,8 @@ impl Weight {
             Weight::Packed(m) => filled((m.rows(), m.cols()), |out| m.dequantize_rows(0..m.rows(), out)),
             Weight::Panels(m) => filled((m.rows(), m.cols()), |out| m.dequantize(out)),
             Weight::Dense(w) => w.to_dtype(DType::F32),
+            #[cfg(feature = "cuda")]
+            Weight::Tiles(t) => t.dense()?.to_dtype(DType::F32),
             Weight::Metal(p) => p.numbers(),
             Weight::Rounded(w) => w.numbers(),
         }

@@ -77,6 +77,14 @@ impl Running<'_> {
         (handle != Handle::NONE).then(|| self.arena.get(handle)).transpose()
     }
 
+    /// Refuses to be written down for later: what follows is decided on the host.
+    fn not_recorded(&self) -> Outcome<()> {
+        match &self.places {
+            Some(places) if places.recorded => Err(fault!("keys are chosen on the host")),
+            _ => Ok(()),
+        }
+    }
+
     /// Notes that this step feeds a cache, which holds so much of a token.
     fn feed(&mut self, cache: u32, shape: [usize; 4]) -> Outcome<()> {
         if self.caches.get(cache as usize).is_some_and(|spec| spec.kind == CACHE_STATE) {
@@ -166,7 +174,15 @@ impl Running<'_> {
             }),
         };
         let new = attention::New { k: real(&k), v: real(&v) };
-        Ok(Value::Real(attention::attend(cache as usize, q, &new, &how, &mut self.parts, self.place)?))
+        Ok(Value::Real(attention::attend(
+            cache as usize,
+            q,
+            &new,
+            &how,
+            &mut self.parts,
+            self.place,
+            self.places.as_ref(),
+        )?))
     }
 
     /// The cache of pooled keys that an `attend` names, fed with keys and values of the same shape as its own; and their selection.
@@ -203,6 +219,7 @@ impl Running<'_> {
             return Err(fault!("{tokens} tokens in a step of {}", self.tokens));
         }
         self.feed(cache, [1, d, 1, 0])?;
+        self.not_recorded()?;
         match (&q, &k, &weights) {
             (Value::Real(q), Value::Real(k), Value::Real(weights)) => {
                 let chosen = indexer::index(cache as usize, q, k, weights, count, &mut self.parts, self.place)?;
@@ -233,6 +250,7 @@ impl Running<'_> {
             return Err(fault!("{tokens} tokens in a step of {}", self.tokens));
         }
         self.feed(cache, [1, d, 1, 0])?;
+        self.not_recorded()?;
         match (&q, &k) {
             (Value::Real(q), Value::Real(k)) => {
                 let how = indexer::Choice { size, count, local: spec.local as usize };

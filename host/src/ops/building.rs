@@ -38,6 +38,8 @@ pub struct Building<'a> {
     pub wanted: Vec<Wanted>,
     /// Prefixes of tensors that the architecture leaves alone.
     pub ignored: Vec<String>,
+    /// Linear layers of one input, which may run as one.
+    pub together: Vec<Vec<Slot>>,
     /// What the plugin, or the host about it, has to say.
     pub complaints: Vec<String>,
 }
@@ -53,6 +55,7 @@ impl<'a> Building<'a> {
             expert_sources: 0,
             wanted: Vec::new(),
             ignored: Vec::new(),
+            together: Vec::new(),
             complaints: Vec::new(),
         }
     }

@@ -121,6 +121,7 @@ mod tests {
             layers: &[],
             place: &place,
             parts: Vec::new(),
+            places: None,
             tokens: 1,
             caches: &[],
             fed: Vec::new(),

@@ -32,6 +32,15 @@ pub struct Part<'a> {
     pub replayed: usize,
 }
 
+/// Where the tokens of a step on CUDA stand in their sequences. What moves on from step to step is read there, not from the host.
+#[derive(Clone)]
+pub struct Places {
+    /// `[tokens]`, u32, on the device.
+    pub positions: candle_core::Tensor,
+    /// Whether the ops are being written down, to be repeated at later positions.
+    pub recorded: bool,
+}
+
 /// What each cache holds of a token: `[heads, dim]` of its keys and of its values.
 pub type CacheShapes = BTreeMap<u32, [usize; 4]>;
 
@@ -45,6 +54,8 @@ pub struct Running<'a> {
     pub layers: &'a [Layer],
     /// Where it runs.
     pub place: &'a Placement,
+    /// Where its tokens stand, on CUDA.
+    pub places: Option<Places>,
     /// The sequences of the step.
     pub parts: Vec<Part<'a>>,
     /// Tokens of the step, of all sequences.
@@ -188,6 +199,10 @@ impl Running<'_> {
             horizon: p.state.horizon,
         });
         let spans = spans.collect::<Vec<_>>();
+        #[cfg(feature = "cuda")]
+        if let Some(places) = &self.places {
+            return x.make(dims, |x| rope.rotate_on_cuda(x, &spans, places, block, turn));
+        }
         if !self.place.native {
             if metal::serves(&self.place.device)
                 && let Value::Real(x) = &x
@@ -211,6 +226,9 @@ impl Running<'_> {
     pub fn positions(&mut self) -> Outcome {
         if self.parts.is_empty() {
             return Ok(Value::planned(&[self.tokens]));
+        }
+        if let Some(places) = &self.places {
+            return Ok(Value::Real(places.positions.clone()));
         }
         let device = self.place.device.clone();
         let of = |p: &Part| (p.state.offset as u32..).take(p.tokens.len()).collect::<Vec<_>>();

@@ -59,7 +59,7 @@ implement! {
         complain(message: RStr<'_>): (), |b| b.complain(message.as_str().to_owned());
         linear_layer(weight: SourceId, bias: SourceId, inputs: u64, outputs: u64) -> Slot: Slot(u32::MAX),
             |b| b.linear_layer(weight, bias, inputs, outputs);
-        fuse(_slots: RSlice<'_, Slot>): (), |_b| ();
+        fuse(slots: RSlice<'_, Slot>): (), |b| b.together.push(slots.to_vec());
         embedding_layer(weight: SourceId, vocab: u64, dim: u64) -> Slot: Slot(u32::MAX), |b| b.embedding_layer(weight, vocab, dim);
         norm_layer(kind: u32, weight: SourceId, bias: SourceId, dim: u64, eps: f64) -> Slot: Slot(u32::MAX),
             |b| b.norm_layer(kind, weight, bias, dim, eps);

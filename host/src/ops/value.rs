@@ -216,6 +216,12 @@ impl Value {
         }
         *dims.last_mut().ok_or_else(|| fault!("a tensor without axes"))? = k;
         let Value::Real(t) = self else { return Ok((Value::Planned(dims.clone()), Value::Planned(dims))) };
+        #[cfg(feature = "cuda")]
+        if t.device().is_cuda()
+            && let Some((values, indices)) = crate::kernels::cuda::step::topk(t, k)?
+        {
+            return Ok((Value::Real(values), Value::Real(indices)));
+        }
         let rows = t.to_dtype(DType::F32).and_then(|t| t.flatten_all()?.to_vec1::<f32>()).map_err(Fault::from)?;
         let mut chosen = Vec::with_capacity(rows.len() / last * k);
         for row in rows.chunks(last) {

@@ -5,6 +5,8 @@ use super::{
     plan::{Projection, Projections, Wanted},
     recipe::{Pantry, Recipe},
 };
+#[cfg(feature = "cuda")]
+use crate::kernels::cuda::experts::Stacked;
 use crate::{
     adapter::Adapters,
     device::Placement,
@@ -67,6 +69,15 @@ impl Loader<'_> {
                 })
             }
             Wanted::Experts { projections, experts, kind, .. } => {
+                #[cfg(feature = "cuda")]
+                if let Some(stacked) = self.stacked(projections, *experts)? {
+                    return Ok(Layer::Experts(Experts {
+                        experts: Vec::new(),
+                        kind: *kind,
+                        native: false,
+                        stacked: Some(stacked),
+                    }));
+                }
                 let Projections { gate, up, down } = &**projections;
                 let (up, down) = (self.projection(up, *experts)?, self.projection(down, *experts)?);
                 let gate: Vec<Option<Linear>> = match gate {
@@ -76,7 +87,14 @@ impl Loader<'_> {
                 let join = |((gate, up), down)| Expert { gate, up, down };
                 let experts: Vec<Expert> = gate.into_iter().zip(up).zip(down).map(join).collect();
                 let joined = (!self.place.native).then(|| Joined::new(&experts, *kind)).transpose()?.flatten();
-                Layer::Experts(Experts { experts, kind: *kind, native: self.place.native, joined })
+                Layer::Experts(Experts {
+                    experts,
+                    kind: *kind,
+                    native: self.place.native,
+                    #[cfg(feature = "cuda")]
+                    stacked: None,
+                    joined,
+                })
             }
             Wanted::MultiLinear { weight, bias, heads, inputs, outputs } => {
                 let placed = Weight::place(self.pantry.matrix(weight)?, self.place)?;
@@ -113,6 +131,32 @@ impl Loader<'_> {
         Ok(Tensor::from_vec(numbers, count, &candle_core::Device::Cpu)?
             .to_dtype(dtype)?
             .to_device(&self.place.device)?)
+    }
+
+    /// All experts of a layer for the kernels of an NVIDIA GPU; `None` where there are none for them, or where an adapter lies over layers.
+    #[cfg(feature = "cuda")]
+    fn stacked(&self, projections: &Projections, count: usize) -> Result<Option<Stacked>> {
+        use crate::kernels::cuda::experts::Projection as Placed;
+        if self.place.dtype != DType::BF16 || !self.place.device.is_cuda() || self.adapters.lie_over_layers() {
+            return Ok(None);
+        }
+        let load = |projection: &Projection| -> Result<Option<Placed>> {
+            let matrices = self.pantry.pages(&projection.weight)?;
+            let bias = projection.bias.as_ref().map(|bias| self.tensor(bias, DType::BF16)).transpose()?;
+            Ok(Placed::place(&matrices, bias, &self.place.device)?)
+        };
+        let Projections { gate, up, down } = projections;
+        // The last first: what does not fit is known before the others take memory.
+        let (Some(down), Some(up)) = (load(down)?, load(up)?) else { return Ok(None) };
+        let gate = match gate {
+            Some(gate) => match load(gate)? {
+                Some(gate) => Some(gate),
+                None => return Ok(None),
+            },
+            None => None,
+        };
+        let stacked = Stacked { gate, up, down, experts: count };
+        Ok(stacked.fits().then_some(stacked))
     }
 
     /// One projection, as a linear layer for each expert. Checkpoints with single experts are not stacked first: their parts are taken as

@@ -7,6 +7,7 @@ use crate::{
         CacheOptions, State,
         kv::KvCache,
         memory::{Memory, Recurrent},
+        room::Room,
         rows::Table,
     },
     device::Placement,
@@ -261,7 +262,8 @@ impl PromptCache {
         match table {
             Table::Tensor(_) if entries == 0 => {}
             Table::Tensor(t) => {
-                *t = Some(Tensor::from_vec(numbers, (entries, heads, width), &place.device)?.to_dtype(place.dtype)?);
+                let rows = Tensor::from_vec(numbers, (entries, heads, width), &place.device)?;
+                *t = Room::holding(&rows.to_dtype(place.dtype)?)?;
             }
             table => table.extend(&numbers),
         }

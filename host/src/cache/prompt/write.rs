@@ -142,11 +142,10 @@ fn write_table(out: &mut Vec<Written>, name: String, table: &Table, [entries, he
             write(format!("{name}.1"), Dtype::F32, &bytes(scales, |x| x.to_le_bytes()), dim / group);
             write(format!("{name}.2"), Dtype::F32, &bytes(biases, |x| x.to_le_bytes()), dim / group);
         }
-        // Of pooled keys there may be none yet.
-        Table::Tensor(None) => write(name, Dtype::F32, &[], dim),
-        Table::Tensor(Some(t)) => {
+        Table::Tensor(room) => {
             let numbers = table.numbers()?;
-            match t.dtype() {
+            // Of pooled keys there may be none yet.
+            match room.whole().map_or(DType::F32, |t| t.dtype()) {
                 DType::BF16 => {
                     write(name, Dtype::BF16, &bytes(&numbers, |x| half::bf16::from_f32(*x).to_le_bytes()), dim)
                 }

@@ -148,6 +148,7 @@ fn calls() -> Result<Vec<(&'static str, f64)>> {
         layers: &[],
         place: &place,
         parts: Vec::new(),
+        places: None,
         tokens: 0,
         caches: &[],
         fed: Vec::new(),

@@ -76,6 +76,11 @@ impl Matrix {
         Ok(Self { order: Some(order.into()), ..self })
     }
 
+    /// Whether columns are stored in another order.
+    pub fn has_column_order(&self) -> bool {
+        self.order.is_some()
+    }
+
     /// The same matrix for activations of half precision, which products may round accordingly: 2^-9 of each, where that is faster.
     pub fn for_halves(self) -> Self {
         Self { in_halves: true, ..self }

@@ -6,11 +6,7 @@ use super::{
     launch::{Launch, word},
     rows::{self, Mix, Norm, Turn},
 };
-use crate::{
-    cache::{kv::KvCache, rows::Table},
-    kernels::cpu::Attend,
-    layers::experts::Activation,
-};
+use crate::{cache::kv::KvCache, kernels::cpu::Attend, layers::experts::Activation};
 use candle_core::{DType, Result, Tensor};
 
 /// Whether kernels can take a tensor, and there is something to do.
@@ -77,11 +73,12 @@ pub fn few_attend(
     [slopes, sinks]: [Option<&Tensor>; 2],
 ) -> Result<Option<Tensor>> {
     let (tokens, heads, d) = q.dims3()?;
-    let (Table::Tensor(Some(keys)), true) = (&kv.keys, takes(q)) else { return Ok(None) };
+    let (Some(keys), true) = (&kv.keys.tensor()?, takes(q)) else { return Ok(None) };
     let (entries, kv_heads, _) = keys.dims3()?;
-    let (values, e) = match (&kv.values, lanes) {
+    let stored = kv.values.tensor()?;
+    let (values, e) = match (&stored, lanes) {
         (_, Some(lanes)) => (keys, lanes),
-        (Table::Tensor(Some(values)), None) => (values, values.dim(2)?),
+        (Some(values), None) => (values, values.dim(2)?),
         _ => return Ok(None),
     };
     let follows = |&first: &u32| kv.positions.last().is_some_and(|&last| (last - first) as usize + 1 == entries);

@@ -102,7 +102,7 @@ fn check(
             let got = in_steps(&place, size, [cache; 2], |parts, start, count| {
                 let cut = |t: &Tensor| t.narrow(0, start, count).unwrap();
                 let new = New { k: Some(cut(&k)), v: lanes.is_none().then(|| cut(&v)) };
-                attend(0, &cut(&q), &new, &how(start, count), parts, &place).unwrap()
+                attend(0, &cut(&q), &new, &how(start, count), parts, &place, None).unwrap()
             });
             near(&format!("{what} in steps of {size}, native {}", place.native), &got, &want);
         }
@@ -168,7 +168,7 @@ fn scores_fall_with_distance_by_each_heads_slope() {
                 let cut = |t: &Tensor| t.narrow(0, start, count).unwrap();
                 let new = New { k: Some(cut(&k)), v: Some(cut(&v)) };
                 let how = Scores { slopes: Some(Tensor::new(&slopes, &Device::Cpu).unwrap()), ..PLAIN };
-                attend(0, &cut(&q), &new, &how, parts, &place).unwrap()
+                attend(0, &cut(&q), &new, &how, parts, &place, None).unwrap()
             });
             near(&format!("slopes in steps of {size}, native {}", place.native), &got, &want);
         }
@@ -252,8 +252,8 @@ fn a_layer_may_look_at_what_another_one_has_put_there() {
         let got = in_steps(&place, 7, [spec(0, 0); 2], |parts, start, count| {
             let cut = |t: &Tensor| t.narrow(0, start, count).unwrap();
             let new = New { k: Some(cut(&k)), v: Some(cut(&v)) };
-            attend(0, &cut(&q), &new, &PLAIN, parts, &place).unwrap();
-            attend(0, &cut(&other), &nothing, &PLAIN, parts, &place).unwrap()
+            attend(0, &cut(&q), &new, &PLAIN, parts, &place, None).unwrap();
+            attend(0, &cut(&other), &nothing, &PLAIN, parts, &place, None).unwrap()
         });
         near("looked at", &got, &want);
     }
@@ -288,7 +288,7 @@ fn pooled_keys_share_the_softmax_with_a_window_and_outlive_it() {
                     let new = New { k: Some(cut(&pooled)), v: None };
                     let pooled = Some(Pooled { cache: 1, new, selection });
                     let how = Scores { window: Some(5), lanes: Some(DIM), sinks: Some(sinks.clone()), pooled, ..PLAIN };
-                    attend(0, &cut(&q), &New { k: Some(cut(&k)), v: None }, &how, parts, &place).unwrap()
+                    attend(0, &cut(&q), &New { k: Some(cut(&k)), v: None }, &how, parts, &place, None).unwrap()
                 });
                 near(&format!("pooled in steps of {size}, native {}", place.native), &got, &want);
             }

@@ -1,0 +1,221 @@
+// Attention of one query at a time over a long cache (decoding). The cache is split over blocks, and within a block over warps; the block
+// that is last to finish adds the parts up. Sixteen query heads that share keys are the rows of the tensor cores' products, so that a key
+// is read once for all of them. Keys and values come through shared memory that each lane fills and reads alone, in its own order.
+#include "attention.cuh"
+
+constexpr int WARPS = 4, AHEAD = 2;
+
+template <int D> constexpr int PIECES = 4 * (D / 32) ;
+// Shared memory: queries, then each warp's ring; in its place later what the warps add up.
+template <int D> constexpr int few_shared = 16 * (D + 32) * 2 + (WARPS * AHEAD * PIECES<D> * 512 > WARPS * 16 * (D + 4) * 4 ? WARPS * AHEAD * PIECES<D> * 512 : WARPS * 16 * (D + 4) * 4);
+
+template <int D> __device__ __forceinline__ void attend_few(const Seen &a, uint8_t *shared) {
+    constexpr int STEPS = D / 32, HALVES = D / 64, QROW = D + 32, ROW = D + 4;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, c = lane % 4;
+    const int group = a.heads / a.kv_heads, parts = (group + 15) / 16;
+    const int kv = blockIdx.y / parts, head = kv * group + blockIdx.y % parts * 16, rows = min(16, group - blockIdx.y % parts * 16);
+    const int token = blockIdx.z, split = blockIdx.x;
+    // Rows of queries lie half of all banks apart, so that the two that are read at once do not meet.
+    __nv_bfloat16 *queries = reinterpret_cast<__nv_bfloat16 *>(shared);
+    let_next_start();
+    wait_for_previous();
+    const uint32_t position = a.positions[token];
+    const Span seen = span(a, position);
+    const int base = seen.from / 16, blocks = (seen.to + 15) / 16 - base, each = (blocks + a.splits - 1) / a.splits;
+    const int last = min(blocks, (split + 1) * each);
+    const size_t row = size_t(a.kv_heads) * D;
+    const uint4 *ring = reinterpret_cast<const uint4 *>(shared + 16 * QROW * 2 + warp * AHEAD * PIECES<D> * 512) + lane;
+    const uint32_t to = uint32_t(__cvta_generic_to_shared(ring));
+    auto ask = [&](int block, int stage) {
+        if (block < last) {
+            const int entry = (base + block) * 16;
+            uint32_t at = to + stage * PIECES<D> * 512;
+#pragma unroll
+            for (int n = 0; n < 2; n++) {
+                const __nv_bfloat16 *from = a.k + size_t(min(entry + 8 * n + g, seen.to - 1)) * row + kv * D + 8 * c;
+#pragma unroll
+                for (int j = 0; j < STEPS; j++, at += 512) copy16(at, from + 32 * j);
+            }
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const __nv_bfloat16 *from = a.v + size_t(min(entry + 2 * c + i % 2 + i / 2 * 8, seen.to - 1)) * row + kv * D + 8 * g;
+#pragma unroll
+                for (int h = 0; h < HALVES; h++, at += 512) copy16(at, from + 64 * h);
+            }
+        }
+        copies_end();
+    };
+    const int own = split * each + warp;
+#pragma unroll
+    for (int s = 0; s < AHEAD; s++) ask(own + s * WARPS, s);
+    for (int i = threadIdx.x; i < 16 * D / 8; i += blockDim.x) {
+        int r = i / (D / 8), x = i % (D / 8) * 8;
+        uint4 v = r < rows ? *reinterpret_cast<const uint4 *>(a.q + (size_t(token) * a.heads + head + r) * D + x) : make_uint4(0, 0, 0, 0);
+        *reinterpret_cast<uint4 *>(queries + r * QROW + x) = v;
+    }
+    __syncthreads();
+    float o[D / 8][4] = {}, top[2] = {-INFINITY, -INFINITY}, total[2] = {};
+    const float slope[2] = {a.slopes && g < rows ? a.slopes[head + g] : 0.f, a.slopes && g + 8 < rows ? a.slopes[head + g + 8] : 0.f};
+    const bool plain = a.softcap == 0.f && !a.slopes;
+    int stage = 0;
+    for (int block = own; block < last; block += WARPS) {
+        const int entry = (base + block) * 16;
+        const uint4 *k = ring + stage * PIECES<D> * 32, *v = k + 2 * STEPS * 32;
+        copies_wait<AHEAD - 1>();
+        // Two sums a product, so that fewer of them wait for one another.
+        float s[2][4] = {}, t[2][4] = {};
+#pragma unroll
+        for (int j = 0; j < STEPS; j++) {
+            uint4 lo = *reinterpret_cast<const uint4 *>(queries + g * QROW + 32 * j + 8 * c);
+            uint4 hi = *reinterpret_cast<const uint4 *>(queries + (g + 8) * QROW + 32 * j + 8 * c);
+#pragma unroll
+            for (int n = 0; n < 2; n++) {
+                const uint4 key = k[(n * STEPS + j) * 32];
+                mma(s[n], lo.x, hi.x, lo.y, hi.y, key.x, key.y);
+                mma(t[n], lo.z, hi.z, lo.w, hi.w, key.z, key.w);
+            }
+        }
+        float peak[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+        for (int n = 0; n < 2; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                int at = entry + 8 * n + 2 * c + i % 2;
+                bool sees = at >= seen.from && at < seen.to;
+                const float score = bent(a, plain, s[n][i] + t[n][i], slope[i / 2], int(position - a.first) - at);
+                s[n][i] = sees ? score : -INFINITY;
+                peak[i / 2] = fmaxf(peak[i / 2], s[n][i]);
+            }
+        float fade[2];
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            peak[h] = fmaxf(peak[h], __shfl_xor_sync(~0u, peak[h], 1));
+            peak[h] = fmaxf(fmaxf(peak[h], __shfl_xor_sync(~0u, peak[h], 2)), top[h]);
+            float zero = peak[h] == -INFINITY ? 0.f : peak[h];
+            fade[h] = power_of_two(top[h] - zero);
+            top[h] = peak[h];
+            total[h] *= fade[h];
+#pragma unroll
+            for (int n = 0; n < 2; n++)
+#pragma unroll
+                for (int i = 0; i < 2; i++) total[h] += s[n][2 * h + i] = power_of_two(s[n][2 * h + i] - zero);
+        }
+        if (__any_sync(~0u, fade[0] != 1.f || fade[1] != 1.f))
+#pragma unroll
+            for (int n = 0; n < D / 8; n++) o[n][0] *= fade[0], o[n][1] *= fade[0], o[n][2] *= fade[1], o[n][3] *= fade[1];
+        const uint32_t p0 = bf16_pair(s[0][0], s[0][1]), p1 = bf16_pair(s[0][2], s[0][3]);
+        const uint32_t p2 = bf16_pair(s[1][0], s[1][1]), p3 = bf16_pair(s[1][2], s[1][3]);
+        // Product n of a half has lane n of each eight: column g is lane 64 h + 8 g + n.
+#pragma unroll
+        for (int h = 0; h < HALVES; h++) {
+            uint4 value[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) value[i] = v[(i * HALVES + h) * 32];
+#pragma unroll
+            for (int n = 0; n < 8; n++) {
+                uint32_t which = n % 2 ? 0x7632 : 0x5410;
+                mma(o[8 * h + n], p0, p1, p2, p3, __byte_perm(word_of(value[0], n / 2), word_of(value[1], n / 2), which),
+                    __byte_perm(word_of(value[2], n / 2), word_of(value[3], n / 2), which));
+            }
+        }
+        ask(block + AHEAD * WARPS, stage);
+        stage = (stage + 1) % AHEAD;
+    }
+    __syncthreads();
+    float *sums = reinterpret_cast<float *>(shared + 16 * QROW * 2); // [WARPS][16][ROW], the last numbers of a row its peak and sum
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        total[h] += __shfl_xor_sync(~0u, total[h], 1);
+        total[h] += __shfl_xor_sync(~0u, total[h], 2);
+        float *to = sums + (warp * 16 + g + 8 * h) * ROW;
+        if (c == 0) to[D] = top[h], to[D + 1] = total[h];
+#pragma unroll
+        for (int n = 0; n < D / 8; n++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) to[64 * (n / 8) + 8 * (2 * c + i) + n % 8] = o[n][2 * h + i];
+    }
+    __syncthreads();
+    auto finish = [&](int r, int x, float peak, float sum, float value) {
+        if (a.sinks) {
+            // The sink takes a share and gives nothing.
+            float sink = a.sinks[head + r] * LOG2E, higher = fmaxf(peak, sink);
+            value *= power_of_two(peak - higher), sum = sum * power_of_two(peak - higher) + power_of_two(sink - higher);
+        }
+        a.y[(size_t(token) * a.heads + head + r) * D + x] = __float2bfloat16(sum > 0 ? value / sum : 0.f);
+    };
+    auto weight = [](float top, float peak) { return top == -INFINITY ? 0.f : power_of_two(top - peak); };
+    // The block's own part, of its warps.
+    const size_t place = size_t(token) * gridDim.y + blockIdx.y;
+    float *all = a.partial + place * a.splits * 16 * ROW;
+    for (int i = threadIdx.x; i < rows * D; i += blockDim.x) {
+        const int r = i / D, x = i % D;
+        float peak = -INFINITY, sum = 0, value = 0;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) peak = fmaxf(peak, sums[(w * 16 + r) * ROW + D]);
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) {
+            const float *part = sums + (w * 16 + r) * ROW;
+            float share = weight(part[D], peak);
+            sum += share * part[D + 1], value += share * part[x];
+        }
+        if (a.splits == 1) {
+            finish(r, x, peak, sum, value);
+        } else {
+            float *to = all + (split * 16 + r) * ROW;
+            to[x] = value;
+            if (x == 0) to[D] = peak, to[D + 1] = sum;
+        }
+    }
+    if (a.splits == 1) return;
+    // The block that comes last adds up all splits.
+    __shared__ bool is_last;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        // Counts to `splits` and starts over, so that it is 0 again when the kernel ends.
+        uint32_t before;
+        asm volatile("fence.acq_rel.gpu;\n\tatom.relaxed.gpu.global.inc.u32 %0, [%1], %2;\n\tfence.acq_rel.gpu;" : "=r"(before) : "l"(a.arrived + place), "r"(a.splits - 1) : "memory");
+        is_last = before == a.splits - 1;
+    }
+    __syncthreads();
+    if (!is_last) return;
+    float *shares = reinterpret_cast<float *>(shared); // [16][64], then sums and peaks
+    float *totals = shares + 16 * 64, *peaks = totals + 16;
+    for (int r = warp; r < rows; r += WARPS) {
+        float tops[2], sums[2], peak = -INFINITY, sum = 0;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const float *part = all + ((lane + 32 * i) * 16 + r) * ROW;
+            bool there = lane + 32 * i < a.splits;
+            tops[i] = there ? __ldcg(part + D) : -INFINITY, sums[i] = there ? __ldcg(part + D + 1) : 0.f;
+            peak = fmaxf(peak, tops[i]);
+        }
+#pragma unroll
+        for (int i = 16; i > 0; i /= 2) peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, i));
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float share = weight(tops[i], peak);
+            shares[r * 64 + lane + 32 * i] = share, sum += share * sums[i];
+        }
+#pragma unroll
+        for (int i = 16; i > 0; i /= 2) sum += __shfl_xor_sync(~0u, sum, i);
+        if (lane == 0) totals[r] = sum, peaks[r] = peak;
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < rows * D; i += blockDim.x) {
+        const int r = i / D, x = i % D;
+        float value = 0;
+#pragma unroll 16
+        for (int s = 0; s < a.splits; s++) value += shares[r * 64 + s] * __ldcg(all + (s * 16 + r) * ROW + x);
+        finish(r, x, peaks[r], totals[r], value);
+    }
+}
+
+#define ATTEND_FEW(D)                                                                                                                      \
+    extern "C" __global__ void __launch_bounds__(WARPS * 32) attend_few_##D(const __grid_constant__ Seen a) {                             \
+        extern __shared__ __align__(16) uint8_t shared[];                                                                                  \
+        attend_few<D>(a, shared);                                                                                                          \
+    }
+
+ATTEND_FEW(64)
+ATTEND_FEW(128)
+ATTEND_FEW(256)

@@ -1,0 +1,45 @@
+// What the two attention kernels share: their arguments, which keys a query sees, and how scores are bent.
+#pragma once
+#include "tiles.cuh"
+
+// Bytes as Rust writes them (attention.rs).
+struct Seen {
+    const __nv_bfloat16 *q, *k, *v;
+    __nv_bfloat16 *y;
+    const uint32_t *positions; // of the queries
+    const float *sinks, *slopes;
+    float *partial;      // [tokens, parts of heads, splits (64 at most), 16, D + 4]
+    uint32_t *arrived;   // [tokens, parts of heads], 0 between launches
+    int tokens, heads, kv_heads, splits;
+    uint32_t first;      // position of the cache's entry 0
+    uint32_t window, chunk; // 0 for none
+    float scale, softcap;   // softcap 0 for none
+    float by_softcap;       // 1 / (softcap log2 e)
+    int capacity;
+};
+
+constexpr float LOG2E = 1.4426950408889634f;
+
+// Entries [from, to) of the cache that a query at `position` sees.
+struct Span {
+    int from, to;
+};
+__device__ __forceinline__ Span span(const Seen &a, uint32_t position) {
+    uint32_t low = a.first;
+    if (a.window && position + 1 > a.window) low = max(low, position + 1 - a.window);
+    if (a.chunk) low = max(low, position / a.chunk * a.chunk);
+    return {int(low - a.first), min(int(position + 1 - a.first), a.capacity)};
+}
+
+__device__ __forceinline__ float power_of_two(float x) {
+    asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x));
+    return x;
+}
+
+// A score to the base 2, from the product of query and key; `plain` where it is only to be scaled.
+__device__ __forceinline__ float bent(const Seen &a, bool plain, float s, float slope, int distance) {
+    s *= a.scale * LOG2E;
+    if (plain) return s;
+    if (a.softcap > 0.f) s = a.softcap * LOG2E * tanhf(s * a.by_softcap);
+    return s - slope * LOG2E * distance;
+}

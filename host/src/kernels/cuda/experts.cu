@@ -1,0 +1,223 @@
+// Routed experts: which experts a token runs through is read on the device, so that nothing waits for the host. All experts of a layer are
+// one packed matrix, one below the other.
+//
+// Few tokens (decoding): a block has some rows of one chosen expert; in the second product a warp has a choice, and the block adds the
+// choices up. Many tokens: the choices are sorted by expert first, and a block multiplies 32 tokens of one expert.
+#include "packed.cuh"
+
+// Bytes as Rust writes them (experts.rs).
+struct Experts {
+    Packed gate, up, down;
+    const __nv_bfloat16 *gate_bias, *up_bias, *down_bias; // [experts, rows], or none
+    const __nv_bfloat16 *x;                               // [tokens, dim]
+    const uint32_t *chosen;                               // [tokens, k]
+    const float *weights;                                 // [tokens, k]
+    __nv_bfloat16 *inner;                                 // [tokens, k, hidden]
+    __nv_bfloat16 *outer;                                 // [tokens, k, dim], for many tokens
+    __nv_bfloat16 *y;                                     // [tokens, dim]
+    uint32_t *sorted;                                     // [tokens * k], choices by expert
+    uint32_t *places;                                     // [experts + 1 + blocks], starts of experts, then each block's expert
+    int tokens, k, experts, identity, dim, hidden, hidden_tiles, dim_tiles, scaled_input, blocks;
+    Joint joint;
+};
+
+__device__ __forceinline__ float of_all(const float *partial, int warps, int stride, int i) {
+    float sum = 0;
+    for (int w = 0; w < warps; w++) sum += partial[w * stride + i];
+    return sum;
+}
+
+// Grid: (rows of tiles of `hidden`, tokens * k).
+template <int P, int GROUP, bool GATED, int S> __device__ __forceinline__ void up_few(const Experts &a, uint8_t *shared) {
+    constexpr int RT = GATED ? 2 : 1;
+    const int warp = threadIdx.x / 32, warps = blockDim.x / 32, tile = blockIdx.x, choice = blockIdx.y;
+    let_next_start();
+    wait_for_previous();
+    const uint32_t expert = a.chosen[choice];
+    if (expert >= a.experts) return;
+    const float factor = a.scaled_input ? a.weights[choice] : 1.f;
+    Packed of[RT];
+    int rows[RT];
+#pragma unroll
+    for (int r = 0; r < RT; r++) of[r] = GATED && r == 0 ? a.gate : a.up, rows[r] = expert * a.hidden_tiles + tile;
+    const __nv_bfloat16 *x[1] = {a.x + size_t(choice / a.k) * a.dim};
+    float y[RT][1][4] = {};
+    product<P, GROUP, RT, 1, S>(of, rows, x, a.dim, warp, warps, shared + warp * ring_bytes<P, GROUP, RT, 1, S>, y, [] {});
+    __syncthreads();
+    float *partial = reinterpret_cast<float *>(shared);
+    put<RT, 1>(y, partial);
+    __syncthreads();
+    const int row = tile * 16 + threadIdx.x;
+    if (threadIdx.x >= 16 || row >= a.hidden) return;
+    const size_t bias = size_t(expert) * a.hidden + row;
+    float gate = factor * of_all(partial, warps, RT * 128, threadIdx.x), up = GATED ? factor * of_all(partial, warps, RT * 128, 128 + threadIdx.x) : gate;
+    if (GATED && a.gate_bias) gate += to_float(a.gate_bias[bias]);
+    if (a.up_bias) up += to_float(a.up_bias[bias]);
+    a.inner[size_t(choice) * a.hidden + row] = __float2bfloat16(joined(a.joint, gate, up));
+}
+
+// Grid: (rows of tiles of `dim`, tokens); as many warps as choices, or a multiple.
+template <int P, int GROUP, int S> __device__ __forceinline__ void down_few(const Experts &a, uint8_t *shared) {
+    const int warp = threadIdx.x / 32, warps = blockDim.x / 32, tile = blockIdx.x, token = blockIdx.y;
+    let_next_start();
+    wait_for_previous();
+    float sum[1][1][4] = {};
+    // Several warps share a choice's columns.
+    const int share = max(1, warps / a.k);
+    for (int j = warp / share; j < a.k; j += warps / share) {
+        const int choice = token * a.k + j;
+        const uint32_t expert = a.chosen[choice];
+        if (expert >= a.experts) continue;
+        const float factor = a.scaled_input ? 1.f : a.weights[choice];
+        const Packed of[1] = {a.down};
+        const int rows[1] = {int(expert) * a.dim_tiles + tile};
+        const __nv_bfloat16 *x[1] = {a.inner + size_t(choice) * a.hidden};
+        float y[1][1][4] = {};
+        product<P, GROUP, 1, 1, S>(of, rows, x, a.hidden, warp % share, share, shared + warp * ring_bytes<P, GROUP, 1, 1, S>, y, [] {});
+#pragma unroll
+        for (int i = 0; i < 4; i++) sum[0][0][i] += factor * y[0][0][i];
+    }
+    __syncthreads();
+    float *partial = reinterpret_cast<float *>(shared);
+    put<1, 1>(sum, partial);
+    __syncthreads();
+    const int row = tile * 16 + threadIdx.x;
+    if (threadIdx.x >= 16 || row >= a.dim) return;
+    float y = of_all(partial, warps, 128, threadIdx.x);
+    for (int j = 0; j < a.k; j++) {
+        const uint32_t expert = a.chosen[token * a.k + j];
+        const float weight = a.weights[token * a.k + j];
+        if (expert < a.experts) {
+            if (a.down_bias) y += (a.scaled_input ? 1.f : weight) * to_float(a.down_bias[size_t(expert) * a.dim + row]);
+        } else if (expert < a.experts + a.identity) {
+            y += weight * to_float(a.x[size_t(token) * a.dim + row]);
+        }
+    }
+    a.y[size_t(token) * a.dim + row] = __float2bfloat16(y);
+}
+
+constexpr int TOKENS = 32;
+
+// Sorts choices by expert. One block; shared memory for a counter an expert.
+extern "C" __global__ void __launch_bounds__(1024) sort_choices(const __grid_constant__ Experts a) {
+    extern __shared__ __align__(16) uint8_t shared[];
+    uint32_t *count = reinterpret_cast<uint32_t *>(shared);
+    let_next_start();
+    wait_for_previous();
+    for (int e = threadIdx.x; e < a.experts; e += blockDim.x) count[e] = 0;
+    __syncthreads();
+    const int choices = a.tokens * a.k;
+    for (int i = threadIdx.x; i < choices; i += blockDim.x)
+        if (a.chosen[i] < a.experts) atomicAdd(count + a.chosen[i], 1);
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        uint32_t start = 0, block = 0;
+        for (int e = 0; e < a.experts; e++) {
+            uint32_t n = count[e];
+            a.places[e] = count[e] = start, start += n;
+            for (uint32_t i = 0; i < n; i += TOKENS) a.places[a.experts + 1 + block++] = e | i / TOKENS << 16;
+        }
+        a.places[a.experts] = start;
+        for (; block < a.blocks; block++) a.places[a.experts + 1 + block] = ~0u;
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < choices; i += blockDim.x)
+        if (a.chosen[i] < a.experts) a.sorted[atomicAdd(count + a.chosen[i], 1)] = i;
+}
+
+// Grid: (rows of tiles / OWN, blocks). FIRST: gate and up, to `inner`; otherwise down, to `outer`.
+template <int P, int GROUP, bool FIRST, bool GATED, int S> __device__ __forceinline__ void many(const Experts &a, uint8_t *shared) {
+    constexpr int RT = 2, NT = TOKENS / 8, OWN = FIRST && GATED ? 1 : 2;
+    const int warp = threadIdx.x / 32, warps = blockDim.x / 32, g = threadIdx.x % 32 / 4;
+    let_next_start();
+    wait_for_previous();
+    const uint32_t block = a.places[a.experts + 1 + blockIdx.y];
+    if (block == ~0u) return;
+    const int expert = block & 0xFFFF, start = a.places[expert] + (block >> 16) * TOKENS, count = min(TOKENS, int(a.places[expert + 1]) - start);
+    const int tiles = FIRST ? a.hidden_tiles : a.dim_tiles, cols = FIRST ? a.dim : a.hidden, out = FIRST ? a.hidden : a.dim;
+    Packed of[RT];
+    int rows[RT];
+#pragma unroll
+    for (int r = 0; r < RT; r++) {
+        of[r] = !FIRST ? a.down : GATED && r == 0 ? a.gate : a.up;
+        rows[r] = expert * tiles + min(int(blockIdx.x) * OWN + (OWN == 2 ? r : 0), tiles - 1);
+    }
+    const __nv_bfloat16 *x[NT];
+#pragma unroll
+    for (int n = 0; n < NT; n++) {
+        const uint32_t choice = a.sorted[start + min(n * 8 + g, count - 1)];
+        x[n] = FIRST ? a.x + size_t(choice / a.k) * a.dim : a.inner + size_t(choice) * a.hidden;
+    }
+    float y[RT][NT][4] = {};
+    product<P, GROUP, RT, NT, S>(of, rows, x, cols, warp, warps, shared + warp * ring_bytes<P, GROUP, RT, NT, S>, y, [] {});
+    __syncthreads();
+    float *partial = reinterpret_cast<float *>(shared);
+    put<RT, NT>(y, partial);
+    __syncthreads();
+    for (int i = threadIdx.x; i < OWN * NT * 128; i += blockDim.x) {
+        const int r = i / (NT * 128), token = i / 16 % TOKENS, row = (blockIdx.x * OWN + r) * 16 + i % 16;
+        if (token >= count || row >= out) continue;
+        const uint32_t choice = a.sorted[start + token];
+        const size_t bias = size_t(expert) * out + row;
+        float v = of_all(partial, warps, RT * NT * 128, i);
+        if constexpr (FIRST) {
+            const float factor = a.scaled_input ? a.weights[choice] : 1.f;
+            float up = v *= factor;
+            if constexpr (GATED) {
+                up = factor * of_all(partial, warps, RT * NT * 128, NT * 128 + i);
+                if (a.gate_bias) v += to_float(a.gate_bias[bias]);
+            }
+            if (a.up_bias) up += to_float(a.up_bias[bias]);
+            a.inner[size_t(choice) * a.hidden + row] = __float2bfloat16(joined(a.joint, v, up));
+        } else {
+            if (a.down_bias) v += to_float(a.down_bias[bias]);
+            a.outer[size_t(choice) * a.dim + row] = __float2bfloat16(v);
+        }
+    }
+}
+
+// Grid: (pairs of numbers of a token / 256, tokens).
+extern "C" __global__ void __launch_bounds__(256) sum_choices(const __grid_constant__ Experts a) {
+    let_next_start();
+    wait_for_previous();
+    const int token = blockIdx.y, i = (blockIdx.x * blockDim.x + threadIdx.x) * 2;
+    if (i >= a.dim) return;
+    float x = 0, y = 0;
+    for (int j = 0; j < a.k; j++) {
+        const int choice = token * a.k + j;
+        const uint32_t expert = a.chosen[choice];
+        const bool own = expert < a.experts;
+        if (!own && expert >= a.experts + a.identity) continue;
+        const float weight = own && a.scaled_input ? 1.f : a.weights[choice];
+        const __nv_bfloat16 *from = own ? a.outer + size_t(choice) * a.dim : a.x + size_t(token) * a.dim;
+        const __nv_bfloat162 v = *reinterpret_cast<const __nv_bfloat162 *>(from + i);
+        x += weight * __low2float(v), y += weight * __high2float(v);
+    }
+    *reinterpret_cast<uint32_t *>(a.y + size_t(token) * a.dim + i) = bf16_pair(x, y);
+}
+
+#define KERNEL(NAME, THREADS, CALL)                                                                                                        \
+    extern "C" __global__ void __launch_bounds__(THREADS) NAME(const __grid_constant__ Experts a) {                                       \
+        extern __shared__ __align__(16) uint8_t shared[];                                                                                  \
+        CALL(a, shared);                                                                                                                   \
+    }
+#define EXPERTS(NAME, P, GROUP)                                                                                                            \
+    KERNEL(up_few_##NAME, 256, (up_few<P, GROUP, false, 4>))                                                                               \
+    KERNEL(gated_few_##NAME, 256, (up_few<P, GROUP, true, 4>))                                                                             \
+    KERNEL(down_few_##NAME, 512, (down_few<P, GROUP, 4>))                                                                                  \
+    KERNEL(up_many_##NAME, 128, (many<P, GROUP, true, false, 2>))                                                                          \
+    KERNEL(gated_many_##NAME, 128, (many<P, GROUP, true, true, 2>))                                                                        \
+    KERNEL(down_many_##NAME, 128, (many<P, GROUP, false, false, 2>))
+
+#ifndef EXPERTS_TEST
+EXPERTS(nibble_32, NIBBLE, 32)
+EXPERTS(nibble_64, NIBBLE, 64)
+EXPERTS(nibble_128, NIBBLE, 128)
+EXPERTS(byte_32, BYTE, 32)
+EXPERTS(byte_64, BYTE, 64)
+EXPERTS(byte_128, BYTE, 128)
+EXPERTS(mx4_32, MX4, 32)
+#else
+EXPERTS(nibble_64, NIBBLE, 64)
+EXPERTS(mx4_32, MX4, 32)
+#endif

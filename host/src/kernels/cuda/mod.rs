@@ -1,0 +1,14 @@
+//! Kernels for NVIDIA's GPUs: what candle lacks there, or does in more launches than a token has time for.
+
+pub mod attend;
+pub mod attention;
+pub mod experts;
+pub mod norm;
+pub mod packed;
+pub mod program;
+mod regroup;
+mod scratch;
+pub mod step;
+
+pub use scratch::keeping;
+pub mod together;

@@ -1,0 +1,114 @@
+//! `norm.cu` from Rust: norms of rows in one launch, and what stands between the projections of a feed-forward block.
+
+use super::{
+    packed::{Joint, aligned},
+    program::{Arg, Shape, function},
+    step::{address, device_of, unwritten},
+};
+use crate::layers::experts::Activation;
+use candle_core::{D, DType, Device, Result, Tensor};
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Args {
+    x: u64,
+    residual: u64,
+    sum: u64,
+    y: u64,
+    weight: u64,
+    bias: u64,
+    rows: u32,
+    dim: u32,
+    centred: u32,
+    eps: f32,
+}
+
+/// RMSNorm, or LayerNorm if `centred`, over the last axis of x, with weight and bias in f32; `None` where the kernel cannot. With `residual`
+/// it is added to x first, and the sum comes back beside the norm of it.
+pub fn norm(
+    x: &Tensor,
+    residual: Option<&Tensor>,
+    [weight, bias]: [Option<&Tensor>; 2],
+    eps: f32,
+    centred: bool,
+) -> Result<Option<[Tensor; 2]>> {
+    let dim = x.dim(D::Minus1)?;
+    let plain = |t: &Tensor| t.dtype() == DType::F32 && t.elem_count() == dim;
+    if !matches!(x.device(), Device::Cuda(_))
+        || x.dtype() != DType::BF16
+        || !dim.is_multiple_of(8)
+        || dim > 16384
+        || !weight.into_iter().chain(bias).all(plain)
+        || residual.is_some_and(|r| r.dims() != x.dims() || r.dtype() != x.dtype())
+    {
+        return Ok(None);
+    }
+    let (x, residual, device) = (aligned(x)?, residual.map(aligned).transpose()?, device_of(x)?);
+    let optional = |t: Option<&Tensor>| t.map(aligned).transpose();
+    let (weight, bias) = (optional(weight)?, optional(bias)?);
+    let rows = x.elem_count() / dim;
+    let y = unwritten(x.dims(), DType::BF16, device)?;
+    let sum = if residual.is_some() { unwritten(x.dims(), DType::BF16, device)? } else { x.clone() };
+    let place = |t: &Option<Tensor>| t.as_ref().map_or(Ok(0), address);
+    let args = Args {
+        x: address(&x)?,
+        residual: place(&residual)?,
+        sum: address(&sum)?,
+        y: address(&y)?,
+        weight: place(&weight)?,
+        bias: place(&bias)?,
+        rows: rows as u32,
+        dim: dim as u32,
+        centred: centred.into(),
+        eps,
+    };
+    let (name, grid, block) = match dim {
+        ..=1024 => ("norm_narrow", rows.div_ceil(8), 256),
+        ..=4096 => ("norm_wide", rows, dim.div_ceil(8).next_multiple_of(32)),
+        _ => ("norm_widest", rows, 512),
+    };
+    let shape = Shape { grid: [grid as u32, 1, 1], block: block as u32, shared: 0, early: true };
+    // SAFETY: as norm.cu says; all tensors have x's shape or its last axis, and start at multiples of 16 bytes.
+    unsafe { function(device, "norm", name)?.launch(device, shape, &[Arg::of(&args)])? };
+    Ok(Some([y, sum]))
+}
+
+/// As packed.cuh numbers them.
+pub fn joint(activation: Activation) -> Joint {
+    let (kind, alpha, limit) = match activation {
+        Activation::Swiglu => (0, 0.0, 0.0),
+        Activation::Geglu => (1, 0.0, 0.0),
+        Activation::ClampedSwiglu { alpha, limit } => (2, alpha, limit),
+        Activation::LimitedSwiglu { limit } => (3, 0.0, limit),
+        Activation::BoundedSwiglu { limit } => (4, 0.0, limit),
+        Activation::Situ { beta, linear_beta } => (5, beta, linear_beta),
+        Activation::Relu2 => (6, 0.0, 0.0),
+        Activation::GeluTanh => (7, 0.0, 0.0),
+        Activation::Silu => (8, 0.0, 0.0),
+    };
+    Joint { kind, alpha, limit }
+}
+
+/// `activation` of a gate and what it lets through, of one shape; `None` where the kernel cannot.
+pub fn join(activation: Activation, gate: &Tensor, up: &Tensor) -> Result<Option<Tensor>> {
+    let on_gpu = matches!(gate.device(), Device::Cuda(_)) && matches!(up.device(), Device::Cuda(_));
+    if !on_gpu || gate.dims() != up.dims() || [gate.dtype(), up.dtype()] != [DType::BF16; 2] {
+        return Ok(None);
+    }
+    let (gate, up, device) = (gate.contiguous()?, up.contiguous()?, device_of(gate)?);
+    let Ok(count) = u32::try_from(gate.elem_count()) else { return Ok(None) };
+    let (y, joint) = (unwritten(gate.dims(), DType::BF16, device)?, joint(activation));
+    let args = [
+        Arg::Ptr(address(&gate)?),
+        Arg::Ptr(address(&up)?),
+        Arg::Ptr(address(&y)?),
+        Arg::U32(count),
+        Arg::U32(joint.kind),
+        Arg::F32(joint.alpha),
+        Arg::F32(joint.limit),
+    ];
+    let shape = Shape { grid: [count.div_ceil(256).min(4096), 1, 1], block: 256, shared: 0, early: true };
+    // SAFETY: as norm.cu says; three tensors of `count` numbers.
+    unsafe { function(device, "norm", "join")?.launch(device, shape, &args)? };
+    Ok(Some(y))
+}

@@ -1,0 +1,140 @@
+//! What a checkpoint's packed matrix is in the terms of the GPU's kernels: rows that are streams of integers or E2M1 numbers, with a scale
+//! and a bias for each group, or an exponent. MLX's formats are that already; GGUF's plain blocks are taken apart.
+
+use super::packed::{Layout, Packing};
+use crate::kernels::cpu::{Float, Format, Matrix};
+use half::f16;
+use rayon::prelude::*;
+use std::borrow::Cow;
+
+/// A matrix before it is uploaded.
+pub struct Regrouped<'m> {
+    /// What the tiles will be.
+    pub layout: Layout,
+    /// Bits of a weight in `data`.
+    pub bits: usize,
+    /// Rows of weights, little-endian bit streams.
+    pub data: Cow<'m, [u8]>,
+    /// For each row and group.
+    pub scales: Cow<'m, [u8]>,
+    /// The same, where the packing has biases.
+    pub biases: Cow<'m, [u8]>,
+}
+
+/// `None` where the GPU has no kernels for the format.
+pub fn regrouped(matrix: &Matrix) -> Option<Regrouped<'_>> {
+    if matrix.has_column_order() {
+        return None;
+    }
+    let [data, scales, biases] = matrix.parts();
+    let as_it_is = |packing, group, half, bits| Regrouped {
+        layout: Layout { packing, group, half },
+        bits,
+        data: Cow::Borrowed(&**data),
+        scales: Cow::Borrowed(&**scales),
+        biases: Cow::Borrowed(&**biases),
+    };
+    match matrix.format() {
+        Format::Affine { bits, group, scales: scale @ (Float::F16 | Float::BF16) } => {
+            let packing = if bits <= 4 { Packing::Nibble } else { Packing::Byte };
+            Some(as_it_is(packing, group, scale == Float::F16, bits as usize))
+        }
+        Format::Mxfp4 => Some(as_it_is(Packing::Mx4, 32, false, 4)),
+        Format::Q4_0 => Some(blocks(data, 18, 4, |b, q| {
+            q.copy_from_slice(&nibbles(&b[2..18]));
+            let d = half(b, 0);
+            (d, -8.0 * d)
+        })),
+        Format::Q4_1 => Some(blocks(data, 20, 4, |b, q| {
+            q.copy_from_slice(&nibbles(&b[4..20]));
+            (half(b, 0), half(b, 2))
+        })),
+        Format::Q5_0 => Some(blocks(data, 22, 8, |b, q| {
+            fives(&b[2..6], &b[6..22], q);
+            let d = half(b, 0);
+            (d, -16.0 * d)
+        })),
+        Format::Q5_1 => Some(blocks(data, 24, 8, |b, q| {
+            fives(&b[4..8], &b[8..24], q);
+            (half(b, 0), half(b, 2))
+        })),
+        Format::Q8_0 => Some(blocks(data, 34, 8, |b, q| {
+            q.iter_mut().zip(&b[2..34]).for_each(|(q, &x)| *q = x ^ 0x80);
+            let d = half(b, 0);
+            (d, -128.0 * d)
+        })),
+        _ => None,
+    }
+}
+
+fn half(block: &[u8], at: usize) -> f32 {
+    f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
+}
+
+/// Sixteen bytes with weights i and i + 16 in one -> weights 2 i and 2 i + 1 in one.
+fn nibbles(from: &[u8]) -> [u8; 16] {
+    std::array::from_fn(|i| match i {
+        ..8 => (from[2 * i] & 15) | (from[2 * i + 1] << 4),
+        _ => (from[2 * i - 16] >> 4) | (from[2 * i - 15] & 0xF0),
+    })
+}
+
+/// The same with a fifth bit for each weight, a byte a weight.
+fn fives(high: &[u8], low: &[u8], to: &mut [u8]) {
+    for (i, to) in to.iter_mut().enumerate() {
+        let nibble = if i < 16 { low[i] & 15 } else { low[i - 16] >> 4 };
+        *to = nibble | ((high[i / 8] >> (i % 8)) & 1) << 4;
+    }
+}
+
+/// Blocks of 32 weights in `size` bytes, each split into its weights, `bits` wide, and its scale and bias.
+fn blocks(
+    from: &[u8],
+    size: usize,
+    bits: usize,
+    split: impl Fn(&[u8], &mut [u8]) -> (f32, f32) + Sync,
+) -> Regrouped<'static> {
+    let count = from.len() / size;
+    let (mut data, mut scales, mut biases) = (vec![0; count * 4 * bits], vec![0; count * 2], vec![0; count * 2]);
+    let into =
+        data.par_chunks_exact_mut(4 * bits).zip(scales.par_chunks_exact_mut(2)).zip(biases.par_chunks_exact_mut(2));
+    into.zip(from.par_chunks_exact(size)).for_each(|(((q, scale), bias), block)| {
+        let (d, m) = split(block, q);
+        scale.copy_from_slice(&f16::from_f32(d).to_le_bytes());
+        bias.copy_from_slice(&f16::from_f32(m).to_le_bytes());
+    });
+    let packing = if bits == 4 { Packing::Nibble } else { Packing::Byte };
+    Regrouped {
+        layout: Layout { packing, group: 32, half: true },
+        bits,
+        data: data.into(),
+        scales: scales.into(),
+        biases: biases.into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_of_gguf_hold_the_same_numbers_after_they_are_taken_apart() {
+        let (rows, cols) = (3, 96);
+        for format in [Format::Q4_0, Format::Q4_1, Format::Q5_0, Format::Q5_1, Format::Q8_0] {
+            let (weights, size) = format.block();
+            let mut bytes: Vec<u8> = (0..rows * cols / weights * size).map(|i| (i * 89 + i / 7) as u8).collect();
+            // Scale and minimum: numbers of some tenths.
+            bytes.chunks_mut(size).for_each(|block| (block[1], block[3]) = (0x2E, block[3] & 0x83 | 0x2C));
+            let matrix = Matrix::new(format, rows, cols, bytes.into(), None, None).unwrap();
+            let mut expected = vec![0.0; rows * cols];
+            matrix.dequantize_rows(0..rows, &mut expected);
+            let r = regrouped(&matrix).unwrap();
+            for (i, expected) in expected.into_iter().enumerate() {
+                let q = if r.bits == 4 { (r.data[i / 2] >> (4 * (i % 2))) & 15 } else { r.data[i] };
+                let (scale, bias) = (half(&r.scales, i / 32 * 2), half(&r.biases, i / 32 * 2));
+                let error = (f32::from(q) * scale + bias - expected).abs();
+                assert!(error < 2e-3 * expected.abs() + 1e-4, "{format:?} {i}: {q} * {scale} + {bias}, {expected}");
+            }
+        }
+    }
+}

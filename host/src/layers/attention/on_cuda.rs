@@ -1,0 +1,85 @@
+//! Attention on an NVIDIA GPU: keys join their caches where positions on the device say, and one kernel looks at them. None of it asks the
+//! host, so it can be recorded; selections, blocks of keys and pooled keys are not for it.
+
+use super::{New, Scores};
+use crate::{
+    device::Placement,
+    kernels::cuda::{
+        attend::{self, Seen},
+        attention,
+    },
+    ops::{
+        attending::{memory, remembered},
+        running::{Part, Places},
+    },
+};
+use candle_core::{DType, Result, Tensor};
+
+/// Queries of a sequence up to which the kernel for any width is faster than a matrix of scores.
+const FEW: usize = 16;
+
+/// As [`super::attend`], where all of it can be done so; else nothing has changed.
+pub fn attend(
+    cache: usize,
+    q: &Tensor,
+    new: &New,
+    how: &Scores,
+    parts: &mut [Part],
+    place: &Placement,
+    places: &Places,
+) -> Result<Option<Tensor>> {
+    let plain = how.selection.is_none() && how.blocks.is_none() && how.pooled.is_none();
+    if !plain {
+        return Ok(None);
+    }
+    // Values are as wide as those that come, or as those that another layer has put there.
+    let covered = |part: &Part| {
+        let kv = remembered(part, cache)?;
+        let stored = new.v.as_ref().map(|v| v.dim(2)).transpose()?.or(kv.shape.map(|shape| shape[3]));
+        let (d, tokens, kept) = (q.dim(2)?, part.tokens.len(), kv.sight(how.window, how.chunk).keep > 0);
+        let few = tokens <= FEW && attend::fits(d, how.lanes.or(stored).unwrap_or(0));
+        let fast = attention::covers(place.dtype, d, stored.unwrap_or(0), how.lanes.is_some(), kept, tokens);
+        Ok(kv.every == 1 && (few || fast))
+    };
+    if !parts.iter().map(covered).collect::<Result<Vec<_>>>()?.into_iter().all(|covered| covered) {
+        return Ok(None);
+    }
+    let wide = |t: &Option<Tensor>| t.as_ref().map(|t| t.to_dtype(DType::F32)?.contiguous()).transpose();
+    let (sinks, slopes) = (wide(&how.sinks)?, wide(&how.slopes)?);
+    let mut outputs = Vec::with_capacity(parts.len());
+    for part in parts {
+        let (start, count, offset) = (part.tokens.start, part.tokens.len(), part.state.offset);
+        let rows = |t: &Tensor| t.narrow(0, start, count);
+        let stored = |t: &Tensor| rows(t)?.to_dtype(place.dtype)?.contiguous();
+        let positions = rows(&places.positions)?;
+        let kv = memory(part, cache)?;
+        if let Some(k) = &new.k {
+            let (k, v) = (stored(k)?, new.v.as_ref().map(stored).transpose()?);
+            let (_, heads, dim) = k.dims3()?;
+            kv.shaped([heads, dim, heads, v.as_ref().map_or(Ok(0), |v| v.dim(2))?])?;
+            kv.append_at(&k, v.as_ref(), &positions, offset)?;
+        }
+        let sight = kv.sight(how.window, how.chunk);
+        // The step's own keys are there already, whoever put them.
+        let origin = kv.origin(offset + count)?;
+        let Some(keys) = kv.keys.whole() else { candle_core::bail!("the cache is empty") };
+        let values = if how.lanes.is_some() { None } else { kv.values.whole() };
+        let seen = Seen {
+            q: &rows(q)?,
+            keys,
+            values,
+            lanes: how.lanes.unwrap_or(0),
+            positions: &positions,
+            origin,
+            window: sight.window,
+            chunk: sight.chunk,
+            keep: sight.keep,
+            scale: how.scale,
+            softcap: how.softcap,
+            sinks: sinks.as_ref(),
+            slopes: slopes.as_ref(),
+        };
+        outputs.push(attend::attend(&seen)?);
+    }
+    Ok(Some(if outputs.len() == 1 { outputs.remove(0) } else { Tensor::cat(&outputs, 0)? }))
+}

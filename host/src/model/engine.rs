@@ -1,0 +1,127 @@
+//! One call of a plugin: `forward` on the new tokens, then `head` on the rows whose logits are wanted; loaded, or on shapes alone.
+
+use super::Model;
+use crate::{
+    device::Placement,
+    error::{Error, Result},
+    layers::Layer,
+    ops::{
+        arena::Arena,
+        lending::Call,
+        running::{CacheShapes, Part, Places, Running},
+        value::Value,
+        watch::Watch,
+    },
+    plugin::library::Object,
+    weights::plan::Wanted,
+};
+use candle_core::Tensor;
+use std::{cell::RefCell, collections::HashMap};
+
+impl Model {
+    /// Where a step's tokens stand, for the kernels that read it on the device.
+    pub(super) fn places(&self, parts: &[Part], count: usize) -> Result<Option<Places>> {
+        if !self.place.device.is_cuda() {
+            return Ok(None);
+        }
+        let of = |p: &Part| (p.state.offset as u32..).take(p.tokens.len()).collect::<Vec<_>>();
+        let positions: Vec<u32> = parts.iter().flat_map(of).collect();
+        let positions = Tensor::from_vec(positions, count, &self.place.device)?;
+        Ok(Some(Places { positions, recorded: false }))
+    }
+
+    /// The logits `[tokens, vocab]` of a step whose ids and positions lie on the device.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn logits(&self, parts: Vec<Part>, ids: Tensor, places: Places) -> Result<Tensor> {
+        let (object, wanted, layers, place) = (&self.object, &self.wanted, &self.layers, &self.place);
+        let engine = Engine { object, wanted, layers, place, watch: None, places: Some(places) };
+        match engine.run(parts, Value::Real(ids), |all| Ok(Some(all.clone())))?.0 {
+            Some(Value::Real(logits)) => Ok(logits),
+            _ => Err(Error::plugin("the plugin's head gave no logits".to_owned())),
+        }
+    }
+}
+
+/// What one call of a plugin needs, loaded or not.
+pub(super) struct Engine<'a> {
+    pub object: &'a Object,
+    pub wanted: &'a [Wanted],
+    pub layers: &'a [Layer],
+    pub place: &'a Placement,
+    pub watch: Option<&'a Watch>,
+    pub places: Option<Places>,
+}
+
+impl Engine<'_> {
+    /// `forward`, then `head` on the rows that `select` leaves, if any.
+    pub fn run(
+        &self,
+        parts: Vec<Part>,
+        tokens: Value,
+        select: impl FnOnce(&Value) -> Result<Option<Value>>,
+    ) -> Result<(Option<Value>, CacheShapes)> {
+        let count = tokens.dims().ok().and_then(|dims| dims.first().copied()).unwrap_or_default();
+        let running = Running {
+            arena: Arena::default(),
+            tokens: count,
+            places: self.places.clone(),
+            caches: &self.object.caches,
+            fed: vec![false; self.object.caches.len()],
+            misuse: None,
+            wanted: self.wanted,
+            layers: self.layers,
+            place: self.place,
+            parts,
+            angles: HashMap::new(),
+            turns: HashMap::new(),
+            shapes: CacheShapes::new(),
+            ops: self.watch.map(|_| Vec::new()),
+        };
+        let call = Call::Running(RefCell::new(running));
+        let Call::Running(cell) = &call else { unreachable!("made as Running above") };
+
+        let tokens = cell.borrow_mut().arena.put(tokens);
+        let hidden = self.object.forward(&call, tokens)?;
+        let hidden = take(cell, hidden, "forward", count)?;
+        let Some(chosen) = select(&hidden)? else {
+            self.tell(cell);
+            return Ok((None, CacheShapes::new()));
+        };
+        let count = chosen.dims().ok().and_then(|dims| dims.first().copied()).unwrap_or_default();
+        let chosen = cell.borrow_mut().arena.put(chosen);
+        let logits = self.object.head(&call, chosen)?;
+        let logits = take(cell, logits, "head", count)?;
+        self.tell(cell);
+        let shapes = std::mem::take(&mut cell.borrow_mut().shapes);
+        Ok((Some(logits), shapes))
+    }
+
+    fn tell(&self, running: &RefCell<Running>) {
+        let mut running = running.borrow_mut();
+        if let (Some(watch), Some(ops)) = (self.watch, running.ops.take()) {
+            watch.put(ops, &running.arena, &running.fed);
+        }
+    }
+}
+
+/// The value that a plugin returned, of as many rows as it was given, or the first failure on the way to it.
+fn take(running: &RefCell<Running>, handle: plugin_api::abi::Handle, what: &str, rows: usize) -> Result<Value> {
+    let mut running = running.borrow_mut();
+    if let Some(misuse) = running.misuse.take() {
+        return Err(Error::plugin(misuse));
+    }
+    match running.arena.get(handle) {
+        Ok(Value::Failed(first)) => Err(Error::plugin(first.to_string())),
+        Ok(value) => match value.dims() {
+            Ok(&[n, width]) if n == rows && width > 0 => {
+                running.arena.release(handle);
+                Ok(value)
+            }
+            Ok(dims) => Err(Error::plugin(format!("the plugin's {what} returned {dims:?}, it should be [{rows}, ..]"))),
+            Err(_) => Err(Error::plugin(format!("the plugin's {what} failed"))),
+        },
+        Err(_) => Err(Error::plugin(format!(
+            "the plugin's {what} returned no tensor of this step (but one kept from another step, dropped twice, or made up)"
+        ))),
+    }
+}

@@ -1,0 +1,356 @@
+//! A step of one token a sequence, recorded once as a CUDA graph and replayed: the host then starts one thing a token, not some hundred.
+//!
+//! Plugins promise that `forward` asks for the same ops whenever the shapes are the same. What does change lies on the device, at
+//! addresses that stay: ids, positions, and caches with room for more. The graph ends with the choice of the most likely token and leaves
+//! it where the next replay reads its ids, so greedy decoding runs a step ahead of the host. Whatever cannot be recorded (an op that is
+//! done on the host) makes the model run op by op as before; [`Model::not_replayed`] says why.
+
+use crate::{
+    cache::{State, memory::Memory},
+    error::{Error, Result},
+    kernels::cuda::{
+        keeping,
+        step::{self, address},
+    },
+    model::{Input, Model, Want},
+    ops::running::{Part, Places},
+};
+use candle_core::{
+    CudaDevice, DType, Device, Tensor,
+    cuda_backend::{
+        WrapErr,
+        cudarc::driver::{CudaEvent, CudaGraph, PinnedHostSlice, result, sys},
+    },
+};
+use std::{
+    collections::HashMap,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+/// Rows that caches have room for before a step: its own, and that of a step ahead.
+const ROWS_AHEAD: usize = 2;
+
+/// The recorded steps of a model, by their number of sequences.
+#[derive(Default)]
+pub struct Replays(Mutex<Kept>);
+
+#[derive(Default)]
+struct Kept {
+    steps: HashMap<usize, Recorded>,
+    refused: Option<String>,
+}
+
+/// One step and what it reads and writes.
+struct Recorded {
+    device: CudaDevice,
+    /// `[sequences]`, as positions are: read by the step, and left as the next one needs them.
+    ids: Tensor,
+    positions: Tensor,
+    /// `[sequences, 3]`: id, log-probability, soundness.
+    told: Tensor,
+    /// The same on the host, for this step and the one ahead.
+    heard: [PinnedHostSlice<u32>; 2],
+    /// `[sequences, vocab]`, f32; known once the step ran op by op.
+    logits: Option<Tensor>,
+    /// What the step writes and forgets.
+    scratch: Vec<Tensor>,
+    /// Which of a sequence's memories the step feeds.
+    fed: Vec<usize>,
+    graph: Option<CudaGraph>,
+    /// The caches that the graph was recorded for.
+    caches: Vec<u64>,
+    /// What `ids` and `positions` hold, or held when the step ahead was started, if the host knows.
+    holds: Option<[Vec<u32>; 2]>,
+    /// When the step in hand will have been heard of.
+    done: Option<CudaEvent>,
+    /// The same of a step that was started before anybody asked for it.
+    ahead: Option<CudaEvent>,
+    /// Which of `heard` the latest step tells.
+    turn: usize,
+}
+
+// SAFETY: graphs may be used on any thread, by one at a time, and the mutex lets in one at a time.
+unsafe impl Send for Recorded {}
+
+/// What a step gives.
+pub enum Made {
+    /// A row for each sequence.
+    Logits(Vec<Vec<f32>>),
+    /// The most likely token of each, and its log-probability.
+    Chosen(Vec<(u32, f32)>),
+}
+
+impl Model {
+    /// One step by replay, if it is one token for each of these sequences and can be recorded. With `choose` the most likely tokens are
+    /// chosen on the device, and the step after them is started at once.
+    pub(crate) fn replayed(&self, inputs: &mut [Input], choose: bool) -> Result<Option<Made>> {
+        let Device::Cuda(device) = &self.place.device else { return Ok(None) };
+        let single = |i: &Input| i.tokens.len() == 1 && i.want == Want::Last && i.state.behind == 0;
+        if inputs.is_empty() || self.watch.is_some() || !inputs.iter().all(|i| single(i) && has_begun(i.state)) {
+            return Ok(None);
+        }
+        let mut kept = self.replays.kept();
+        if kept.refused.is_none() && std::env::var("DYLM_REPLAY").is_ok_and(|set| set == "off") {
+            kept.refused = Some("DYLM_REPLAY=off".into());
+        }
+        if kept.refused.is_none() && inputs.iter().any(|i| i.state.layers.iter().any(|l| l.state().is_some())) {
+            kept.refused = Some("the states of its recurrences lie on the host".into());
+        }
+        if kept.refused.is_some() {
+            return Ok(None);
+        }
+        let Kept { steps, refused } = &mut *kept;
+        let recorded = match steps.entry(inputs.len()) {
+            std::collections::hash_map::Entry::Occupied(known) => known.into_mut(),
+            std::collections::hash_map::Entry::Vacant(new) => new.insert(Recorded::new(device, inputs.len())?),
+        };
+        inputs.iter_mut().try_for_each(|i| make_room(i.state))?;
+        let _cached = device.enable_cuda_graph_htod_cache();
+        match recorded.run(self, inputs) {
+            Ok(()) => {}
+            Err(e) if recorded.logits.is_some() && recorded.graph.is_none() => {
+                *refused = Some(e.to_string().lines().next().unwrap_or_default().to_owned());
+                return Ok(None);
+            }
+            Err(e) => return Err(e),
+        }
+        recorded.read(inputs, choose).map(Some)
+    }
+}
+
+impl Replays {
+    /// Why steps are not replayed, if they were tried and are not.
+    pub fn refused(&self) -> Option<String> {
+        self.kept().refused.clone()
+    }
+
+    fn kept(&self) -> MutexGuard<'_, Kept> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Whether each cache that has ever been fed holds a token: what the step writes into is there then.
+fn has_begun(state: &State) -> bool {
+    let mut kept = state.layers.iter().filter_map(Memory::key_value).filter(|kv| kv.shape.is_some());
+    state.offset > 0 && kept.all(|kv| !kv.positions.is_empty())
+}
+
+fn make_room(state: &mut State) -> candle_core::Result<()> {
+    state.layers.iter_mut().filter_map(Memory::key_value_mut).try_for_each(|kv| kv.make_room(ROWS_AHEAD))
+}
+
+/// Everything about the caches that a recorded step takes as given.
+fn caches(inputs: &[Input]) -> candle_core::Result<Vec<u64>> {
+    let mut all = Vec::new();
+    for input in inputs {
+        for kv in input.state.layers.iter().filter_map(Memory::key_value) {
+            for table in [&kv.keys, &kv.values] {
+                let Some(whole) = table.whole() else { continue };
+                all.extend([address(whole)?, whole.dim(0)? as u64]);
+            }
+            all.push(kv.origin(input.state.offset)?.into());
+        }
+    }
+    Ok(all)
+}
+
+impl Recorded {
+    fn new(device: &CudaDevice, sequences: usize) -> Result<Self> {
+        let on = &Device::Cuda(device.clone());
+        let numbers = |count: usize| Tensor::zeros(count, DType::U32, on);
+        let context = device.cuda_stream().context().clone();
+        // SAFETY: nothing is read there before a copy to it has ended.
+        let pinned = || unsafe { context.alloc_pinned_with_flags::<u32>(3 * sequences, 0) }.w();
+        Ok(Recorded {
+            device: device.clone(),
+            ids: numbers(sequences)?,
+            positions: numbers(sequences)?,
+            told: Tensor::zeros((sequences, 3), DType::U32, on)?,
+            heard: [pinned()?, pinned()?],
+            logits: None,
+            scratch: Vec::new(),
+            fed: Vec::new(),
+            graph: None,
+            caches: Vec::new(),
+            holds: None,
+            done: None,
+            ahead: None,
+            turn: 0,
+        })
+    }
+
+    /// Starts the step, unless it was started ahead, and notes in the sequences' memories what it does there.
+    fn run(&mut self, model: &Model, inputs: &mut [Input]) -> Result<()> {
+        let tokens: Vec<u32> = inputs.iter().flat_map(|i| i.tokens).copied().collect();
+        let positions: Vec<u32> = inputs.iter().map(|i| i.state.offset as u32).collect();
+        let caches = caches(inputs)?;
+        inputs.iter_mut().for_each(|i| drop(i.state.begin(1)));
+        let started = self.start(model, inputs, [tokens, positions], caches);
+        for input in inputs.iter_mut() {
+            match started {
+                Ok(()) => input.state.finish(&[], input.tokens)?,
+                Err(_) => input.state.undo(&[]),
+            }
+        }
+        started
+    }
+
+    fn start(&mut self, model: &Model, inputs: &mut [Input], reads: [Vec<u32>; 2], caches: Vec<u64>) -> Result<()> {
+        let (ahead, fits) = (self.ahead.take(), self.graph.is_some() && self.caches == caches);
+        let known = self.holds.take().is_some_and(|holds| holds == reads);
+        if let Some(done) = ahead {
+            if known && fits {
+                self.done = Some(done);
+                self.note(inputs);
+                return Ok(());
+            }
+            self.turn ^= 1;
+            self.upload(&reads)?;
+        } else if !known {
+            self.upload(&reads)?;
+        }
+        let Some(logits) = self.logits.clone() else {
+            // Once op by op: whatever is made at its first use (kernels, constants, scratch space) is there when the step is recorded.
+            let before = lengths(inputs);
+            let mut scratch = std::mem::take(&mut self.scratch);
+            let kept = keeping(&mut scratch, false, || {
+                let logits = self.forward(model, inputs, false)?;
+                // Outlives the step, so it is none of the scratch.
+                let kept = Tensor::zeros(logits.dims(), DType::F32, logits.device())?;
+                self.choose(&logits, &kept)?;
+                Ok::<_, Error>(kept)
+            });
+            self.scratch = scratch;
+            let kept = kept?;
+            self.fed = (0..)
+                .zip(lengths(inputs).into_iter().zip(before))
+                .filter(|(_, (now, before))| now > before)
+                .map(|(i, _)| i)
+                .collect();
+            self.logits = Some(kept);
+            self.done = Some(self.tell()?);
+            return Ok(());
+        };
+        if fits {
+            self.note(inputs);
+        } else {
+            self.graph = None;
+            self.graph = Some(self.record(model, inputs, &logits)?);
+            self.caches = caches;
+        }
+        self.done = Some(self.launch()?);
+        Ok(())
+    }
+
+    fn upload(&self, reads: &[Vec<u32>; 2]) -> Result<()> {
+        let stream = self.device.cuda_stream();
+        for (numbers, to) in reads.iter().zip([&self.ids, &self.positions]) {
+            // SAFETY: as many numbers as the tensor has; the driver has copied memory like this before the call returns.
+            unsafe { result::memcpy_htod_async(address(to)?, numbers, stream.cu_stream()) }.w()?;
+        }
+        Ok(())
+    }
+
+    /// Logits of the sequences' tokens in `ids`, `[sequences, vocab]`.
+    fn forward(&self, model: &Model, inputs: &mut [Input], recorded: bool) -> Result<Tensor> {
+        let mut parts = Vec::with_capacity(inputs.len());
+        for (at, input) in inputs.iter_mut().enumerate() {
+            parts.push(Part { state: &mut *input.state, tokens: at..at + 1, replayed: 0 });
+        }
+        let places = Places { positions: self.positions.clone(), recorded };
+        Ok(model.logits(parts, self.ids.clone(), places)?.to_dtype(DType::F32)?.contiguous()?)
+    }
+
+    fn choose(&self, logits: &Tensor, kept: &Tensor) -> candle_core::Result<()> {
+        kept.slice_set(logits, 0, 0)?;
+        step::choose(kept, &self.ids, &self.positions, &self.told)
+    }
+
+    fn record(&mut self, model: &Model, inputs: &mut [Input], logits: &Tensor) -> Result<CudaGraph> {
+        let stream = self.device.cuda_stream();
+        stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED).w()?;
+        let mut scratch = std::mem::take(&mut self.scratch);
+        let made = keeping(&mut scratch, true, || {
+            self.forward(model, inputs, true).and_then(|made| Ok(self.choose(&made, logits)?))
+        });
+        self.scratch = scratch;
+        // What the step allocates and frees belongs to the graph.
+        let graph =
+            stream.end_capture(sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH).w();
+        if made.is_err() || graph.is_err() {
+            // What could not be freed in a recording that failed is told to whoever uses the device next, unless it is asked for.
+            let _ = stream.context().check_err();
+        }
+        made?;
+        match graph? {
+            Some(graph) => {
+                graph.upload().w()?;
+                Ok(graph)
+            }
+            None => Err(Error::Device("--device cuda: the driver recorded nothing".into())),
+        }
+    }
+
+    fn launch(&mut self) -> Result<CudaEvent> {
+        let Some(graph) = &self.graph else { return Err(Error::Device("--device cuda: no step is recorded".into())) };
+        graph.launch().w()?;
+        self.tell()
+    }
+
+    /// Sends what was chosen to the host.
+    fn tell(&mut self) -> Result<CudaEvent> {
+        let stream = self.device.cuda_stream();
+        let told = address(&self.told)?;
+        let heard = self.heard[self.turn].as_mut_slice().w()?;
+        // SAFETY: both have three numbers a sequence; nobody reads there before the event below.
+        unsafe { result::memcpy_dtoh_async(heard, told, stream.cu_stream()) }.w()?;
+        Ok(stream.record_event(None).w()?)
+    }
+
+    /// A replayed step wrote a row for each sequence.
+    fn note(&self, inputs: &mut [Input]) {
+        for input in inputs {
+            let offset = input.state.offset;
+            for &layer in &self.fed {
+                if let Some(kv) = input.state.layers.get_mut(layer).and_then(Memory::key_value_mut) {
+                    kv.replayed(offset);
+                }
+            }
+        }
+    }
+
+    fn read(&mut self, inputs: &[Input], choose: bool) -> Result<Made> {
+        let (Some(done), Some(logits)) = (self.done.take(), &self.logits) else {
+            return Err(Error::Device("--device cuda: no step was started".into()));
+        };
+        if !choose {
+            return Ok(Made::Logits(logits.to_vec2::<f32>()?));
+        }
+        let turn = self.turn;
+        if self.graph.is_some() && caches(inputs)? == self.caches {
+            self.turn ^= 1;
+            self.ahead = Some(self.launch()?);
+        }
+        done.synchronize().w()?;
+        let mut chosen = Vec::with_capacity(inputs.len());
+        for told in self.heard[turn].as_slice().w()?.chunks_exact(3) {
+            if told[2] == 0 {
+                return Err(Error::Generate(
+                    "logits: one is no number, or infinite, so no token can be chosen: the weights are damaged, or the dtype is too narrow \
+                     for this model"
+                        .into(),
+                ));
+            }
+            chosen.push((told[0], f32::from_bits(told[1])));
+        }
+        let next = inputs.iter().map(|i| i.state.offset as u32).collect();
+        self.holds = Some([chosen.iter().map(|&(id, _)| id).collect(), next]);
+        Ok(Made::Chosen(chosen))
+    }
+}
+
+/// How many entries each memory of the first sequence has.
+fn lengths(inputs: &[Input]) -> Vec<usize> {
+    let of = |memory: &Memory| memory.key_value().map_or(0, |kv| kv.positions.len());
+    inputs.first().map_or(Vec::new(), |input| input.state.layers.iter().map(of).collect())
+}

@@ -1,0 +1,62 @@
+"""Tokens per second of three well-known shapes on an NVIDIA GPU, beside what its memory would allow.
+
+usage: table.py DYLM FOLDER [SHAPE:KIND ..]
+
+DYLM is the program, with its plugins beside it; FOLDER takes one model at a time, up to 17 GB. Without rows, all of them are run: llama8b,
+llama1b and qwen3-30b-a3b, each bf16 or 4bit. Decoding reads every weight of a token once, so bytes a second say how far it is from the
+limit; a prompt is told in tokens alone. The models are make_model.py's.
+"""
+
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+
+ROWS = ["llama1b:bf16", "llama1b:4bit", "llama8b:4bit", "qwen3-30b-a3b:4bit", "llama8b:bf16"]
+HERE = pathlib.Path(__file__).parent
+
+
+def bytes_of_a_token(folder):
+    """Weights that one token reads: all but the embedding's other rows and the experts that were not chosen."""
+    config = json.loads((folder / "config.json").read_text())
+    with open(folder / "model.safetensors", "rb") as f:
+        header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
+    read = 0
+    for name, tensor in header.items():
+        start, end = tensor["data_offsets"]
+        if "switch_mlp" in name:
+            read += (end - start) * config["num_experts_per_tok"] // config["num_experts"]
+        elif "embed_tokens" not in name or config["tie_word_embeddings"]:
+            read += end - start
+    return read
+
+
+def bench(dylm, folder, prompt, generated):
+    command = [dylm, "bench", folder, "--device", "cuda", "-p", str(prompt), "-g", str(generated), "-n", "3", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    if done.returncode:
+        raise RuntimeError((done.stderr or done.stdout).strip().splitlines()[-1:])
+    return json.loads(done.stdout)["median"]
+
+
+def main():
+    dylm, work, rows = sys.argv[1], pathlib.Path(sys.argv[2]), sys.argv[3:] or ROWS
+    print(f"{'shape':<16}{'weights':<8}{'decode/s':>10}{'GB/s':>8}{'prefill 512/s':>15}{'prefill 2048/s':>16}")
+    for row in rows:
+        shape, kind = row.split(":")
+        folder = work / f"{shape}-{kind}"
+        try:
+            make = [sys.executable, HERE / "make_model.py", shape, kind, folder]
+            subprocess.run(make, check=True, stdout=subprocess.DEVNULL)
+            short, long = bench(dylm, folder, 512, 128), bench(dylm, folder, 2048, 16)
+            decode = short["generation_tps"]
+            rate = decode * bytes_of_a_token(folder) / 1e9
+            print(f"{shape:<16}{kind:<8}{decode:>10.1f}{rate:>8.0f}{short['prompt_tps']:>15.0f}{long['prompt_tps']:>16.0f}", flush=True)
+        except Exception as e:
+            print(f"{shape:<16}{kind:<8} failed: {e}", flush=True)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+main()

@@ -1,0 +1,137 @@
+//! Every tiny checkpoint on an NVIDIA GPU: its logits held to the CPU's, its replayed steps held to those op by op, bit for bit, and what
+//! cannot be replayed told by name. For a machine with a GPU, where tests do not run; `TINY` and `TINY_FIXTURES` as in `tests::tiny`.
+//!
+//! `cargo run --release --features dylm/cuda -p tests --example on_gpu [-- f32|bf16 [1/4]]`, the second of which takes every fourth entry
+//! from the first on; it fails if one entry does.
+
+use dylm::{
+    LanguageModel, LoadOptions, Trust,
+    cache::{CacheOptions, State},
+    device::{DeviceChoice, DtypeChoice},
+    model::{Input, Want},
+};
+use std::{path::Path, process::ExitCode, time::Instant};
+use tests::tiny::{self, Expected, Result};
+
+/// Tokens that the GPU generates behind the entry's own steps.
+const GENERATED: usize = 24;
+
+struct On {
+    lm: LanguageModel,
+    state: State,
+}
+
+impl On {
+    fn new(folder: &Path, device: DeviceChoice, dtype: DtypeChoice) -> Result<Self> {
+        let options = LoadOptions { device, dtype, trust: Trust::All, ..Default::default() };
+        let lm = dylm::load(folder.to_str(), &options)?;
+        let state = lm.model.state(&CacheOptions::default())?;
+        Ok(On { lm, state })
+    }
+
+    fn read(&mut self, tokens: &[u32], want: Want) -> Result<Vec<f32>> {
+        let rows = self.lm.model.step(&mut [Input { state: &mut self.state, tokens, want }])?.remove(0);
+        Ok(rows.into_iter().next_back().unwrap_or_default())
+    }
+
+    /// The prompt, then these tokens one by one, as `want` has it: the last row of each step.
+    fn rows(&mut self, prompt: &[u32], steps: &[u32], want: Want) -> Result<Vec<Vec<f32>>> {
+        self.state = self.lm.model.state(&CacheOptions::default())?;
+        self.state.horizon = prompt.len();
+        let mut rows = vec![self.read(prompt, Want::Last)?];
+        for &token in steps {
+            rows.push(self.read(&[token], want)?);
+        }
+        Ok(rows)
+    }
+}
+
+/// How far rows are from others, relative to the largest number of each; infinite where one is no number.
+fn distance(ours: &[Vec<f32>], theirs: &[Vec<f32>]) -> f32 {
+    let row = |(a, b): (&Vec<f32>, &Vec<f32>)| {
+        let scale = b.iter().fold(0f32, |m, x| m.max(x.abs()));
+        let worst = a.iter().zip(b).map(|(x, y)| (x - y).abs()).fold(0f32, f32::max) / scale;
+        if a.len() == b.len() && a.iter().all(|x| x.is_finite()) { worst } else { f32::INFINITY }
+    };
+    ours.iter().zip(theirs).map(row).fold(0.0, f32::max)
+}
+
+fn most_likely(row: &[f32]) -> u32 {
+    let largest = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    row.iter().position(|&x| x == largest).unwrap_or_default() as u32
+}
+
+/// What there is to say of an entry, and whether it is as it should be.
+fn check(entry: &Path, dtype: DtypeChoice) -> Result<(String, bool)> {
+    let folder = tempfile::tempdir()?;
+    tiny::write(entry, folder.path())?;
+    let expected = Expected::read(entry)?;
+    let mut cpu = On::new(folder.path(), DeviceChoice::Cpu, dtype)?;
+    let mut gpu = On::new(folder.path(), DeviceChoice::Cuda, dtype)?;
+    // The text that the GPU writes by itself, op by op, is the one that all ways of running it are held to.
+    let mut steps = expected.steps.clone();
+    let mut last = gpu.rows(&expected.prompt, &steps, Want::All)?.pop().unwrap_or_default();
+    let start = Instant::now();
+    for _ in 0..GENERATED {
+        steps.push(most_likely(&last));
+        last = gpu.read(&steps[steps.len() - 1..], Want::All)?;
+    }
+    let by_op = start.elapsed().as_secs_f64() * 1e3 / GENERATED as f64;
+    let eager = gpu.rows(&expected.prompt, &steps, Want::All)?;
+    let far = distance(&eager, &cpu.rows(&expected.prompt, &steps, Want::All)?);
+    let replayed = gpu.rows(&expected.prompt, &steps, Want::Last)?;
+    let same = replayed == eager;
+    // And chosen on the device, a step ahead.
+    let known = steps.len() - GENERATED;
+    gpu.rows(&expected.prompt, &steps[..known - 1], Want::Last)?;
+    let (mut chosen, mut next, start) = (Vec::new(), steps[known - 1], Instant::now());
+    for _ in 0..GENERATED {
+        let input = Input { state: &mut gpu.state, tokens: &[next], want: Want::Last };
+        let Some(best) = gpu.lm.model.choose(&mut [input])? else { break };
+        next = best[0].0;
+        chosen.push(next);
+    }
+    let by_graph = start.elapsed().as_secs_f64() * 1e3 / GENERATED as f64;
+    // In bf16 the GPU rounds after each op to 8 bits, where the CPU keeps f32: of numbers that sum to little, much of that is left.
+    let bound = if dtype == DtypeChoice::Float32 { expected.bound.max(1e-4) } else { 0.1 };
+    let why = gpu.lm.model.not_replayed();
+    let sound = far <= bound && same && (why.is_some() || chosen == steps[known..]);
+    let how = match &why {
+        Some(why) => format!("not replayed: {why}"),
+        None => {
+            format!("replayed {}, {by_graph:.2} ms", if chosen == steps[known..] { "alike" } else { "OTHER TOKENS" })
+        }
+    };
+    Ok((
+        format!(
+            "{far:.1e} of {bound:.0e}, rows {}, op by op {by_op:.2} ms, {how}",
+            if same { "equal" } else { "DIFFER" }
+        ),
+        sound,
+    ))
+}
+
+fn main() -> ExitCode {
+    let dtype = match std::env::args().nth(1).as_deref() {
+        Some("bf16") => DtypeChoice::Bfloat16,
+        _ => DtypeChoice::Float32,
+    };
+    let share = std::env::args().nth(2);
+    let share = share.as_deref().and_then(|share| share.split_once('/'));
+    let (first, every) = share.and_then(|(a, b)| Some((a.parse().ok()?, b.parse().ok()?))).unwrap_or((1usize, 1usize));
+    let entries: Vec<_> = match tiny::entries() {
+        Ok(entries) => entries.into_iter().skip(first.max(1) - 1).step_by(every.max(1)).collect(),
+        Err(e) => {
+            eprintln!("{e}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let (mut wrong, count) = (0, entries.len());
+    for entry in entries {
+        let (said, sound) = check(&entry, dtype).unwrap_or_else(|e| (e.to_string(), false));
+        wrong += usize::from(!sound);
+        println!("{} {}: {said}", if sound { "ok   " } else { "WRONG" }, tiny::name(&entry));
+    }
+    println!("{wrong} of {count} are wrong");
+    ExitCode::from(u8::from(wrong > 0))
+}
