@@ -331,5 +331,6 @@ fn rearrange(
 /// In one piece that starts at a multiple of 16 bytes, as kernels read it.
 pub fn aligned(t: &Tensor) -> Result<Tensor> {
     let t = t.contiguous()?;
-    if address(&t)?.is_multiple_of(16) { Ok(t) } else { t.copy() }
+    // `copy` would keep the offset.
+    if address(&t)?.is_multiple_of(16) { Ok(t) } else { t.force_contiguous() }
 }
