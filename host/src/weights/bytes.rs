@@ -7,7 +7,7 @@ use std::{
     fs::File,
     ops::{Deref, Range},
     path::Path,
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, Weak},
 };
 
 #[derive(Clone)]
@@ -86,33 +86,34 @@ const SHARED: usize = 32 << 20;
 const HUGE_PAGE: usize = 2 << 20;
 
 impl Chunk {
-    fn new(len: usize) -> Self {
+    fn new(len: usize) -> std::io::Result<Self> {
         let size = len.next_multiple_of(HUGE_PAGE);
-        let mut map = MmapMut::map_anon(size + HUGE_PAGE).unwrap_or_else(|e| panic!("{len} bytes for weights: {e}"));
+        let mut map = MmapMut::map_anon(size + HUGE_PAGE)?;
         let start = map.as_mut_ptr().wrapping_add(map.as_ptr().align_offset(HUGE_PAGE));
         #[cfg(target_os = "linux")]
         // SAFETY: whole pages of our own memory; it is advice, which changes no byte.
         unsafe {
             libc::madvise(start.cast(), size, libc::MADV_HUGEPAGE)
         };
-        Self { _map: map, start }
+        Ok(Self { _map: map, start })
     }
 }
 
 impl Room {
-    /// So many bytes.
-    pub fn new(len: usize) -> Self {
-        static LAST: Mutex<Option<(Arc<Chunk>, usize)>> = Mutex::new(None);
+    /// So many bytes, if the system has them.
+    pub fn new(len: usize) -> std::io::Result<Self> {
+        // The chunk with room left, while anybody has a room in it.
+        static LAST: Mutex<(Weak<Chunk>, usize)> = Mutex::new((Weak::new(), 0));
         if len > SHARED / 2 {
-            return Self { chunk: Arc::new(Chunk::new(len)), range: 0..len };
+            return Ok(Self { chunk: Arc::new(Chunk::new(len)?), range: 0..len });
         }
         let mut last = LAST.lock().unwrap_or_else(|e| e.into_inner());
-        let (chunk, start) = match last.take() {
-            Some((chunk, start)) if start + len <= SHARED => (chunk, start),
-            _ => (Arc::new(Chunk::new(SHARED)), 0),
+        let (chunk, start) = match last.0.upgrade().filter(|_| last.1 + len <= SHARED) {
+            Some(chunk) => (chunk, last.1),
+            None => (Arc::new(Chunk::new(SHARED)?), 0),
         };
-        *last = Some((chunk.clone(), (start + len).next_multiple_of(64)));
-        Self { chunk, range: start..start + len }
+        *last = (Arc::downgrade(&chunk), (start + len).next_multiple_of(64));
+        Ok(Self { chunk, range: start..start + len })
     }
 }
 

@@ -38,3 +38,4 @@ pub use norm::{layer_norm, rms_norm};
 pub use panels::Panels;
 pub use quantize::quantize_rows;
 pub use rope::{Angles, Turn, rope};
+pub use team::start_threads;

@@ -60,6 +60,11 @@ pub(super) fn threads() -> usize {
     rayon::current_num_threads().max(1)
 }
 
+/// Starts the threads, which come with the first product otherwise.
+pub fn start_threads() {
+    team();
+}
+
 fn team() -> &'static Team {
     static TEAM: OnceLock<&'static Team> = OnceLock::new();
     TEAM.get_or_init(|| {

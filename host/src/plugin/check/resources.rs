@@ -130,6 +130,7 @@ fn unchanged(subject: &Subject, folder: &str, what: &str) -> Outcome {
     subject.library()?;
     // The host's own threads come with its first step.
     rayon::scope(|_| {});
+    crate::kernels::cpu::start_threads();
     subject.each(|example| {
         let before = facts(folder).unwrap_or_default();
         let model = subject.model(example)?;

@@ -151,11 +151,12 @@ fn gather(size: usize, panel: &[u8], lane: usize) -> Vec<u8> {
 }
 
 impl Panels {
-    pub(super) fn pack(layout: Layout, matrix: &Matrix) -> Self {
+    /// `None` where there is no memory for it: then rows may stay as they are.
+    pub(super) fn pack(layout: Layout, matrix: &Matrix) -> Option<Self> {
         let (rows, cols) = (matrix.rows(), matrix.cols());
         let sizes = layout.row_bytes(cols);
         let panel = sizes.iter().sum::<usize>() * LANES;
-        let mut room = Room::new(rows.div_ceil(LANES) * panel);
+        let mut room = Room::new(rows.div_ceil(LANES) * panel).ok()?;
         room.par_chunks_exact_mut(panel).enumerate().for_each_init(Vec::new, |kept, (p, panel)| {
             let (numbers, beside) = panel.split_at_mut(sizes[0] * LANES);
             let (scales, biases) = beside.split_at_mut(sizes[1] * LANES);
@@ -184,7 +185,7 @@ impl Panels {
             _ => Vec::new(),
         };
         matrix.parts().iter().for_each(Bytes::let_go);
-        Self { layout, rows, cols, bytes: room.into(), factors }
+        Some(Self { layout, rows, cols, bytes: room.into(), factors })
     }
 
     /// From one panel to the next.

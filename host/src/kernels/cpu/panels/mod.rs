@@ -43,7 +43,7 @@ impl Panels {
     pub fn new(matrix: &Matrix) -> Option<Self> {
         let layout = Layout::of(matrix.format()).filter(|_| product::runs_here())?;
         let fits = matrix.rows() >= LANES && matrix.cols() > 0 && matrix.column_order().is_none();
-        fits.then(|| Self::pack(layout, matrix))
+        if fits { Self::pack(layout, matrix) } else { None }
     }
 
     /// How the weights were packed.
