@@ -32,6 +32,8 @@ struct Team {
     /// How many may come in.
     places: AtomicUsize,
     sleepers: Vec<Sleeper>,
+    /// Threads that have begun.
+    running: AtomicUsize,
     panicked: Mutex<Option<Box<dyn Any + Send>>>,
     /// Held by who opens the gate.
     opener: Mutex<()>,
@@ -60,9 +62,13 @@ pub(super) fn threads() -> usize {
     rayon::current_num_threads().max(1)
 }
 
-/// Starts the threads, which come with the first product otherwise.
+/// Starts the threads, which come with the first product otherwise, and waits until they run.
 pub fn start_threads() {
-    team();
+    let team = team();
+    let started = team.sleepers.iter().filter(|sleeper| sleeper.thread.get().is_some()).count();
+    while team.running.load(Ordering::Acquire) < started {
+        std::thread::yield_now();
+    }
 }
 
 fn team() -> &'static Team {
@@ -76,6 +82,7 @@ fn team() -> &'static Team {
             work: UnsafeCell::new(None),
             places: AtomicUsize::new(0),
             sleepers: std::iter::repeat_with(sleeper).take(others).collect(),
+            running: AtomicUsize::new(0),
             panicked: Mutex::new(None),
             opener: Mutex::new(()),
         }));
@@ -95,6 +102,7 @@ impl Team {
     /// One thread's life; while it waits, it may walk ahead of the products.
     fn watch(&self, me: &Sleeper, walks: bool) {
         BUSY.set(true);
+        self.running.fetch_add(1, Ordering::Release);
         let (mut seen, mut since, mut walk) = (0, Instant::now(), Walk::default());
         loop {
             for _ in 0..32 {
