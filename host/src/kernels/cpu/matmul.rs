@@ -6,6 +6,7 @@
 #[cfg(target_arch = "x86_64")]
 use super::bf16;
 use super::{
+    ahead,
     format::{Float, Format},
     lanes::{Isa, dispatch},
     matrix::Matrix,
@@ -59,7 +60,15 @@ impl Matrix {
         {
             return bf16::multiply(self, &x, out);
         }
-        let call = Call { isa, rows: self.rows(), cols: self.cols(), tokens, x: &x, order: Order::Plain };
+        let call = Call {
+            isa,
+            rows: self.rows(),
+            cols: self.cols(),
+            tokens,
+            x: &x,
+            order: Order::Plain,
+            weights: &self.parts()[0],
+        };
         match self.format() {
             Format::Dense(Float::F32) => call.run(Dense(raw, F32), out),
             Format::Dense(Float::F16) => call.run(Dense(raw, F16), out),
@@ -97,6 +106,8 @@ struct Call<'a> {
     tokens: usize,
     x: &'a [f32],
     order: Order,
+    /// What is read of memory, besides scales.
+    weights: &'a [u8],
 }
 
 impl Call<'_> {
@@ -109,6 +120,9 @@ impl Call<'_> {
         // SAFETY: no pointers are involved.
         let padded = unsafe { dispatch(self.isa, Padded(unpack)) };
         let few = self.tokens <= FEW;
+        if few {
+            ahead::pass(self.weights);
+        }
         // Rows whose starts are a power of two apart would all fall into the same few lines of the first-level cache.
         let stride = if few { padded } else { padded + 16 };
         let mut laid_out = Vec::new();

@@ -225,6 +225,7 @@ pub(super) fn each_chunk<T: Send>(all: &mut [T], size: usize, task: impl Fn(usiz
 }
 
 /// The same for pieces of two lists, as many of each.
+#[cfg(target_arch = "x86_64")]
 pub(super) fn each_chunk_of_two<T: Send, U: Send>(
     (all, size): (&mut [T], usize),
     (beside, width): (&mut [U], usize),

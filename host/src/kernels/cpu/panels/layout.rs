@@ -39,6 +39,8 @@ impl Scale {
 }
 
 /// A format as panels see it.
+// Other processors have no panels, and need not know what is in them.
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Layout {
     pub(super) format: Format,
@@ -82,11 +84,6 @@ impl Layout {
             Format::Q8_0 => Layout { bits: 8, zero: 128, ..plain },
             _ => return None,
         })
-    }
-
-    /// Bytes that an activation is rounded to.
-    pub(super) fn activation_bytes(&self) -> usize {
-        if self.bits == 8 { 2 } else { 1 }
     }
 
     /// Bytes of one row: of its numbers, of its scales, of its biases.

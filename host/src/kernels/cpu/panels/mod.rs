@@ -65,8 +65,4 @@ impl Panels {
     pub fn bytes(&self) -> usize {
         self.bytes.len() + 4 * self.factors.len()
     }
-
-    fn panels(&self) -> usize {
-        self.rows.div_ceil(LANES)
-    }
 }

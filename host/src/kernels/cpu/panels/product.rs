@@ -65,7 +65,7 @@ struct Line([u8; 64]);
 impl Product<'_> {
     fn run<N: Numbers>(self, numbers: N) {
         let size = LANES * self.panels.cols * self.tokens;
-        in_tasks(self.panels.panels(), size, 4, usize::MAX, |scratch: &mut Vec<Line>, range| {
+        in_tasks(self.panels.rows.div_ceil(LANES), size, 4, usize::MAX, |scratch: &mut Vec<Line>, range| {
             // SAFETY: panels that there are; tasks write disjoint rows of the output; panels exist only where the machine has the
             // instructions.
             unsafe { if self.tokens <= FEW { self.few(numbers, range) } else { self.many(numbers, range, scratch) } }

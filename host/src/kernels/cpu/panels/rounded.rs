@@ -45,7 +45,7 @@ impl Rounded {
     /// `x` is `[tokens, cols]`.
     pub(super) fn new(panels: &Panels, x: &[f32]) -> Self {
         let (layout, cols) = (panels.layout, panels.cols);
-        let (tokens, groups, planes) = (x.len() / cols, cols / layout.group, layout.activation_bytes());
+        let (tokens, groups, planes) = (x.len() / cols, cols / layout.group, if layout.bits == 8 { 2 } else { 1 });
         let pitch = cols.next_multiple_of(64);
         let mut all = Self {
             bytes: vec![0; tokens * planes * pitch],
