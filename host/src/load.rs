@@ -99,13 +99,7 @@ fn open_files(source: Source, options: &LoadOptions) -> Result<Opened> {
 impl Opened {
     /// The tokenizer that comes with the model.
     pub fn tokenizer(&self) -> Result<Tokenizer> {
-        match (&self.gguf, &self.source.files) {
-            (Some(gguf), _) => {
-                let (inner, config) = gguf.tokenizer()?;
-                Tokenizer::new(inner, config)
-            }
-            (None, files) => Tokenizer::from_folder(files.path()),
-        }
+        tokenizer(self.gguf.as_ref(), &self.source)
     }
 
     /// The architecture's demands against what the files have.
@@ -116,25 +110,30 @@ impl Opened {
     }
 }
 
+fn tokenizer(gguf: Option<&Gguf>, source: &Source) -> Result<Tokenizer> {
+    match gguf {
+        Some(gguf) => {
+            let (inner, config) = gguf.tokenizer()?;
+            Tokenizer::new(inner, config)
+        }
+        None => Tokenizer::from_folder(source.files.path()),
+    }
+}
+
 /// Loads a model: a Hub id, a folder, a `.gguf` file, `pip:PACKAGE`, or by `None` the default one.
 ///
 /// # Errors
 /// One sentence for each way this fails: see [`Error`](crate::Error).
 pub fn load(spec: Option<&str>, options: &LoadOptions) -> Result<LanguageModel> {
-    let opened = open(spec, options)?;
-    let adapters = match &options.adapter_path {
-        Some(path) => Adapters::open(path)?,
-        None => Adapters::default(),
-    };
-    let (source, mut tokenizer) = (opened.source.clone(), opened.tokenizer()?);
-    let plan = opened.plan(options, &adapters)?;
-    let place = Placement::new(options.device, options.dtype, plan.dtype())?;
-    let bar = crate::progress::bar(options.progress, "Loading");
-    let model = plan.load(place, &adapters, &|done, all| {
-        bar.set_length(all as u64);
-        bar.set_position(done as u64);
-    })?;
-    bar.finish_and_clear();
+    let mut opened = open(spec, options)?;
+    let (source, gguf) = (opened.source.clone(), opened.gguf.take());
+    // Either takes about as long as the other.
+    let (model, tokenizer) = std::thread::scope(|scope| {
+        let tokenizer = scope.spawn(|| tokenizer(gguf.as_ref(), &source));
+        let model = network(opened, options);
+        (model, tokenizer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+    });
+    let (mut tokenizer, model) = (tokenizer?, model?);
     let mut eos_token_ids = model.config.eos_token_ids.clone();
     if eos_token_ids.is_empty() {
         eos_token_ids.extend(tokenizer.eos_token_id());
@@ -143,4 +142,21 @@ pub fn load(spec: Option<&str>, options: &LoadOptions) -> Result<LanguageModel> 
         tokenizer.set_id_limit(rows);
     }
     Ok(LanguageModel { source, model, tokenizer, eos_token_ids })
+}
+
+/// The model without its tokenizer.
+fn network(opened: Opened, options: &LoadOptions) -> Result<Model> {
+    let adapters = match &options.adapter_path {
+        Some(path) => Adapters::open(path)?,
+        None => Adapters::default(),
+    };
+    let plan = opened.plan(options, &adapters)?;
+    let place = Placement::new(options.device, options.dtype, plan.dtype())?;
+    let bar = crate::progress::bar(options.progress, "Loading");
+    let model = plan.load(place, &adapters, &|done, all| {
+        bar.set_length(all as u64);
+        bar.set_position(done as u64);
+    })?;
+    bar.finish_and_clear();
+    Ok(model)
 }

@@ -11,76 +11,111 @@ const FAR: usize = 3 << 20;
 /// Bytes between two looks at whether there is work.
 const STRIDE: usize = 2048;
 
+/// What a step reads, product by product.
+struct Route {
+    stops: [Stop; STOPS],
+    /// Products of this step so far.
+    passed: AtomicUsize,
+    /// Products of the step before.
+    length: AtomicUsize,
+}
+
 struct Stop {
     start: AtomicUsize,
     len: AtomicUsize,
 }
 
-static ROUTE: [Stop; STOPS] = [const { Stop { start: AtomicUsize::new(0), len: AtomicUsize::new(0) } }; STOPS];
-/// Products of the step so far.
-static PASSED: AtomicUsize = AtomicUsize::new(0);
-/// Products of the step before.
-static LENGTH: AtomicUsize = AtomicUsize::new(0);
+static ROUTE: Route = Route::new();
 
 /// A step begins, in which the weights of the one before are read again.
 pub fn begin_step() {
-    LENGTH.store(PASSED.swap(0, Relaxed).min(STOPS), Relaxed);
+    ROUTE.begin();
 }
 
 /// A product of few tokens begins, which reads these bytes.
 pub(super) fn pass(weights: &[u8]) {
-    let i = PASSED.load(Relaxed);
-    if let Some(stop) = ROUTE.get(i) {
-        stop.start.store(weights.as_ptr() as usize, Relaxed);
-        stop.len.store(weights.len(), Relaxed);
-        PASSED.store(i + 1, Relaxed);
+    ROUTE.pass(weights.as_ptr() as usize, weights.len());
+}
+
+impl Route {
+    const fn new() -> Self {
+        let stops = [const { Stop { start: AtomicUsize::new(0), len: AtomicUsize::new(0) } }; STOPS];
+        Self { stops, passed: AtomicUsize::new(0), length: AtomicUsize::new(0) }
+    }
+
+    fn begin(&self) {
+        self.length.store(self.passed.swap(0, Relaxed), Relaxed);
+    }
+
+    fn pass(&self, start: usize, len: usize) {
+        let i = self.passed.load(Relaxed);
+        if let Some(stop) = self.stops.get(i) {
+            stop.start.store(start, Relaxed);
+            stop.len.store(len, Relaxed);
+            self.passed.store(i + 1, Relaxed);
+        }
+    }
+
+    fn stop(&self, i: usize) -> (usize, usize) {
+        self.stops.get(i).map_or((0, 0), |stop| (stop.start.load(Relaxed), stop.len.load(Relaxed)))
     }
 }
 
-/// How far a thread has walked.
+/// How far a thread has walked: to a byte of a stop.
 #[derive(Default)]
 pub(super) struct Walk {
     stop: usize,
     offset: usize,
-    /// Bytes fetched since the products were last caught up with.
+    /// Bytes between the products and here.
     ahead: usize,
-    /// What `PASSED` was when that was looked at last.
+    /// How many products had begun when that was looked at last.
     seen: usize,
 }
 
 impl Walk {
     /// Fetches a little more; says whether there was anything to fetch.
     pub(super) fn on(&mut self) -> bool {
-        let (passed, length) = (PASSED.load(Relaxed), LENGTH.load(Relaxed));
-        if passed != self.seen {
-            // What was fetched for products that have begun is no longer ahead.
-            let begun = |i: usize| ROUTE.get(i).map_or(0, |stop| stop.len.load(Relaxed));
-            let range = if passed > self.seen { self.seen..passed } else { 0..passed };
-            self.ahead = range.map(begun).fold(self.ahead, usize::saturating_sub);
-            let behind = if self.stop >= self.seen || passed > self.seen { self.stop < passed } else { false };
-            if behind || self.ahead == 0 {
-                (self.stop, self.offset, self.ahead) = (passed, 0, 0);
-            }
-            self.seen = passed;
-        }
-        if length == 0 || self.ahead >= FAR {
+        self.along(&ROUTE)
+    }
+
+    fn along(&mut self, route: &Route) -> bool {
+        let (passed, length) = (route.passed.load(Relaxed), route.length.load(Relaxed));
+        if length == 0 {
             return false;
         }
-        if self.stop >= length {
-            (self.stop, self.offset) = (0, 0);
+        if passed != self.seen {
+            self.seen = passed;
+            // Overtaken, or on another way altogether: begin again where the products are.
+            self.ahead = self.distance(route, passed % length, length).unwrap_or_else(|| {
+                (self.stop, self.offset) = (passed % length, 0);
+                0
+            });
         }
-        let Some(stop) = ROUTE.get(self.stop) else { return false };
-        let (start, len) = (stop.start.load(Relaxed), stop.len.load(Relaxed));
+        if self.ahead >= FAR {
+            return false;
+        }
+        let (start, len) = route.stop(self.stop);
         let end = len.min(self.offset + STRIDE);
-        for at in (self.offset..end).step_by(64) {
-            fetch((start + at) as *const u8);
-        }
+        (self.offset..end).step_by(64).for_each(|at| fetch((start + at) as *const u8));
         self.ahead += end.saturating_sub(self.offset);
         self.offset = end;
         if end >= len {
-            (self.stop, self.offset) = (self.stop + 1, 0);
+            (self.stop, self.offset) = ((self.stop + 1) % length, 0);
         }
         true
+    }
+
+    /// Bytes from the stop `from` to here, if it is not much farther than it may be.
+    fn distance(&self, route: &Route, from: usize, length: usize) -> Option<usize> {
+        let (mut at, mut bytes) = (from, self.offset);
+        while at != self.stop {
+            bytes += route.stop(at).1;
+            at = (at + 1) % length;
+            if bytes > 2 * FAR || at == from {
+                return None;
+            }
+        }
+        Some(bytes)
     }
 }
 
@@ -93,4 +128,43 @@ fn fetch(at: *const u8) {
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = at;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn steps(route: &Route, sizes: &[usize]) {
+        route.begin();
+        sizes.iter().enumerate().for_each(|(i, &size)| route.pass(i << 32, size));
+    }
+
+    #[test]
+    fn a_walk_keeps_in_front_of_the_products_and_goes_on_with_the_first_after_the_last() {
+        let (route, mut walk) = (Box::new(Route::new()), Walk::default());
+        assert!(!walk.along(&route), "nothing is known of the first step");
+        let sizes = [FAR; 4];
+        steps(&route, &sizes);
+        steps(&route, &sizes[..1]);
+        while walk.along(&route) {}
+        assert_eq!((walk.stop, walk.ahead), (2, FAR), "the second product's, and no more");
+        route.pass(1 << 32, FAR);
+        route.pass(2 << 32, FAR);
+        while walk.along(&route) {}
+        assert_eq!((walk.stop, walk.ahead), (0, FAR), "the fourth's");
+        route.pass(3 << 32, FAR);
+        assert!(walk.along(&route));
+        assert_eq!((walk.stop, walk.offset), (0, STRIDE), "the first's");
+    }
+
+    #[test]
+    fn a_walk_that_is_overtaken_begins_again_where_the_products_are() {
+        let (route, mut walk) = (Box::new(Route::new()), Walk::default());
+        steps(&route, &[64 * STRIDE; 3000]);
+        route.begin();
+        assert!(walk.along(&route));
+        (0..1000).for_each(|i| route.pass(i << 32, 64 * STRIDE));
+        assert!(walk.along(&route));
+        assert_eq!((walk.stop, walk.offset), (1000, STRIDE));
+    }
 }
