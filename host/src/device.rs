@@ -1,7 +1,8 @@
 //! Where a model computes and in which precision.
 //!
 //! On the CPU activations are always f32, whatever the dtype: no CPU here adds bf16 numbers, and rounding after each op would only lose
-//! time and digits. There `dtype` says how wide the KV cache is, and how wide weights may be. On GPUs it is the type of everything.
+//! time and digits. There `dtype` says how wide the KV cache is, how wide weights may be, and whether products may round what they
+//! multiply. On GPUs it is the type of everything.
 
 #[cfg(feature = "cuda")]
 mod cuda;
@@ -45,7 +46,7 @@ pub enum DtypeChoice {
 pub struct Placement {
     /// Where tensors lie.
     pub device: Device,
-    /// The type of KV caches, and on GPUs of activations and dense weights.
+    /// The type of KV caches, and on GPUs of activations and dense weights. On the CPU products round their inputs unless it is f32.
     pub dtype: DType,
     /// Whether dylm's own CPU kernels do the heavy ops; candle does them otherwise.
     pub native: bool,

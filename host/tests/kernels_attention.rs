@@ -267,7 +267,9 @@ fn small_types_give_what_their_widened_numbers_give() {
         let (k, v) = (narrow(&i.k), narrow(&i.v));
         (i.k, i.v) = (k.iter().map(|x| x.to_f32()).collect(), v.iter().map(|x| x.to_f32()).collect());
         let want = run(case, &i, Rows::F32(&i.k), Rows::F32(&i.v), &PLAIN);
-        assert_eq!(run(case, &i, Rows::BF16(&k), Rows::BF16(&v), &PLAIN), want);
+        // Only where both are bfloat16 may they be multiplied as such: see below.
+        assert_eq!(run(case, &i, Rows::BF16(&k), Rows::F32(&i.v), &PLAIN), want);
+        assert_eq!(run(case, &i, Rows::F32(&i.k), Rows::BF16(&v), &PLAIN), want);
 
         if case.dim % 32 == 0 {
             for (bits, bound) in [(8, 0.01), (6, 0.04), (4, 0.2)] {
@@ -334,7 +336,7 @@ fn bfloat16_multiplied_as_such_stays_within_the_rounding_of_queries_and_weights(
             let all = Attend { softcap: Some(1.5), window: Some(33), keep: 2, slopes: Some(&slopes), ..PLAIN };
             let chunk = Attend { chunk: Some(30), ..PLAIN };
             for how in [PLAIN, all, chunk, Attend { blocks: Some(Blocks { size: 8, local: 2, stride: 3 }), ..PLAIN }] {
-                let got = run(case, &i, Rows::Halves(&k), Rows::Halves(&v), &how);
+                let got = run(case, &i, Rows::BF16(&k), Rows::BF16(&v), &how);
                 for (got, want) in got.iter().zip(textbook(case, &i, &how)) {
                     // Values are at most 1; each weight and their mass may be off by 2^-9.
                     assert!(
@@ -362,7 +364,7 @@ fn bfloat16_multiplied_as_such_gives_the_same_bits_alone_in_chunks_and_on_any_nu
             let q = i.q[first * q..last * q].to_vec();
             let part = Inputs { q, k: Vec::new(), v: Vec::new(), queries, keys: i.keys[..held].to_vec() };
             let (k, v) = (&k[..held * case.kv_heads * case.dim], &v[..held * case.kv_heads * case.v_dim]);
-            run(case, &part, Rows::Halves(k), Rows::Halves(v), &PLAIN)
+            run(case, &part, Rows::BF16(k), Rows::BF16(v), &PLAIN)
         };
         let whole = part(0, tokens);
         for chunk in [1, 7, 64] {

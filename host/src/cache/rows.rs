@@ -95,7 +95,7 @@ impl Table {
         Some(match self {
             Table::F32(table) => Rows::F32(table),
             Table::F16(table) => Rows::F16(table),
-            Table::BF16(table) => Rows::Halves(table),
+            Table::BF16(table) => Rows::BF16(table),
             Table::Packed { data, scales, biases, bits, group } => {
                 Rows::Affine { data, scales, biases, bits: *bits, group: *group }
             }

@@ -1,6 +1,6 @@
 //! Weights fetched into cache before their turn. While a token is decoded one thread does much alone (norms, rotations, the plugin's own
 //! steps), and memory, which is what decoding waits for, would rest; but the order in which weights are read is that of the token before.
-//! So a thread that waits for work walks ahead of the products and touches what they will read. A wrong guess costs nothing but that.
+//! So a thread that waits for work walks ahead of the products and touches what they will read. A wrong guess costs no more than what it read.
 
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 

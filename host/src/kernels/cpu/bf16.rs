@@ -36,12 +36,12 @@ pub(super) fn multiply(m: &Matrix, x: &[f32], out: &mut [f32]) {
     // Rows whose starts are a power of two apart would all fall into the same few lines of the first-level cache.
     let stride = cols.next_multiple_of(LANES) + LANES;
     let mut halves = vec![0u16; tokens * stride];
-    let round = |(to, x): (&mut [u16], &[f32])| {
+    let rounded = |(to, x): (&mut [u16], &[f32])| {
         // SAFETY: `runs_here`; a token's room is whole vectors longer than its columns.
         unsafe { round(x, to) }
     };
     each_chunk(&mut halves, stride * ROUNDED, |i, halves| {
-        halves.chunks_exact_mut(stride).zip(x.chunks_exact(cols).skip(i * ROUNDED)).for_each(round);
+        halves.chunks_exact_mut(stride).zip(x.chunks_exact(cols).skip(i * ROUNDED)).for_each(rounded);
     });
     let [weights, ..] = m.parts();
     if tokens <= FEW {
@@ -57,15 +57,17 @@ pub(super) fn multiply(m: &Matrix, x: &[f32], out: &mut [f32]) {
         tokens,
         ahead: if tokens <= FEW { AHEAD } else { 0 },
     };
-    let abreast = if tokens <= FEW { usize::MAX } else { (CACHED / (2 * cols)).max(8) };
-    in_tasks(rows, cols * tokens, 8, abreast, |(): &mut (), range| {
+    let most = if tokens <= FEW { usize::MAX } else { (CACHED / (2 * cols)).max(8) };
+    in_tasks(rows, cols * tokens, 8, most, |(): &mut (), range| {
         // SAFETY: rows of the matrix; tasks write disjoint rows of `out`; `runs_here`.
         unsafe { if tokens <= FEW { product.few(range) } else { product.many(range) } }
     });
 }
 
+/// Numbers rounded to bfloat16, and zeros behind them; `to` has at least as many places, a multiple of sixteen.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-unsafe fn round(x: &[f32], to: &mut [u16]) {
+pub(super) unsafe fn round(x: &[f32], to: &mut [u16]) {
+    to[x.len()..].fill(0);
     for (x, to) in x.chunks(16).zip(to.chunks_exact_mut(16)) {
         let mask = (u32::MAX >> (32 - x.len())) as u16;
         // SAFETY: masked to what there is of `x`; sixteen places in `to`.

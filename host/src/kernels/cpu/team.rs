@@ -147,7 +147,7 @@ impl Team {
 
     /// Runs `work` on this thread and on up to `others` more, all at once.
     fn run(&self, others: usize, work: &Work<'_>) {
-        let Ok(_opener) = self.opener.try_lock() else { return work() };
+        let Ok(opener) = self.opener.try_lock() else { return work() };
         // SAFETY: only the lifetime changes; nobody is inside once this function ends.
         let kept = unsafe { std::mem::transmute::<*const Work<'_>, *const Work<'static>>(std::ptr::from_ref(work)) };
         // SAFETY: the gate is closed and nobody inside, since who opened it last has gone.
@@ -171,6 +171,8 @@ impl Team {
             if turns.is_multiple_of(4096) { std::thread::yield_now() } else { std::hint::spin_loop() }
         }
         let theirs = self.panicked.lock().unwrap_or_else(|e| e.into_inner()).take();
+        // Before a panic goes on, which would spoil the lock for all who come after.
+        drop(opener);
         if let Some(panic) = mine.err().or(theirs) {
             resume_unwind(panic);
         }
@@ -239,4 +241,60 @@ pub(super) fn each_chunk_of_two<T: Send, U: Send>(
         // SAFETY: pieces do not overlap, and all lie inside.
         unsafe { task(i, shared.part(a, size.min(sizes[0] - a)), others.part(b, width.min(sizes[1] - b))) };
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::AtomicU32;
+
+    fn counts(n: usize) -> Vec<AtomicU32> {
+        (0..n).map(|_| AtomicU32::new(0)).collect()
+    }
+
+    #[test]
+    fn each_task_is_done_once_whoever_asks_at_the_same_time() {
+        std::thread::scope(|scope| {
+            for _ in 0..3 {
+                scope.spawn(|| {
+                    for n in (0..400).map(|i| i % 37) {
+                        let done = counts(n);
+                        // Work within work, too.
+                        each(n, |i| each(2, |_| drop(done[i].fetch_add(1, Ordering::Relaxed))));
+                        assert!(done.iter().all(|times| times.load(Ordering::Relaxed) == 2), "{n} tasks");
+                    }
+                });
+            }
+        });
+    }
+
+    #[test]
+    fn chunks_cover_everything_and_the_last_may_be_shorter() {
+        for (len, size) in [(0, 4), (1, 4), (8, 4), (9, 4), (1000, 7)] {
+            let mut all = vec![0; len];
+            each_chunk(&mut all, size, |i, part| part.iter_mut().for_each(|x| *x += i + 1));
+            assert!(all.iter().enumerate().all(|(at, &x)| x == at / size + 1), "{len} in pieces of {size}");
+        }
+    }
+
+    #[test]
+    fn threads_sleep_and_are_woken() {
+        for _ in 0..5 {
+            let done = counts(64);
+            each(64, |i| drop(done[i].fetch_add(1, Ordering::Relaxed)));
+            assert!(done.iter().all(|times| times.load(Ordering::Relaxed) == 1));
+            std::thread::sleep(5 * WATCH);
+        }
+    }
+
+    #[test]
+    fn a_panic_in_a_task_comes_out_and_the_threads_serve_the_next() {
+        let panic = catch_unwind(|| each(100, |i| assert!(i != 50, "task {i}")));
+        let text = panic.unwrap_err().downcast::<String>().map(|text| *text);
+        assert!(text.is_ok_and(|text| text == "task 50"));
+        assert!(!BUSY.get() && !team().opener.is_poisoned());
+        let done = counts(100);
+        each(100, |i| drop(done[i].fetch_add(1, Ordering::Relaxed)));
+        assert!(done.iter().all(|times| times.load(Ordering::Relaxed) == 1));
+    }
 }

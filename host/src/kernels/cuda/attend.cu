@@ -2,21 +2,12 @@
 // warps take the keys in turn, each with a softmax of its own, and are merged in order. How many keys there are is read from the queries'
 // positions on the device.
 
+#include "floats.cuh"
 #include <cstdint>
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 
 namespace {
 
 constexpr uint32_t WARPS = 8, MOST = 16; // a value has at most 32 * MOST lanes
-
-__device__ float wide(float x) { return x; }
-__device__ float wide(__half x) { return __half2float(x); }
-__device__ float wide(__nv_bfloat16 x) { return __bfloat162float(x); }
-template <typename T> __device__ T narrow(float x);
-template <> __device__ float narrow<float>(float x) { return x; }
-template <> __device__ __half narrow<__half>(float x) { return __float2half_rn(x); }
-template <> __device__ __nv_bfloat16 narrow<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
 
 } // namespace
 

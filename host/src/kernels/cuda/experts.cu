@@ -209,7 +209,6 @@ extern "C" __global__ void __launch_bounds__(256) sum_choices(const __grid_const
     KERNEL(gated_many_##NAME, 128, (many<P, GROUP, true, true, 2>))                                                                        \
     KERNEL(down_many_##NAME, 128, (many<P, GROUP, false, false, 2>))
 
-#ifndef EXPERTS_TEST
 EXPERTS(nibble_32, NIBBLE, 32)
 EXPERTS(nibble_64, NIBBLE, 64)
 EXPERTS(nibble_128, NIBBLE, 128)
@@ -217,7 +216,3 @@ EXPERTS(byte_32, BYTE, 32)
 EXPERTS(byte_64, BYTE, 64)
 EXPERTS(byte_128, BYTE, 128)
 EXPERTS(mx4_32, MX4, 32)
-#else
-EXPERTS(nibble_64, NIBBLE, 64)
-EXPERTS(mx4_32, MX4, 32)
-#endif

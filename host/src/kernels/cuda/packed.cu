@@ -85,7 +85,6 @@ template <int P, int GROUP, int RT, int NT, int S> constexpr int shared_of_warp 
     PACKED(matmul_2x32_##NAME, P, GROUP, 2, 4, 2, false)                                                                                   \
     PACKED(gated_2x8_##NAME, P, GROUP, 2, 1, 2, true)
 
-#ifndef PACKED_TEST
 FOR_FORMAT(nibble_32, NIBBLE, 32)
 FOR_FORMAT(nibble_64, NIBBLE, 64)
 FOR_FORMAT(nibble_128, NIBBLE, 128)
@@ -93,4 +92,3 @@ FOR_FORMAT(byte_32, BYTE, 32)
 FOR_FORMAT(byte_64, BYTE, 64)
 FOR_FORMAT(byte_128, BYTE, 128)
 FOR_FORMAT(mx4_32, MX4, 32)
-#endif

@@ -1,19 +1,10 @@
 // What a step needs beside its heavy ops: rotary angles, rows joining a cache, the largest of a row. Everything that changes from step to
 // step (positions, ids) is read from device memory, so that a recorded step can be replayed with other values there.
 
+#include "floats.cuh"
 #include <cstdint>
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 
 namespace {
-
-__device__ float wide(float x) { return x; }
-__device__ float wide(__half x) { return __half2float(x); }
-__device__ float wide(__nv_bfloat16 x) { return __bfloat162float(x); }
-template <typename T> __device__ T narrow(float x);
-template <> __device__ float narrow<float>(float x) { return x; }
-template <> __device__ __half narrow<__half>(float x) { return __float2half_rn(x); }
-template <> __device__ __nv_bfloat16 narrow<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
 
 // x and y [tokens, heads, head_dim]: `dims` lanes from `first` on turn, pair by pair; the others are copied. A block is one token's head.
 template <typename T>

@@ -4,20 +4,6 @@
 use super::block::KEYS;
 use std::arch::x86_64::*;
 
-/// Rows of a block rounded to bfloat16; `to` has a multiple of 32 places, zeros behind the numbers.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-pub(super) unsafe fn round(x: &[f32], to: &mut [u16]) {
-    to.fill(0);
-    for (x, to) in x.chunks(16).zip(to.chunks_exact_mut(16)) {
-        let mask = (u32::MAX >> (32 - x.len())) as u16;
-        // SAFETY: masked to what there is of `x`; sixteen places in `to`.
-        unsafe {
-            let rounded = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, x.as_ptr()));
-            _mm256_storeu_si256(to.as_mut_ptr().cast(), std::mem::transmute::<__m256bh, __m256i>(rounded));
-        }
-    }
-}
-
 /// Some entries of one head in a cache.
 #[derive(Clone, Copy)]
 pub(super) struct Entries {

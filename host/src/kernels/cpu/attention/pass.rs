@@ -55,7 +55,7 @@ pub(super) struct Room {
 
 /// Whether keys and values are multiplied as bfloat16.
 fn in_halves(isa: Isa, cache: &Keys<'_>) -> bool {
-    let halves = |rows| matches!(rows, Rows::Halves(_));
+    let halves = |rows| matches!(rows, Rows::BF16(_));
     let here = cfg!(target_arch = "x86_64") && isa == Isa::Vnni;
     #[cfg(target_arch = "x86_64")]
     let here = here && halves::runs_here();
@@ -151,7 +151,7 @@ impl Pass<'_> {
                 // SAFETY: `in_halves` has made sure of the instructions.
                 #[cfg(target_arch = "x86_64")]
                 unsafe {
-                    pairs::round(query(row), to)
+                    super::super::bf16::round(query(row), to)
                 };
                 #[cfg(not(target_arch = "x86_64"))]
                 let _ = (to, row);
@@ -181,7 +181,7 @@ impl Pass<'_> {
         let (call, how) = (self.call, s.cache.how);
         let (len, width, rows) = (call.dim.next_multiple_of(32), call.width(), self.rows());
         let entries = |rows: Rows<'_>, dim: usize| {
-            let Rows::Halves(x) = rows else {
+            let Rows::BF16(x) = rows else {
                 return pairs::Entries { from: std::ptr::null(), stride: 0, dim, count: 0 };
             };
             let from = x[(s.first * call.kv_heads + s.head) * dim..].as_ptr().cast();

@@ -9,10 +9,8 @@ pub enum Rows<'a> {
     F32(&'a [f32]),
     /// f16.
     F16(&'a [half::f16]),
-    /// bf16.
+    /// bf16; where the machine multiplies such numbers as they are, queries and weights are rounded to that type too.
     BF16(&'a [half::bf16]),
-    /// bf16 whose products are taken in that type where the machine can: queries and weights are rounded to it as well.
-    Halves(&'a [half::bf16]),
     /// MLX affine along `dim`, as [`super::super::quantize_rows`] makes it.
     Affine {
         /// Little-endian bit stream, `dim * bits / 8` bytes a head.
@@ -34,7 +32,7 @@ impl Rows<'_> {
         match self {
             Rows::F32(x) => x.len(),
             Rows::F16(x) => x.len(),
-            Rows::BF16(x) | Rows::Halves(x) => x.len(),
+            Rows::BF16(x) => x.len(),
             Rows::Affine { data, bits, .. } => data.len() * 8 / *bits as usize,
         }
     }
@@ -91,7 +89,7 @@ impl Job for Widen<'_> {
                             to[i] = L::half(x[i].to_bits());
                         }
                     }
-                    Rows::BF16(x) | Rows::Halves(x) => {
+                    Rows::BF16(x) => {
                         let x = &x[at..at + self.dim];
                         for i in (0..whole).step_by(L::W) {
                             L::store(to.as_mut_ptr().add(i), L::load_bf16(x.as_ptr().add(i).cast()));
