@@ -107,6 +107,17 @@ fn the_gguf_gives_the_logits_of_its_dequantized_self() {
     }
 }
 
+/// Root mean square difference of two references' logits after the prompt, relative to the largest of `exact`. Files store every 48th
+/// token; the likeliest ones differ, so what both have is compared.
+fn apart(exact: &Reference, other: &Reference) -> f32 {
+    let common = exact.tokens.iter().enumerate();
+    let both: Vec<(usize, usize)> =
+        common.filter_map(|(i, t)| Some((i, other.tokens.iter().position(|u| u == t)?))).collect();
+    let scale = exact.logits_prompt.iter().fold(0f32, |m, x| m.max(x.abs()));
+    let squares: f32 = both.iter().map(|&(i, j)| (exact.logits_prompt[i] - other.logits_prompt[j]).powi(2)).sum();
+    (squares / both.len() as f32).sqrt() / scale
+}
+
 #[test]
 fn in_bf16_logits_are_no_further_off_than_transformers_own_bf16_run() {
     let Some(path) = folder(Form::Bf16) else { return };
@@ -115,18 +126,29 @@ fn in_bf16_logits_are_no_further_off_than_transformers_own_bf16_run() {
     for (reference, bf16) in exact.iter().zip(&theirs) {
         let ours = forced(&lm, reference);
         let (_, our_error) = errors(&ours[0], reference, &reference.logits_prompt);
-        // Both files store every 48th token; the likeliest ones differ, so compare what both have.
-        let both: Vec<(usize, usize)> = reference
-            .tokens
-            .iter()
-            .enumerate()
-            .filter_map(|(i, t)| Some((i, bf16.tokens.iter().position(|u| u == t)?)))
-            .collect();
-        let scale = reference.logits_prompt.iter().fold(0f32, |m, x| m.max(x.abs()));
-        let squares: f32 =
-            both.iter().map(|&(i, j)| (reference.logits_prompt[i] - bf16.logits_prompt[j]).powi(2)).sum();
-        let their_error = (squares / both.len() as f32).sqrt() / scale;
+        let their_error = apart(reference, bf16);
         println!("bf16: off by {our_error:.1e}, transformers by {their_error:.1e}");
         assert!(our_error <= 1.5 * their_error, "{our_error} against {their_error}");
+    }
+}
+
+#[test]
+fn rounding_activations_costs_little_beside_packing_the_weights() {
+    let dense = references("transformers-f32").unwrap();
+    // Measured: a third of the packing's error at eight bits, where that is small, and a tenth at four.
+    for (form, name, most) in [
+        (Form::Mlx8bit, "dequant-f32-8bit", 0.5),
+        (Form::Mlx4bit, "dequant-f32-4bit", 0.2),
+        (Form::MlxMxfp4, "dequant-f32-mxfp4", 0.2),
+    ] {
+        let Some(path) = folder(form) else { return };
+        let lm = load(&path, DtypeChoice::Bfloat16);
+        for (reference, dense) in references(name).unwrap().iter().zip(&dense) {
+            let ours = forced(&lm, reference);
+            let (_, rounding) = errors(&ours[0], reference, &reference.logits_prompt);
+            let packing = apart(reference, dense);
+            println!("{name}: off by {rounding:.1e} in bf16, packing by {packing:.1e}");
+            assert!(rounding > 0.0 && rounding <= most * packing, "{name}: {rounding} against {packing}");
+        }
     }
 }
