@@ -31,6 +31,7 @@
 pub mod adapter;
 pub mod cache;
 pub mod cli;
+mod compiled;
 pub mod config;
 pub mod decode;
 pub mod detokenize;

@@ -24,6 +24,7 @@ use crate::{
     weights::{
         checkpoint::Checkpoint,
         load::Loader,
+        moving,
         names::plain_names,
         plan::{Report, Wanted},
         recipe::{Pantry, float},
@@ -68,8 +69,10 @@ pub struct Model {
     pub(crate) object: Object,
     /// Who watches what the plugin does.
     pub(crate) watch: Option<Watch>,
-    wanted: Vec<Wanted>,
-    layers: Vec<Layer>,
+    pub(crate) wanted: Vec<Wanted>,
+    pub(crate) layers: Vec<Layer>,
+    /// Its steps that were compiled for the CPU.
+    pub(crate) compiled: crate::compiled::Steps,
     /// Its steps that were recorded.
     #[cfg(feature = "cuda")]
     pub(crate) replays: crate::replay::Replays,
@@ -144,8 +147,15 @@ impl Plan {
     /// `forward` and `head` without numbers; gives the logits.
     pub(crate) fn dry(&self, tokens: Value, watch: Option<&Watch>) -> Result<(Value, CacheShapes)> {
         let place = Placement::new(DeviceChoice::Cpu, DtypeChoice::Float32, DType::F32)?;
-        let engine =
-            Engine { object: &self.object, wanted: &self.wanted, layers: &[], place: &place, watch, places: None };
+        let engine = Engine {
+            object: &self.object,
+            wanted: &self.wanted,
+            layers: &[],
+            place: &place,
+            watch,
+            places: None,
+            notes: None,
+        };
         let (logits, shapes) = engine.run(Vec::new(), tokens, |all| Ok(Some(all.clone())))?;
         Ok((logits.unwrap_or(Value::planned(&[])), shapes))
     }
@@ -223,6 +233,7 @@ impl Plan {
             watch: None,
             wanted,
             layers,
+            compiled: Default::default(),
             #[cfg(feature = "cuda")]
             replays: Default::default(),
         })
@@ -287,11 +298,18 @@ impl Model {
             counts.push(wanted);
         }
         crate::kernels::cpu::begin_step();
-        let logits = self.run(inputs, &replayed, ids, rows);
+        let logits = match self.played(inputs, &ids) {
+            Ok(Some(logits)) => Ok(logits),
+            Ok(None) => self.run(inputs, &replayed, ids, rows),
+            Err(e) => Err(e.into()),
+        };
         match logits {
             Ok(mut logits) => {
                 for (input, again) in inputs.iter_mut().zip(&replayed).filter(|(input, _)| !input.tokens.is_empty()) {
                     input.state.finish(again, input.tokens)?;
+                }
+                if self.place.native && inputs.iter().all(|input| input.tokens.len() == 1) {
+                    moving::some();
                 }
                 Ok(counts.iter().map(|&n| logits.drain(..n).collect()).collect())
             }
@@ -315,13 +333,13 @@ impl Model {
         Ok(None)
     }
 
-    /// Why the GPU runs this model's steps op by op, where it tried to record and replay them.
+    /// Why this model's steps of one token run op by op, once it was tried to compile them or, on a GPU, to record them.
     pub fn not_replayed(&self) -> Option<String> {
         #[cfg(feature = "cuda")]
         if let Some(why) = self.replays.refused() {
             return Some(why);
         }
-        None
+        self.compiled.refused()
     }
 
     fn knows<'i>(&self, mut ids: impl Iterator<Item = &'i u32>) -> Result<()> {
@@ -347,7 +365,7 @@ impl Model {
         let tokens = Tensor::from_vec(ids, count, &self.place.device)?;
         let (object, wanted, layers, place) = (&self.object, &self.wanted, &self.layers, &self.place);
         let watch = self.watch.as_ref();
-        let engine = Engine { object, wanted, layers, place, watch, places: self.places(&parts, count)? };
+        let engine = Engine { object, wanted, layers, place, watch, places: self.places(&parts, count)?, notes: None };
         let select = |hidden: &Value| match hidden {
             // A GPU does not choose nothing out of something.
             _ if rows.is_empty() => Ok(None),

@@ -32,7 +32,7 @@ impl Norm {
             return Ok(y);
         }
         if self.native {
-            return if !self.centred && self.bias.is_none() { self.rms_on_cpu(x) } else { self.by_candle(x) };
+            return if self.centred || self.bias.is_none() { self.on_cpu(x) } else { self.by_candle(x) };
         }
         let (weight, bias) = (self.weight.as_ref(), self.bias.as_ref());
         match metal::ops::norm(x, weight, bias, self.centred, self.eps)? {
@@ -41,10 +41,17 @@ impl Norm {
         }
     }
 
-    fn rms_on_cpu(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+    fn on_cpu(&self, x: &Tensor) -> candle_core::Result<Tensor> {
         let dim = x.dim(D::Minus1)?;
+        let numbers = |t: &Option<Tensor>| t.as_ref().map(|t| with_f32(t, <[f32]>::to_vec)).transpose();
+        let bias = numbers(&self.bias)?;
         let run = |weight: Option<&[f32]>| {
-            with_f32(x, |x| filled(x.len(), |out| cpu::rms_norm(x, weight, self.eps, dim, out)))?
+            with_f32(x, |x| {
+                filled(x.len(), |out| match self.centred {
+                    true => cpu::layer_norm(x, weight, bias.as_deref(), self.eps, dim, out),
+                    false => cpu::rms_norm(x, weight, self.eps, dim, out),
+                })
+            })?
         };
         let y = match &self.weight {
             Some(weight) => with_f32(weight, |w| run(Some(w)))?,

@@ -67,10 +67,14 @@ impl Weight {
         Ok(Weight::Packed(if place.dtype == DType::F32 { matrix } else { matrix.for_halves() }))
     }
 
-    /// The same weights as products of them are fastest here: rows no longer lie apart, and the checkpoint's own bytes are let go.
+    /// The same weights as products of them are fastest here: rows no longer lie apart, and the checkpoint's own bytes are let go. Where
+    /// rows stay as they are, they may move to memory that is.
     pub fn in_panels(self) -> Self {
         match self {
-            Weight::Packed(m) if m.is_for_halves() => Panels::new(&m).map_or(Weight::Packed(m), Weight::Panels),
+            Weight::Packed(m) => match m.is_for_halves().then(|| Panels::new(&m)).flatten() {
+                Some(panels) => Weight::Panels(panels),
+                None => Weight::Packed(m.that_moves()),
+            },
             other => other,
         }
     }

@@ -8,6 +8,7 @@ use crate::{
     ops::{
         arena::Arena,
         lending::Call,
+        noting::{Noted, Notes, Word},
         running::{CacheShapes, Part, Places, Running},
         value::Value,
         watch::Watch,
@@ -16,6 +17,7 @@ use crate::{
     weights::plan::Wanted,
 };
 use candle_core::Tensor;
+use plugin_api::abi::Handle;
 use std::{cell::RefCell, collections::HashMap};
 
 impl Model {
@@ -34,11 +36,23 @@ impl Model {
     #[cfg(feature = "cuda")]
     pub(crate) fn logits(&self, parts: Vec<Part>, ids: Tensor, places: Places) -> Result<Tensor> {
         let (object, wanted, layers, place) = (&self.object, &self.wanted, &self.layers, &self.place);
-        let engine = Engine { object, wanted, layers, place, watch: None, places: Some(places) };
+        let engine = Engine { object, wanted, layers, place, watch: None, places: Some(places), notes: None };
         match engine.run(parts, Value::Real(ids), |all| Ok(Some(all.clone())))?.0 {
             Some(Value::Real(logits)) => Ok(logits),
             _ => Err(Error::plugin("the plugin's head gave no logits".to_owned())),
         }
+    }
+}
+
+impl Model {
+    /// What the plugin does in a step of so many tokens, each of another sequence, all of whose logits are wanted; and what the caches that
+    /// it feeds hold of a token.
+    pub(crate) fn note(&self, tokens: usize) -> Result<(Vec<Noted>, CacheShapes)> {
+        let notes = RefCell::new(Vec::new());
+        let (object, wanted, place) = (&self.object, &self.wanted, &self.place);
+        let engine = Engine { object, wanted, layers: &[], place, watch: None, places: None, notes: Some(&notes) };
+        let (_, shapes) = engine.run(Vec::new(), Value::planned(&[tokens]), |all| Ok(Some(all.clone())))?;
+        Ok((notes.into_inner(), shapes))
     }
 }
 
@@ -50,6 +64,8 @@ pub(super) struct Engine<'a> {
     pub place: &'a Placement,
     pub watch: Option<&'a Watch>,
     pub places: Option<Places>,
+    /// Where to note the ops.
+    pub notes: Option<&'a RefCell<Vec<Noted>>>,
 }
 
 impl Engine<'_> {
@@ -76,22 +92,37 @@ impl Engine<'_> {
             turns: HashMap::new(),
             shapes: CacheShapes::new(),
             ops: self.watch.map(|_| Vec::new()),
+            notes: self.notes.map(|_| Notes::default()),
         };
         let call = Call::Running(RefCell::new(running));
         let Call::Running(cell) = &call else { unreachable!("made as Running above") };
 
-        let tokens = cell.borrow_mut().arena.put(tokens);
-        let hidden = self.object.forward(&call, tokens)?;
-        let hidden = take(cell, hidden, "forward", count)?;
+        // What goes between the plugin's two calls is noted as if it were ops.
+        let given = |op: &str, from: Handle, value: Value| {
+            let running = &mut *cell.borrow_mut();
+            let handle = running.arena.put(value.clone());
+            if let Some(notes) = &mut running.notes {
+                notes.said = vec![Word::Tensor(from)];
+                notes.note(op, None, &value, handle);
+            }
+            handle
+        };
+        let tokens = given("tokens", Handle::NONE, tokens);
+        let made = self.object.forward(&call, tokens)?;
+        let hidden = take(cell, made, "forward", count)?;
         let Some(chosen) = select(&hidden)? else {
             self.tell(cell);
             return Ok((None, CacheShapes::new()));
         };
         let count = chosen.dims().ok().and_then(|dims| dims.first().copied()).unwrap_or_default();
-        let chosen = cell.borrow_mut().arena.put(chosen);
-        let logits = self.object.head(&call, chosen)?;
-        let logits = take(cell, logits, "head", count)?;
+        let chosen = given("rows", made, chosen);
+        let made = self.object.head(&call, chosen)?;
+        let logits = take(cell, made, "head", count)?;
+        given("logits", made, logits.clone());
         self.tell(cell);
+        if let (Some(to), Some(notes)) = (self.notes, cell.borrow_mut().notes.take()) {
+            *to.borrow_mut() = notes.ops;
+        }
         let shapes = std::mem::take(&mut cell.borrow_mut().shapes);
         Ok((Some(logits), shapes))
     }

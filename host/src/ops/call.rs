@@ -4,6 +4,7 @@
 use super::{
     building::Building,
     lending::{Call, alone, with_call},
+    noting::Word,
     running::Running,
     value::{Fault, Outcome, Value, fault},
     watch::Op,
@@ -14,9 +15,20 @@ use std::{
     rc::Rc,
 };
 
-/// Runs a running op; whatever goes wrong becomes a failed tensor that says what and where.
-pub fn run(ctx: Ctx, op: &str, slot: Option<Slot>, at: At, f: impl FnOnce(&mut Running) -> Outcome) -> Handle {
+/// Runs a running op; whatever goes wrong becomes a failed tensor that says what and where. `said` tells its arguments to who notes them.
+pub fn run(
+    ctx: Ctx,
+    op: &str,
+    slot: Option<Slot>,
+    at: At,
+    said: impl FnOnce(&mut Vec<Word>),
+    f: impl FnOnce(&mut Running) -> Outcome,
+) -> Handle {
     with_running(ctx, op, at, |running| {
+        if let Some(notes) = &mut running.notes {
+            notes.said.clear();
+            said(&mut notes.said);
+        }
         let outcome = catch_unwind(AssertUnwindSafe(|| f(running)))
             .unwrap_or_else(|panic| Err(fault!("the host panicked: {}", text_of(&*panic))));
         finish(running, op, slot, at, outcome)
@@ -30,7 +42,14 @@ pub fn finish(running: &mut Running, op: &str, slot: Option<Slot>, at: At, outco
     if let Some(ops) = &mut running.ops {
         ops.push(Op::new(op, slot, &value, at));
     }
-    running.arena.put(value)
+    if running.notes.is_none() {
+        return running.arena.put(value);
+    }
+    let gives = running.arena.put(value.clone());
+    if let Some(notes) = &mut running.notes {
+        notes.note(op, slot, &value, gives);
+    }
+    gives
 }
 
 pub fn with_running<T>(ctx: Ctx, op: &str, at: At, f: impl FnOnce(&mut Running) -> T) -> Option<T> {

@@ -130,6 +130,7 @@ mod tests {
             turns: Default::default(),
             shapes: Default::default(),
             ops: None,
+            notes: None,
         });
         let x = cell.borrow_mut().arena.put(Value::planned(&[1]));
         let call = Call::Running(cell);

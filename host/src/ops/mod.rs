@@ -3,7 +3,8 @@
 //! `table` is the ABI face, `call` what happens around every op, `lending` whose call it is; `building` (with `experts`) runs while a plugin
 //! names its weights, `running`, `attending` and `recurring` (with `linear_attention`, `pooling`, a plugin's own step in `scanning`, its
 //! own ops in `own_op`) while it computes. `arena` turns handles into values; `value` has the ops that need neither weights nor sequence;
-//! `watch` writes down what a plugin called.
+//! `watch` writes down what a plugin called, `noting` so that the host can
+//! do it again.
 
 pub(crate) mod arena;
 pub(crate) mod attending;
@@ -12,6 +13,7 @@ pub(crate) mod call;
 mod experts;
 pub(crate) mod lending;
 mod linear_attention;
+pub(crate) mod noting;
 pub(crate) mod own_op;
 mod pooling;
 pub(crate) mod recurring;

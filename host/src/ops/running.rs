@@ -3,6 +3,7 @@
 
 use super::{
     arena::Arena,
+    noting::Notes,
     value::{Dims, Outcome, Value, fault},
     watch::Op,
 };
@@ -74,6 +75,8 @@ pub struct Running<'a> {
     pub shapes: CacheShapes,
     /// The ops of the call, where somebody watches.
     pub ops: Option<Vec<Op>>,
+    /// The same with all that they were told, where the step is to be compiled.
+    pub notes: Option<Notes>,
 }
 
 impl Running<'_> {

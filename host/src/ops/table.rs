@@ -3,6 +3,7 @@
 
 use super::{
     call::{build, run, with_running},
+    noting::Argument,
     scanning::scan,
     value::{Outcome, Value, fault},
 };
@@ -36,13 +37,13 @@ macro_rules! implement {
         binary { $($zname:ident: |$za:ident, $zb:ident| $zbody:expr;)* }
     ) => {
         $(extern "C" fn $bname(ctx: Ctx, $($barg: $bty,)* at: At) $(-> $bret)? { build(ctx, stringify!($bname), $otherwise, at, |$b| $bbody) })*
-        $(extern "C" fn $sname(ctx: Ctx, $sslot: Slot, $($sarg: $sty,)* at: At) -> Handle { run(ctx, stringify!($sname), Some($sslot), at, |$s| $sbody) })*
-        $(extern "C" fn $rname(ctx: Ctx, $($rarg: $rty,)* at: At) -> Handle { run(ctx, stringify!($rname), None, at, |$r| $rbody) })*
+        $(extern "C" fn $sname(ctx: Ctx, $sslot: Slot, $($sarg: $sty,)* at: At) -> Handle { run(ctx, stringify!($sname), Some($sslot), at, |_said| { $($sarg.say(_said);)* }, |$s| $sbody) })*
+        $(extern "C" fn $rname(ctx: Ctx, $($rarg: $rty,)* at: At) -> Handle { run(ctx, stringify!($rname), None, at, |_said| { $($rarg.say(_said);)* }, |$r| $rbody) })*
         $(extern "C" fn $uname(ctx: Ctx, x: Handle, at: At) -> Handle {
-            run(ctx, stringify!($uname), None, at, |r| { let $ux = r.arena.look(x)?; $ubody })
+            run(ctx, stringify!($uname), None, at, |said| x.say(said), |r| { let $ux = r.arena.look(x)?; $ubody })
         })*
         $(extern "C" fn $zname(ctx: Ctx, a: Handle, b: Handle, at: At) -> Handle {
-            run(ctx, stringify!($zname), None, at, |r| { let ($za, $zb) = (r.arena.look(a)?, r.arena.look(b)?); $zbody })
+            run(ctx, stringify!($zname), None, at, |said| [a, b].iter().for_each(|x| x.say(said)), |r| { let ($za, $zb) = (r.arena.look(a)?, r.arena.look(b)?); $zbody })
         })*
     };
 }
@@ -162,16 +163,38 @@ extern "C" fn release(ctx: Ctx, x: Handle, at: At) {
 
 extern "C" fn topk(ctx: Ctx, x: Handle, k: u64, at: At) -> Pair {
     let mut indices = Err(fault!("no indices"));
-    let first = run(ctx, "topk", None, at, |r| {
-        let (values, chosen) = r.arena.get(x)?.topk(k as usize)?;
-        indices = Ok(chosen);
-        Ok(values)
-    });
-    let second = run(ctx, "topk", None, at, |r| match indices {
-        Ok(chosen) => Ok(chosen),
-        // The values say what went wrong.
-        Err(_) => r.arena.get(first).and_then(|v| v.dims().map(|_| v.clone())),
-    });
+    let first = run(
+        ctx,
+        "topk",
+        None,
+        at,
+        |said| {
+            x.say(said);
+            k.say(said);
+        },
+        |r| {
+            let (values, chosen) = r.arena.get(x)?.topk(k as usize)?;
+            indices = Ok(chosen);
+            Ok(values)
+        },
+    );
+    let second = run(
+        ctx,
+        "topk",
+        None,
+        at,
+        |said| {
+            x.say(said);
+            k.say(said);
+            // The second of the two.
+            1u64.say(said);
+        },
+        |r| match indices {
+            Ok(chosen) => Ok(chosen),
+            // The values say what went wrong.
+            Err(_) => r.arena.get(first).and_then(|v| v.dims().map(|_| v.clone())),
+        },
+    );
     Pair { first, second }
 }
 

@@ -1,6 +1,7 @@
 //! A range of bytes that nobody copies: part of a memory-mapped file, or a buffer of our own behind the same face.
 //! Cloning shares. Checkpoint files are mapped read-only; see `map` for what that asks of the user.
 
+use super::moving::Moving;
 use crate::error::{Error, Result};
 use memmap2::{Mmap, MmapMut};
 use std::{
@@ -15,6 +16,7 @@ enum Owner {
     File(Arc<Mmap>),
     Memory(Arc<Vec<u8>>),
     Room(Arc<Room>),
+    Moving(Arc<Moving>),
 }
 
 /// Shared, immutable bytes.
@@ -39,6 +41,11 @@ impl Bytes {
         Ok(Self { owner: Owner::File(Arc::new(map)), range })
     }
 
+    /// Whether they are still where the file was mapped.
+    pub fn is_of_file(&self) -> bool {
+        matches!(self.owner, Owner::File(_))
+    }
+
     /// A part of these bytes, `range` counted from their start; `None` where it does not fit.
     pub fn slice(&self, range: Range<usize>) -> Option<Self> {
         let (start, end) = (self.range.start.checked_add(range.start)?, self.range.start.checked_add(range.end)?);
@@ -50,6 +57,9 @@ impl Bytes {
     /// Says that nobody will read these bytes soon: pages of a file that lie wholly among them stop counting as this process's memory. They
     /// would be read again if somebody did.
     pub fn let_go(&self) {
+        if let Owner::Moving(moving) = &self.owner {
+            moving.let_go();
+        }
         #[cfg(unix)]
         if let Owner::File(map) = &self.owner {
             const PAGE: usize = 1 << 14;
@@ -139,6 +149,13 @@ impl From<Room> for Bytes {
     }
 }
 
+impl From<Arc<Moving>> for Bytes {
+    fn from(moving: Arc<Moving>) -> Self {
+        let range = 0..moving.bytes().len();
+        Self { owner: Owner::Moving(moving), range }
+    }
+}
+
 impl From<Vec<u8>> for Bytes {
     fn from(v: Vec<u8>) -> Self {
         let range = 0..v.len();
@@ -153,6 +170,7 @@ impl Deref for Bytes {
             Owner::File(m) => m,
             Owner::Memory(v) => v,
             Owner::Room(room) => room,
+            Owner::Moving(moving) => moving.bytes(),
         };
         &all[self.range.clone()]
     }

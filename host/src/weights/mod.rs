@@ -6,6 +6,7 @@ mod floats;
 pub mod forms;
 pub mod gguf;
 pub mod load;
+pub mod moving;
 pub mod names;
 pub mod plan;
 pub mod recipe;

@@ -3,6 +3,7 @@
 //!
 //! Entries run side by side, and all that fail are told. `TINY` and `TINY_FIXTURES` restrict and move them: see `tests::tiny`.
 
+mod compiled;
 mod forms;
 
 use dylm::{

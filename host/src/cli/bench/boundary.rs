@@ -157,6 +157,7 @@ fn calls() -> Result<Vec<(&'static str, f64)>> {
         turns: Default::default(),
         shapes: BTreeMap::new(),
         ops: None,
+        notes: None,
     };
     let call = Call::Running(RefCell::new(running));
     let Call::Running(cell) = &call else { unreachable!("made as Running above") };

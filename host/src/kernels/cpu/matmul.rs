@@ -37,6 +37,12 @@ impl Matrix {
         self.matmul_on(Isa::best(), x, out);
     }
 
+    /// Whether activations are rounded to bfloat16 here, as weights are.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn multiplies_in_halves(&self) -> bool {
+        self.is_for_halves() && self.format() == Format::Dense(Float::BF16) && bf16::runs_here()
+    }
+
     /// The same with a chosen instruction set, one of [`Isa::available`].
     pub fn matmul_on(&self, isa: Isa, x: &[f32], out: &mut [f32]) {
         if self.cols() == 0 || self.rows() == 0 {
@@ -53,12 +59,8 @@ impl Matrix {
         let raw = Raw::of(self);
         let x = self.stored_order(x);
         #[cfg(target_arch = "x86_64")]
-        if self.is_for_halves()
-            && self.format() == Format::Dense(Float::BF16)
-            && isa == Isa::best()
-            && bf16::runs_here()
-        {
-            return bf16::multiply(self, &x, out);
+        if isa == Isa::best() && self.multiplies_in_halves() {
+            return bf16::multiply(&mut [(self, out)], &x);
         }
         let call = Call {
             isa,

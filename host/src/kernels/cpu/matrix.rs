@@ -86,6 +86,11 @@ impl Matrix {
         Self { in_halves: true, ..self }
     }
 
+    /// The same matrix, whose bytes may [move](crate::weights::moving) once it is in use.
+    pub fn that_moves(self) -> Self {
+        Self { parts: self.parts.map(crate::weights::moving::later), ..self }
+    }
+
     /// Whether products may round activations.
     pub fn is_for_halves(&self) -> bool {
         self.in_halves

@@ -25,6 +25,7 @@ mod stream;
 mod tasks;
 mod team;
 mod tile;
+mod together;
 mod unpack;
 
 pub use ahead::begin_step;
@@ -38,4 +39,5 @@ pub use norm::{layer_norm, rms_norm};
 pub use panels::Panels;
 pub use quantize::quantize_rows;
 pub use rope::{Angles, Turn, rope};
-pub use team::start_threads;
+pub use team::{copy, start_threads};
+pub use together::{Factor, multiply_all};

@@ -196,6 +196,35 @@ pub(super) fn each_with<S: Default>(n: usize, task: impl Fn(&mut S, usize) + Syn
     if others == 0 || BUSY.get() { work() } else { team().run(others, &work) }
 }
 
+/// The same in runs: each thread begins with neighbours, one after the other, and helps with what is left of the others' when it has none
+/// left. Memory gives one long stream much faster than many short ones.
+pub(super) fn each_in_runs<S: Default>(n: usize, task: impl Fn(&mut S, usize) + Sync) {
+    let runs = threads().min(n).max(1);
+    let length = n.div_ceil(runs);
+    let came = AtomicUsize::new(0);
+    let next: Vec<Apart> = (0..runs).map(|_| Apart::default()).collect();
+    let work = || {
+        let mut own = S::default();
+        let mine = came.fetch_add(1, Ordering::Relaxed);
+        for run in (mine..mine + runs).map(|run| run % runs) {
+            let tasks = run * length..n.min((run + 1) * length);
+            loop {
+                let i = tasks.start + next[run].0.fetch_add(1, Ordering::Relaxed);
+                if i >= tasks.end {
+                    break;
+                }
+                task(&mut own, i);
+            }
+        }
+    };
+    if runs == 1 || BUSY.get() { work() } else { team().run(runs - 1, &work) }
+}
+
+/// A count that one thread changes far more often than others look at it.
+#[derive(Default)]
+#[repr(align(128))]
+struct Apart(AtomicUsize);
+
 /// The same without anything of their own.
 pub(super) fn each(n: usize, task: impl Fn(usize) + Sync) {
     each_with(n, |(): &mut (), i| task(i));
@@ -226,6 +255,16 @@ pub(super) fn each_chunk<T: Send>(all: &mut [T], size: usize, task: impl Fn(usiz
     });
 }
 
+/// Copies bytes with all threads.
+///
+/// # Panics
+/// If the lengths differ.
+pub fn copy(from: &[u8], to: &mut [u8]) {
+    const PIECE: usize = 1 << 20;
+    assert!(from.len() == to.len(), "copy: {} bytes to {}", from.len(), to.len());
+    each_chunk(to, PIECE, |i, to| to.copy_from_slice(&from[i * PIECE..][..to.len()]));
+}
+
 /// The same for pieces of two lists, as many of each.
 #[cfg(target_arch = "x86_64")]
 pub(super) fn each_chunk_of_two<T: Send, U: Send>(
@@ -252,6 +291,10 @@ mod tests {
         (0..n).map(|_| AtomicU32::new(0)).collect()
     }
 
+    fn count(times: &AtomicU32) {
+        times.fetch_add(1, Ordering::Relaxed);
+    }
+
     #[test]
     fn each_task_is_done_once_whoever_asks_at_the_same_time() {
         std::thread::scope(|scope| {
@@ -260,12 +303,21 @@ mod tests {
                     for n in (0..400).map(|i| i % 37) {
                         let done = counts(n);
                         // Work within work, too.
-                        each(n, |i| each(2, |_| drop(done[i].fetch_add(1, Ordering::Relaxed))));
+                        each(n, |i| each(2, |_| count(&done[i])));
                         assert!(done.iter().all(|times| times.load(Ordering::Relaxed) == 2), "{n} tasks");
                     }
                 });
             }
         });
+    }
+
+    #[test]
+    fn runs_cover_everything_once_whoever_comes() {
+        for n in (0..40).chain([1000]) {
+            let done = counts(n);
+            each_in_runs(n, |(): &mut (), i| count(&done[i]));
+            assert!(done.iter().all(|times| times.load(Ordering::Relaxed) == 1), "{n} tasks");
+        }
     }
 
     #[test]
@@ -281,7 +333,7 @@ mod tests {
     fn threads_sleep_and_are_woken() {
         for _ in 0..5 {
             let done = counts(64);
-            each(64, |i| drop(done[i].fetch_add(1, Ordering::Relaxed)));
+            each(64, |i| count(&done[i]));
             assert!(done.iter().all(|times| times.load(Ordering::Relaxed) == 1));
             std::thread::sleep(5 * WATCH);
         }
@@ -294,7 +346,7 @@ mod tests {
         assert!(text.is_ok_and(|text| text == "task 50"));
         assert!(!BUSY.get() && !team().opener.is_poisoned());
         let done = counts(100);
-        each(100, |i| drop(done[i].fetch_add(1, Ordering::Relaxed)));
+        each(100, |i| count(&done[i]));
         assert!(done.iter().all(|times| times.load(Ordering::Relaxed) == 1));
     }
 }

@@ -41,7 +41,7 @@ impl Scale {
 /// A format as panels see it.
 // Other processors have no panels, and need not know what is in them.
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Layout {
     pub(super) format: Format,
     pub(super) bits: usize,

@@ -16,6 +16,8 @@ mod rounded;
 use super::{format::Format, matrix::Matrix};
 use crate::weights::bytes::Bytes;
 use layout::Layout;
+#[cfg(target_arch = "x86_64")]
+pub(super) use product::multiply;
 
 /// Rows that lie side by side: the 32-bit lanes of a vector.
 const LANES: usize = 16;

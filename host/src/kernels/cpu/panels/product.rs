@@ -9,7 +9,7 @@ use super::{
 use crate::kernels::cpu::{
     ahead,
     lanes::Isa,
-    tasks::{Output, in_tasks},
+    tasks::{Output, by_list, in_streams, in_tasks},
 };
 use std::{arch::x86_64::*, ops::Range};
 
@@ -34,17 +34,49 @@ impl Panels {
             x.len(),
             out.len()
         );
+        multiply(&mut [(self, out)], x);
+    }
+
+    /// Whether activations are rounded for both in the same way.
+    pub(in crate::kernels::cpu) fn rounds_like(&self, other: &Panels) -> bool {
+        self.layout == other.layout && self.cols == other.cols
+    }
+}
+
+/// out = x · Wᵀ for each of `of`, which [round](Panels::rounds_like) alike: `x` is `[tokens, cols]`, an `out` `[tokens, rows]`.
+pub(in crate::kernels::cpu) fn multiply(of: &mut [(&Panels, &mut [f32])], x: &[f32]) {
+    let Some(&(first, _)) = of.first() else { return };
+    let tokens = x.len() / first.cols;
+    let rounded = Rounded::new(first, x);
+    let mut products = Vec::with_capacity(of.len());
+    for &mut (panels, ref mut out) in of {
         if tokens <= FEW {
-            ahead::pass(&self.bytes);
+            ahead::pass(&panels.bytes);
         }
-        let rounded = Rounded::new(self, x);
-        let product = Product { panels: self, rounded: &rounded, tokens, out: Output(out.as_mut_ptr()) };
-        match (self.layout.bits, self.layout.e2m1) {
-            (2, _) => product.run(Quarters),
-            (4, false) => product.run(Nibbles),
-            (4, true) => product.run(E2m1),
-            _ => product.run(Bytes::<2>),
-        }
+        products.push(Product { panels, rounded: &rounded, tokens, out: Output(out.as_mut_ptr()) });
+    }
+    match (first.layout.bits, first.layout.e2m1) {
+        (2, _) => run(&products, Quarters),
+        (4, false) => run(&products, Nibbles),
+        (4, true) => run(&products, E2m1),
+        _ => run(&products, Bytes::<2>),
+    }
+}
+
+fn run<N: Numbers>(products: &[Product], numbers: N) {
+    let Some(first) = products.first() else { return };
+    let lengths = || products.iter().map(|p| p.panels.rows.div_ceil(LANES));
+    let (panels, size) = (lengths().sum(), LANES * first.panels.cols * first.tokens);
+    if first.tokens <= FEW {
+        in_streams(panels, size, 4, |(): &mut (), range| {
+            // SAFETY: panels that there are; tasks write disjoint rows of the output; panels exist only where the machine has the instructions.
+            by_list(range, lengths(), |i, range| unsafe { products[i].few(numbers, range) });
+        });
+    } else {
+        in_tasks(panels, size, 4, usize::MAX, |scratch, range| {
+            // SAFETY: as above.
+            by_list(range, lengths(), |i, range| unsafe { products[i].many(numbers, range, scratch) });
+        });
     }
 }
 
@@ -63,15 +95,6 @@ struct Product<'a> {
 struct Line([u8; 64]);
 
 impl Product<'_> {
-    fn run<N: Numbers>(self, numbers: N) {
-        let size = LANES * self.panels.cols * self.tokens;
-        in_tasks(self.panels.rows.div_ceil(LANES), size, 4, usize::MAX, |scratch: &mut Vec<Line>, range| {
-            // SAFETY: panels that there are; tasks write disjoint rows of the output; panels exist only where the machine has the
-            // instructions.
-            unsafe { if self.tokens <= FEW { self.few(numbers, range) } else { self.many(numbers, range, scratch) } }
-        });
-    }
-
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
     unsafe fn few<N: Numbers>(self, numbers: N, range: Range<usize>) {
         let mut p = range.start;
@@ -80,7 +103,8 @@ impl Product<'_> {
             // SAFETY: passed on to the caller.
             unsafe {
                 p += match (self.tokens, left) {
-                    (1, 4..) => self.packed::<N, 4, 1>(numbers, p),
+                    // One stream is what memory gives fastest, but where numbers are small it is not memory that is waited for.
+                    (1, 4..) if N::BYTES == 1 => self.packed::<N, 4, 1>(numbers, p),
                     (1, _) => self.packed::<N, 1, 1>(numbers, p),
                     (2, 2..) => self.packed::<N, 2, 2>(numbers, p),
                     (2, _) => self.packed::<N, 1, 2>(numbers, p),

@@ -1,0 +1,135 @@
+//! Ops on single numbers, with the formulas that the ops have when they run one by one.
+
+use candle_core::op::{Gelu, GeluErf, Relu, Silu, UnaryOpT};
+
+/// One number to one.
+#[derive(Clone, Copy)]
+pub(super) enum Map {
+    Of(fn(f32) -> f32),
+    /// `x * a + b`
+    Affine(f32, f32),
+    Clamp(f32, f32),
+}
+
+/// Two numbers to one.
+pub(super) type Zip = fn(f32, f32) -> f32;
+
+/// How an operand meets a result.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Spread {
+    /// Number by number.
+    Same,
+    /// Again and again from the start.
+    Again,
+    /// Each number for so many of the result.
+    Each(usize),
+}
+
+impl Map {
+    /// An op by its name in the table.
+    pub(super) fn named(op: &str) -> Option<Map> {
+        Some(Map::Of(match op {
+            "neg" => |x| -x,
+            "floor" => f32::floor,
+            "abs" => f32::abs,
+            "exp" => f32::exp,
+            "log" => f32::ln,
+            "sqrt" => f32::sqrt,
+            "rsqrt" => |x| x.sqrt().recip(),
+            "square" => |x| x * x,
+            "sigmoid" => |x| ((-x).exp() + 1.0).recip(),
+            "tanh" => f32::tanh,
+            "relu" => Relu::f32,
+            "silu" => Silu::f32,
+            "gelu" => GeluErf::f32,
+            "gelu_tanh" => Gelu::f32,
+            _ => return None,
+        }))
+    }
+
+    pub(super) fn run(self, x: &[f32], out: &mut [f32]) {
+        let each = |f: &dyn Fn(f32) -> f32, out: &mut [f32]| out.iter_mut().zip(x).for_each(|(y, &x)| *y = f(x));
+        match self {
+            Map::Of(f) => each(&f, out),
+            Map::Affine(a, b) => out.iter_mut().zip(x).for_each(|(y, &x)| *y = x * a + b),
+            Map::Clamp(low, high) => {
+                let above = |x| if x < low { low } else { x };
+                each(&|x| if above(x) > high { high } else { above(x) }, out)
+            }
+        }
+    }
+}
+
+/// An op by its name in the table.
+pub(super) fn zip_named(op: &str) -> Option<Zip> {
+    Some(match op {
+        "add" => |a, b| a + b,
+        "sub" => |a, b| a - b,
+        "mul" => |a, b| a * b,
+        "div" => |a, b| a / b,
+        "maximum" => |a, b| if a < b { b } else { a },
+        "minimum" => |a, b| if a > b { b } else { a },
+        "greater" => |a, b| f32::from(a > b),
+        _ => return None,
+    })
+}
+
+impl Spread {
+    /// How an operand of shape `dims` meets a result of shape `out`, where that is one of the simple ways.
+    pub(super) fn of(dims: &[usize], out: &[usize]) -> Option<Spread> {
+        let lead = dims.iter().take_while(|&&d| d == 1).count();
+        let (dims, count) = (&dims[lead..], dims.iter().product::<usize>());
+        if count == out.iter().product::<usize>() {
+            return Some(Spread::Same);
+        }
+        if out.ends_with(dims) {
+            return Some(Spread::Again);
+        }
+        // [.., n, 1] against [.., n, m], with all axes in front.
+        let kept = dims.iter().rposition(|&d| d != 1).map_or(0, |last| last + 1);
+        let behind = dims.len() - kept;
+        let front = out.len().checked_sub(behind)?;
+        (out[..front].ends_with(&dims[..kept]) && out[..front].iter().product::<usize>() == count)
+            .then(|| Spread::Each(out[front..].iter().product()))
+    }
+
+    fn at(self, i: usize, len: usize) -> usize {
+        match self {
+            Spread::Same => i,
+            Spread::Again => i % len,
+            Spread::Each(of) => i / of,
+        }
+    }
+}
+
+/// `out[i] = f(a, b)`, where each operand meets the result in its own way.
+pub(super) fn zip(f: Zip, [a, b]: [&[f32]; 2], spread: [Spread; 2], out: &mut [f32]) {
+    if spread == [Spread::Same; 2] {
+        return out.iter_mut().zip(a).zip(b).for_each(|((y, &a), &b)| *y = f(a, b));
+    }
+    for (i, y) in out.iter_mut().enumerate() {
+        *y = f(a[spread[0].at(i, a.len())], b[spread[1].at(i, b.len())]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn operands_meet_a_result_as_broadcasting_has_it() {
+        let out = [2, 3, 4];
+        assert_eq!(Spread::of(&[2, 3, 4], &out), Some(Spread::Same));
+        assert_eq!(Spread::of(&[4], &out), Some(Spread::Again));
+        assert_eq!(Spread::of(&[1, 3, 4], &out), Some(Spread::Again));
+        assert_eq!(Spread::of(&[1], &out), Some(Spread::Again));
+        assert_eq!(Spread::of(&[2, 3, 1], &out), Some(Spread::Each(4)));
+        assert_eq!(Spread::of(&[2, 1, 1], &out), Some(Spread::Each(12)));
+        assert_eq!(Spread::of(&[3, 1], &out), None);
+        assert_eq!(Spread::of(&[2, 1, 4], &out), None);
+        let add = zip_named("add").unwrap();
+        let mut sums = [0.0; 6];
+        zip(add, [&[1.0, 2.0, 3.0], &[10.0, 20.0]], [Spread::Again, Spread::Each(3)], &mut sums);
+        assert_eq!(sums, [11.0, 12.0, 13.0, 21.0, 22.0, 23.0]);
+    }
+}

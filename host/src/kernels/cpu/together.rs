@@ -1,0 +1,64 @@
+//! Several products of the same activations, as one where the weights are of one kind: activations are rounded once, and threads share the
+//! rows of all, so that they meet once. The bits are those of single products.
+
+use super::{Matrix, Panels};
+#[cfg(target_arch = "x86_64")]
+use super::{bf16, panels};
+
+/// A matrix of weights.
+#[derive(Clone, Copy)]
+pub enum Factor<'a> {
+    /// Row after row.
+    Rows(&'a Matrix),
+    /// Sixteen rows after sixteen rows.
+    Panels(&'a Panels),
+}
+
+/// out = x · Wᵀ for each of `of`, all of the same columns: `x` is `[tokens, cols]`, an `out` `[tokens, rows]`.
+///
+/// # Panics
+/// If the lengths of `x` and an `out` do not belong to the same number of tokens.
+pub fn multiply_all(of: Vec<(Factor<'_>, &mut [f32])>, x: &[f32]) {
+    let mut rest = of.into_iter().peekable();
+    while let Some((first, out)) = rest.next() {
+        match first {
+            #[cfg(target_arch = "x86_64")]
+            Factor::Panels(first) => {
+                let mut alike = vec![(checked(first, first.rows(), first.cols(), x, out), out)];
+                while let Some((Factor::Panels(next), out)) =
+                    rest.next_if(|(f, _)| matches!(f, Factor::Panels(next) if next.rounds_like(first)))
+                {
+                    alike.push((checked(next, next.rows(), next.cols(), x, out), out));
+                }
+                panels::multiply(&mut alike, x);
+            }
+            #[cfg(target_arch = "x86_64")]
+            Factor::Rows(first) if first.multiplies_in_halves() && !first.has_column_order() => {
+                let fits = |m: &Matrix| m.multiplies_in_halves() && !m.has_column_order() && m.cols() == first.cols();
+                let mut alike = vec![(checked(first, first.rows(), first.cols(), x, out), out)];
+                while let Some((Factor::Rows(next), out)) =
+                    rest.next_if(|(f, _)| matches!(f, Factor::Rows(next) if fits(next)))
+                {
+                    alike.push((checked(next, next.rows(), next.cols(), x, out), out));
+                }
+                bf16::multiply(&mut alike, x);
+            }
+            Factor::Rows(m) => m.matmul(x, out),
+            #[cfg(not(target_arch = "x86_64"))]
+            Factor::Panels(m) => m.matmul(x, out),
+        }
+    }
+}
+
+/// `of`, once lengths are known to fit.
+#[cfg(target_arch = "x86_64")]
+fn checked<'m, M: std::fmt::Debug>(of: &'m M, rows: usize, cols: usize, x: &[f32], out: &[f32]) -> &'m M {
+    let tokens = x.len() / cols.max(1);
+    assert!(
+        x.len() == tokens * cols && out.len() == tokens * rows,
+        "matmul: {} inputs and {} outputs for {of:?}",
+        x.len(),
+        out.len()
+    );
+    of
+}

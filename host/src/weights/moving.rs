@@ -1,0 +1,145 @@
+//! Weights that are read where the file lies until a model has decoded a little, and then move, a few megabytes a step, into memory of
+//! their own on huge pages, which is read a third faster. So the first token waits for nothing, and each weight is in memory once: the
+//! file's pages are let go as they are copied.
+
+use super::bytes::{Bytes, Room};
+use crate::{kernels::cpu, machine};
+use std::{
+    collections::VecDeque,
+    sync::{
+        Arc, Mutex, OnceLock, PoisonError, Weak,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+/// Bytes that a step moves at least.
+const LEAST: usize = 16 << 20;
+/// In how many steps all is moved, if there is more.
+const STEPS: usize = 16;
+/// Parts below this size are not worth it.
+const SMALL: usize = 1 << 15;
+
+/// Bytes of a file, or their copy.
+pub struct Moving {
+    from: Bytes,
+    to: OnceLock<Room>,
+}
+
+impl Moving {
+    /// Where they are now.
+    pub fn bytes(&self) -> &[u8] {
+        self.to.get().map_or(&self.from, |room| room)
+    }
+
+    /// Lets go of the file's pages, moved or not.
+    pub fn let_go(&self) {
+        self.from.let_go();
+    }
+
+    fn go(&self) -> std::io::Result<()> {
+        let mut room = Room::new(self.from.len())?;
+        cpu::copy(&self.from, &mut room);
+        let _ = self.to.set(room);
+        self.from.let_go();
+        Ok(())
+    }
+}
+
+/// What is still to be moved, in the order in which it was loaded, and how much that was in all.
+static QUEUE: Mutex<VecDeque<Weak<Moving>>> = Mutex::new(VecDeque::new());
+static QUEUED: AtomicUsize = AtomicUsize::new(0);
+
+fn queue() -> std::sync::MutexGuard<'static, VecDeque<Weak<Moving>>> {
+    QUEUE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The same bytes, to be moved later if they lie in a file and the system has huge pages.
+pub fn later(bytes: Bytes) -> Bytes {
+    if !bytes.is_of_file() || bytes.len() < SMALL || !has_huge_pages() {
+        return bytes;
+    }
+    let len = bytes.len();
+    let moving = Arc::new(Moving { from: bytes, to: OnceLock::new() });
+    queue().push_back(Arc::downgrade(&moving));
+    QUEUED.fetch_add(len, Ordering::Relaxed);
+    Bytes::from(moving)
+}
+
+/// Moves some of what is to be moved. Nothing moves any more once there is not enough memory for it.
+pub fn some() {
+    // A step that finds another one at it goes on.
+    let Ok(mut queue) = QUEUE.try_lock() else { return };
+    if queue.is_empty() {
+        return;
+    }
+    let left: usize = queue.iter().filter_map(Weak::upgrade).map(|moving| moving.from.len()).sum();
+    // Pages of files count as free, so what lies in them already is left out of what is asked for only by the copies' own rise.
+    if machine::memory().is_none_or(|memory| (memory.free as usize) < left + left / 4) {
+        queue.clear();
+        return;
+    }
+    let most = LEAST.max(QUEUED.load(Ordering::Relaxed) / STEPS);
+    let mut moved = 0;
+    while moved < most
+        && let Some(next) = queue.pop_front()
+    {
+        let Some(moving) = next.upgrade() else { continue };
+        moved += moving.from.len();
+        if moving.go().is_err() {
+            return queue.clear();
+        }
+    }
+    if queue.is_empty() {
+        QUEUED.store(0, Ordering::Relaxed);
+    }
+}
+
+#[cfg(target_os = "linux")]
+fn has_huge_pages() -> bool {
+    static HAS: OnceLock<bool> = OnceLock::new();
+    let setting = || std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled");
+    *HAS.get_or_init(|| setting().is_ok_and(|setting| !setting.contains("[never]")))
+}
+
+#[cfg(not(target_os = "linux"))]
+fn has_huge_pages() -> bool {
+    false
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_are_the_same_before_and_after_they_move() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let numbers: Vec<u8> = (0..5 * SMALL).map(|i| (i * 7 + i / 256) as u8).collect();
+        std::fs::write(file.path(), &numbers).unwrap();
+        let all = Bytes::map(file.path()).unwrap();
+        let (a, b) = (later(all.slice(3..2 * SMALL + 3).unwrap()), later(all.slice(3 * SMALL..5 * SMALL).unwrap()));
+        let part = b.slice(1..100).unwrap();
+        let is =
+            || assert!(a[..] == numbers[3..2 * SMALL + 3] && b[..] == numbers[3 * SMALL..] && part[..] == b[1..100]);
+        is();
+        let before = a.as_ptr();
+        some();
+        is();
+        if has_huge_pages() {
+            assert_ne!(a.as_ptr(), before, "has moved");
+        }
+    }
+
+    #[test]
+    fn what_is_small_or_lies_in_memory_stays() {
+        let stays = |bytes: Bytes| {
+            let before = bytes.as_ptr();
+            let bytes = later(bytes);
+            some();
+            assert_eq!(bytes.as_ptr(), before);
+        };
+        stays(Bytes::from(vec![1; 4 * SMALL]));
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), [5; 100]).unwrap();
+        stays(Bytes::map(file.path()).unwrap());
+    }
+}

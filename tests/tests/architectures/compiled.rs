@@ -1,0 +1,71 @@
+//! Steps of one token a sequence, which the host compiles: bit for bit what they are op by op.
+
+use super::{Held, Tiny, each};
+use dylm::model::{Input, Want};
+use std::sync::Mutex;
+
+/// Architectures whose steps have no op without a kernel.
+const COMPILED: [&str; 14] = [
+    "llama",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "olmo2",
+    "starcoder2",
+    "smollm3",
+    "cohere",
+    "granite",
+    "stablelm",
+];
+
+/// A step of these tokens, one for each state. All rows are wanted of a single one only where the step is to run op by op.
+fn step(
+    tiny: &Tiny,
+    states: &mut [dylm::cache::State],
+    tokens: &[u32],
+    want: Want,
+) -> super::tiny::Result<Vec<Vec<f32>>> {
+    let parts = states.iter_mut().zip(tokens.chunks(1));
+    let mut inputs: Vec<Input> = parts.map(|(state, tokens)| Input { state, tokens, want }).collect();
+    Ok(tiny.lm.model.step(&mut inputs)?.into_iter().flatten().collect())
+}
+
+#[test]
+fn a_compiled_step_gives_the_bits_of_the_step_op_by_op() {
+    let refused = Mutex::new(Vec::new());
+    let check = |tiny: &Tiny| -> Held {
+        let texts = [&tiny.expected.prompt[..], &tiny.expected.prompt[1..], &tiny.expected.steps[..2]];
+        for count in [1, 3] {
+            let mut played = Vec::new();
+            for text in &texts[..count] {
+                let mut state = tiny.state()?;
+                tiny.read(&mut state, text, Want::Last)?;
+                played.push(state);
+            }
+            let mut plain = played.clone();
+            for &token in &tiny.expected.steps {
+                let tokens = vec![token; count];
+                let (a, b) =
+                    (step(tiny, &mut played, &tokens, Want::Last)?, step(tiny, &mut plain, &tokens, Want::All)?);
+                let bits = |rows: &[Vec<f32>]| rows.iter().flatten().map(|x| x.to_bits()).collect::<Vec<_>>();
+                if bits(&a) != bits(&b) {
+                    return super::near("compiled", &a, &b, 0.0);
+                }
+            }
+        }
+        if let Some(why) = tiny.lm.model.not_replayed() {
+            refused.lock().unwrap().push(format!("{}: {why}", tiny.name));
+        }
+        Ok(())
+    };
+    each(check);
+    let mut refused = refused.into_inner().unwrap();
+    refused.sort();
+    println!("{} run op by op:\n  {}", refused.len(), refused.join("\n  "));
+    let stopped = |name: &str| refused.iter().any(|line| line.split(':').next() == Some(name));
+    assert_eq!(COMPILED.into_iter().filter(|name| stopped(name)).collect::<Vec<_>>(), [""; 0], "are compiled");
+}
