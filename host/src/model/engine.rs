@@ -12,6 +12,7 @@ use crate::{
         value::Value,
         watch::Watch,
     },
+    parallel::{ranks::Seat, trace::RETURN},
     plugin::library::Object,
     weights::plan::Wanted,
 };
@@ -34,7 +35,8 @@ impl Model {
     #[cfg(feature = "cuda")]
     pub(crate) fn logits(&self, parts: Vec<Part>, ids: Tensor, places: Places) -> Result<Tensor> {
         let (object, wanted, layers, place) = (&self.object, &self.wanted, &self.layers, &self.place);
-        let engine = Engine { object, wanted, layers, place, watch: None, places: Some(places) };
+        let seat = self.seat.as_ref();
+        let engine = Engine { object, wanted, layers, place, watch: None, places: Some(places), seat };
         match engine.run(parts, Value::Real(ids), |all| Ok(Some(all.clone())))?.0 {
             Some(Value::Real(logits)) => Ok(logits),
             _ => Err(Error::plugin("the plugin's head gave no logits".to_owned())),
@@ -50,6 +52,7 @@ pub(super) struct Engine<'a> {
     pub place: &'a Placement,
     pub watch: Option<&'a Watch>,
     pub places: Option<Places>,
+    pub seat: Option<&'a Seat>,
 }
 
 impl Engine<'_> {
@@ -71,6 +74,7 @@ impl Engine<'_> {
             wanted: self.wanted,
             layers: self.layers,
             place: self.place,
+            seat: self.seat,
             parts,
             angles: HashMap::new(),
             turns: HashMap::new(),
@@ -80,6 +84,7 @@ impl Engine<'_> {
         let call = Call::Running(RefCell::new(running));
         let Call::Running(cell) = &call else { unreachable!("made as Running above") };
 
+        cell.borrow_mut().arena.trace = self.watch.and_then(Watch::begin);
         let tokens = cell.borrow_mut().arena.put(tokens);
         let hidden = self.object.forward(&call, tokens)?;
         let hidden = take(cell, hidden, "forward", count)?;
@@ -100,6 +105,7 @@ impl Engine<'_> {
         let mut running = running.borrow_mut();
         if let (Some(watch), Some(ops)) = (self.watch, running.ops.take()) {
             watch.put(ops, &running.arena, &running.fed);
+            watch.keep(running.arena.trace.take());
         }
     }
 }
@@ -110,7 +116,11 @@ fn take(running: &RefCell<Running>, handle: plugin_api::abi::Handle, what: &str,
     if let Some(misuse) = running.misuse.take() {
         return Err(Error::plugin(misuse));
     }
-    match running.arena.get(handle) {
+    let returned = running.arena.get(handle);
+    if let (Ok(value), Some(trace)) = (&returned, &mut running.arena.trace) {
+        trace.done(RETURN, None, handle, value);
+    }
+    match returned {
         Ok(Value::Failed(first)) => Err(Error::plugin(first.to_string())),
         Ok(value) => match value.dims() {
             Ok(&[n, width]) if n == rows && width > 0 => {

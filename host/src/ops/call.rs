@@ -30,7 +30,14 @@ pub fn finish(running: &mut Running, op: &str, slot: Option<Slot>, at: At, outco
     if let Some(ops) = &mut running.ops {
         ops.push(Op::new(op, slot, &value, at));
     }
-    running.arena.put(value)
+    if running.arena.trace.is_none() {
+        return running.arena.put(value);
+    }
+    let output = running.arena.put(value.clone());
+    if let Some(trace) = &mut running.arena.trace {
+        trace.done(op, slot, output, &value);
+    }
+    output
 }
 
 pub fn with_running<T>(ctx: Ctx, op: &str, at: At, f: impl FnOnce(&mut Running) -> T) -> Option<T> {

@@ -120,6 +120,7 @@ mod tests {
             wanted: &[],
             layers: &[],
             place: &place,
+            seat: None,
             parts: Vec::new(),
             places: None,
             tokens: 1,

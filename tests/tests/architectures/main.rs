@@ -4,6 +4,7 @@
 //! Entries run side by side, and all that fail are told. `TINY` and `TINY_FIXTURES` restrict and move them: see `tests::tiny`.
 
 mod forms;
+mod ranks;
 
 use dylm::{
     LanguageModel, LoadOptions, Trust,
