@@ -118,7 +118,7 @@ impl Running<'_> {
         let (sinks, selection, slopes) =
             (self.given(spec.sinks)?, self.given(spec.selection)?, self.given(spec.slopes)?);
         if let Some(trace) = &self.arena.trace {
-            trace.on_cache(cache);
+            trace.on_cache(cache, spec.block == 0);
         }
         let lanes = spec.value_lanes as usize;
         let [tokens, heads, d] = three(&q)?;

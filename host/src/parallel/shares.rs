@@ -13,6 +13,9 @@ use crate::{ops::value::Dims, weights::plan::Wanted};
 use plugin_api::abi::Handle;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
+/// A matrix of fewer rows for so many columns is not worth a sum over the ranks: the low-rank gates of recurrences.
+const LEAST_ROWS: usize = 8;
+
 /// What a slot holds on each rank.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cut {
@@ -222,7 +225,9 @@ impl Walk<'_> {
         match x {
             Share(class, axis) if axis == last => {
                 self.cut(slot, Cut::Inputs(class));
-                let parts = self.parts(slot, *inputs);
+                // Adding up so wide a sum would take longer than so few rows of it save.
+                let pays = inputs.saturating_mul(LEAST_ROWS) >= *outputs;
+                let parts = self.parts(slot, *inputs).filter(|_| pays);
                 self.classes.restrict(class, parts.unwrap_or(1));
                 Whole
             }
@@ -297,12 +302,12 @@ impl Walk<'_> {
     fn attend(&mut self, node: &Node, inputs: &[Option<Taken>], caches: &mut Caches) -> Whereabouts {
         let all: Vec<Taken> = inputs.iter().flatten().copied().collect();
         let &[Some(q), k, v, sinks, selection, slopes, ref pooled @ ..] = inputs else { return self.refuse_all(&all) };
-        let cache = node.cache.unwrap_or(u32::MAX);
+        let (cache, alike) = node.cache.unwrap_or((u32::MAX, false));
         let (keys, heads) = match k {
             Some((k, dims)) => (k, dims.get(1).copied().unwrap_or(0)),
             None => caches.get(&cache).copied().unwrap_or((Whole, 0)),
         };
-        let by_head = selection.is_some_and(|(_, dims)| dims.len() > 2) || pooled.iter().any(Option::is_some);
+        let by_head = !alike || selection.is_some_and(|(_, dims)| dims.len() > 2) || pooled.iter().any(Option::is_some);
         let class = match (q.0, keys, v.map(|(v, _)| v)) {
             _ if by_head => None,
             // One key head serves the query heads of all ranks.

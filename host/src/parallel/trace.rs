@@ -12,8 +12,8 @@ pub struct Node {
     pub op: String,
     /// The layer that it was called on.
     pub slot: Option<u32>,
-    /// The keys and values that it looked at.
-    pub cache: Option<u32>,
+    /// The keys and values that it looked at, and whether all heads see the same of them.
+    pub cache: Option<(u32, bool)>,
     /// What it took, in the order of its arguments; `None` for an argument that was left out.
     pub inputs: Vec<Option<(Handle, Dims)>>,
     /// What it gave.
@@ -28,7 +28,7 @@ pub struct Trace {
     /// Those that are done.
     pub nodes: Vec<Node>,
     looked: RefCell<Vec<Option<(Handle, Dims)>>>,
-    cache: Cell<Option<u32>>,
+    cache: Cell<Option<(u32, bool)>>,
 }
 
 /// What stands for an op where a plugin gives a tensor back to the host.
@@ -41,9 +41,9 @@ impl Trace {
         self.looked.borrow_mut().push(dims.map(|dims| (handle, dims)));
     }
 
-    /// The op works on this cache.
-    pub fn on_cache(&self, cache: u32) {
-        self.cache.set(Some(cache));
+    /// The op works on this cache, of which all heads see the same, or each what its number tells.
+    pub fn on_cache(&self, cache: u32, alike: bool) {
+        self.cache.set(Some((cache, alike)));
     }
 
     /// The op is done.
