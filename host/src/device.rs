@@ -97,7 +97,9 @@ fn on_each(choice: DeviceChoice, numbers: &[usize], dtype: DtypeChoice, checkpoi
         DeviceChoice::Metal => return refuse("Metal has one GPU; leave it out"),
         DeviceChoice::Auto if cfg!(feature = "cuda") => DeviceChoice::Cuda,
         DeviceChoice::Auto => {
-            return refuse("takes a dylm built for NVIDIA's GPUs (.ci/cuda builds one); leave it out, or share the CPU with --device cpu");
+            return refuse(
+                "takes a dylm built for NVIDIA's GPUs (.ci/cuda builds one); leave it out, or share the CPU with --device cpu",
+            );
         }
         other => other,
     };

@@ -152,8 +152,15 @@ impl Plan {
     /// `forward` and `head` without numbers; gives the logits.
     pub(crate) fn dry(&self, tokens: Value, watch: Option<&Watch>) -> Result<(Value, CacheShapes)> {
         let place = Placement::new(DeviceChoice::Cpu, DtypeChoice::Float32, DType::F32)?;
-        let engine =
-            Engine { object: &self.object, wanted: &self.wanted, layers: &[], place: &place, watch, places: None, seat: None };
+        let engine = Engine {
+            object: &self.object,
+            wanted: &self.wanted,
+            layers: &[],
+            place: &place,
+            watch,
+            places: None,
+            seat: None,
+        };
         let (logits, shapes) = engine.run(Vec::new(), tokens, |all| Ok(Some(all.clone())))?;
         Ok((logits.unwrap_or(Value::planned(&[])), shapes))
     }

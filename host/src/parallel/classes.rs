@@ -64,7 +64,8 @@ fn common(a: usize, b: usize) -> usize {
 /// atom; atoms are joined to larger ones as long as that changes little, since kernels like long runs.
 pub fn part(len: usize, atoms: usize, rank: usize, ranks: usize) -> Range<usize> {
     let (mut atoms, ranks) = (atoms.max(1), ranks.max(1));
-    let keeps = |fewer: usize| if atoms.is_multiple_of(ranks) { fewer.is_multiple_of(ranks) } else { fewer >= 32 * ranks };
+    let keeps =
+        |fewer: usize| if atoms.is_multiple_of(ranks) { fewer.is_multiple_of(ranks) } else { fewer >= 32 * ranks };
     let mut fewer = atoms;
     while fewer.is_multiple_of(2) && keeps(fewer / 2) {
         fewer /= 2;
@@ -80,7 +81,9 @@ mod tests {
 
     #[test]
     fn parts_follow_each_other_fall_on_atoms_and_differ_by_one_at_most() {
-        for (len, atoms, ranks) in [(14336, 14336, 2), (14336, 14336, 3), (96, 6, 4), (128, 8, 3), (7, 7, 7), (40 * 80, 40, 16)] {
+        for (len, atoms, ranks) in
+            [(14336, 14336, 2), (14336, 14336, 3), (96, 6, 4), (128, 8, 3), (7, 7, 7), (40 * 80, 40, 16)]
+        {
             let parts: Vec<_> = (0..ranks).map(|rank| part(len, atoms, rank, ranks)).collect();
             assert_eq!((parts[0].start, parts[ranks - 1].end), (0, len));
             assert!(parts.windows(2).all(|two| two[0].end == two[1].start), "{parts:?}");

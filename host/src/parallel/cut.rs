@@ -10,7 +10,12 @@ use crate::weights::{
     plan::{Projection, Projections, Wanted},
     recipe::{Pantry, Recipe},
 };
-use std::{cell::RefCell, collections::{BTreeMap, HashMap}, ops::Range, sync::Arc};
+use std::{
+    cell::RefCell,
+    collections::{BTreeMap, HashMap},
+    ops::Range,
+    sync::Arc,
+};
 
 /// How a model is shared out.
 pub struct Division {
@@ -50,7 +55,10 @@ impl Division {
     /// How many slots of matrices are cut, and of how many.
     pub fn count(&self, wanted: &[Wanted]) -> (usize, usize) {
         let is_matrix = |slot: &Wanted| {
-            matches!(slot, Wanted::Linear { .. } | Wanted::Experts { .. } | Wanted::MultiLinear { .. } | Wanted::Embedding { .. })
+            matches!(
+                slot,
+                Wanted::Linear { .. } | Wanted::Experts { .. } | Wanted::MultiLinear { .. } | Wanted::Embedding { .. }
+            )
         };
         let matrices = (0u32..).zip(wanted).filter(|(_, slot)| is_matrix(slot));
         matrices.fold((0, 0), |(cut, all), (slot, _)| (cut + usize::from(self.cuts.contains_key(&slot)), all + 1))
@@ -81,7 +89,8 @@ fn once(bias: &Option<Recipe>, rank: usize) -> Option<Recipe> {
 
 fn share(whole: &Wanted, cut: Cut, rank: usize, range: impl Fn(usize, usize) -> Range<usize>) -> Wanted {
     let rows = |recipe: &Recipe, r: &Range<usize>| Recipe::Rows(Arc::new(recipe.clone()), r.start, r.end);
-    let narrow = |recipe: &Recipe, axis, r: &Range<usize>| Recipe::Narrow(Arc::new(recipe.clone()), axis, r.start, r.end);
+    let narrow =
+        |recipe: &Recipe, axis, r: &Range<usize>| Recipe::Narrow(Arc::new(recipe.clone()), axis, r.start, r.end);
     match (whole, cut) {
         (Wanted::Linear { weight, bias, inputs, outputs }, Cut::Outputs(class)) => {
             let r = range(class, *outputs);
@@ -111,7 +120,13 @@ fn share(whole: &Wanted, cut: Cut, rank: usize, range: impl Fn(usize, usize) -> 
                 modules: down.modules.clone(),
             };
             let projections = Projections { gate: gate.as_ref().map(into), up: into(up), down: back };
-            Wanted::Experts { projections: projections.into(), experts: *experts, dim: *dim, hidden: r.len(), kind: *kind }
+            Wanted::Experts {
+                projections: projections.into(),
+                experts: *experts,
+                dim: *dim,
+                hidden: r.len(),
+                kind: *kind,
+            }
         }
         (Wanted::Parameter { source, dims }, Cut::Axis(axis, class)) => {
             let mut dims = dims.clone();

@@ -97,7 +97,9 @@ impl Followers {
             std::thread::Builder::new()
                 .name("dylm rank".into())
                 .spawn(move || follow(&model, &group, &theirs, &ours))
-                .map_err(|e| Error::Device(format!("--devices: the system starts no thread for a device ({e}); name fewer")))?;
+                .map_err(|e| {
+                    Error::Device(format!("--devices: the system starts no thread for a device ({e}); name fewer"))
+                })?;
             ranks.push(Follower { place, orders, answers });
         }
         Ok(Followers { group, ranks: Mutex::new(ranks) })
@@ -110,7 +112,12 @@ impl Followers {
     }
 
     /// A step on all ranks. `own` does the first one's part; the others are given the same inputs. If any rank fails, no state has moved.
-    pub fn step<T>(&self, inputs: &mut [Input], chooses: bool, own: impl FnOnce(&mut [Input]) -> Result<T>) -> Result<T> {
+    pub fn step<T>(
+        &self,
+        inputs: &mut [Input],
+        chooses: bool,
+        own: impl FnOnce(&mut [Input]) -> Result<T>,
+    ) -> Result<T> {
         // One step at a time: in another order, ranks would wait for each other for ever.
         let ranks = self.ranks.lock().unwrap_or_else(PoisonError::into_inner);
         let gone = || Error::Generate("a device's thread has ended: load the model again".into());

@@ -34,7 +34,9 @@ pub enum Cut {
 impl Cut {
     fn class(self) -> Class {
         match self {
-            Cut::Outputs(class) | Cut::Inputs(class) | Cut::Hidden(class) | Cut::Heads(class) | Cut::Axis(_, class) => class,
+            Cut::Outputs(class) | Cut::Inputs(class) | Cut::Hidden(class) | Cut::Heads(class) | Cut::Axis(_, class) => {
+                class
+            }
         }
     }
 }
@@ -67,7 +69,8 @@ pub struct Model<'a> {
 pub fn divide(trace: &Trace, model: &Model) -> (BTreeMap<u32, Cut>, Classes) {
     let mut stay = BTreeSet::new();
     loop {
-        let mut walk = Walk { model, stay: &stay, classes: Classes::default(), cuts: BTreeMap::new(), whole: BTreeSet::new() };
+        let mut walk =
+            Walk { model, stay: &stay, classes: Classes::default(), cuts: BTreeMap::new(), whole: BTreeSet::new() };
         walk.all(trace);
         let Walk { classes, cuts, .. } = walk;
         let failed = |cut: &Cut| classes.atoms(cut.class()) < model.ranks;
@@ -101,7 +104,8 @@ impl Walk<'_> {
     fn all(&mut self, trace: &Trace) {
         let (mut values, mut caches): (HashMap<u64, Whereabouts>, Caches) = Default::default();
         for node in &trace.nodes {
-            let place = |(handle, dims): &'_ (Handle, Dims)| (values.get(&handle.0).copied().unwrap_or(Whole), dims.clone());
+            let place =
+                |(handle, dims): &'_ (Handle, Dims)| (values.get(&handle.0).copied().unwrap_or(Whole), dims.clone());
             let inputs: Vec<Option<(Whereabouts, Dims)>> = node.inputs.iter().map(|i| i.as_ref().map(place)).collect();
             let taken: Vec<Option<Taken>> = inputs.iter().map(|i| i.as_ref().map(|(w, d)| (*w, &d[..]))).collect();
             let output = match node.op.as_str() {
@@ -165,14 +169,13 @@ impl Walk<'_> {
                 self.experts(slot)
             }
             (
-                "neg" | "floor" | "round" | "abs" | "exp" | "log" | "sqrt" | "rsqrt" | "square" | "sigmoid" | "tanh" | "relu"
-                | "silu" | "gelu" | "gelu_tanh" | "softplus" | "affine" | "clamp",
+                "neg" | "floor" | "round" | "abs" | "exp" | "log" | "sqrt" | "rsqrt" | "square" | "sigmoid" | "tanh"
+                | "relu" | "silu" | "gelu" | "gelu_tanh" | "softplus" | "affine" | "clamp",
                 &[(x, _)],
             ) => x,
-            (
-                "add" | "sub" | "mul" | "div" | "maximum" | "minimum" | "greater" | "swiglu" | "geglu",
-                &[a, b],
-            ) => self.meet(a, b, node.dims.len()),
+            ("add" | "sub" | "mul" | "div" | "maximum" | "minimum" | "greater" | "swiglu" | "geglu", &[a, b]) => {
+                self.meet(a, b, node.dims.len())
+            }
             // Along the last axis, each row by itself.
             ("norm" | "softmax" | "sum" | "mean" | "max" | "narrow" | "top_mask" | "unflatten", &[x]) => {
                 self.along_last(x)
@@ -312,7 +315,9 @@ impl Walk<'_> {
             _ if by_head => None,
             // One key head serves the query heads of all ranks.
             (Share(class, 1), _, _) if heads == 1 => {
-                self.refuse_all(all.get(1..1 + usize::from(k.is_some()) + usize::from(v.is_some())).unwrap_or_default());
+                self.refuse_all(
+                    all.get(1..1 + usize::from(k.is_some()) + usize::from(v.is_some())).unwrap_or_default(),
+                );
                 caches.insert(cache, (Whole, 1));
                 Some(class)
             }

@@ -101,7 +101,8 @@ const ONLY_FEED_FORWARD: [&str; 13] = [
 fn every_architecture_is_cut_but_those_that_cannot_be() {
     each_entry(|entry| {
         let (name, names) = (tiny::name(entry), cut(entry, 2)?);
-        let is = |list: &[&str]| list.iter().any(|of| of.strip_suffix('*').map_or(name == *of, |of| name.starts_with(of)));
+        let is =
+            |list: &[&str]| list.iter().any(|of| of.strip_suffix('*').map_or(name == *of, |of| name.starts_with(of)));
         let attention = ["attn", "attention", "mixer", "temporal_block", "wo"];
         let attends = names.iter().any(|name| attention.iter().any(|part| name.contains(part)));
         match (is(&WHOLE), is(&ONLY_FEED_FORWARD)) {
@@ -126,7 +127,7 @@ fn a_llama_gives_each_device_its_heads_and_its_lanes() {
 }
 
 #[test]
-fn packed_weights_are_cut_where_groups_end_and_stay_packed() {
+fn packed_weights_are_cut_where_groups_end() {
     for name in ["llama", "gemma2", "mixtral", "gpt_oss"] {
         let entry = tiny::fixtures().join(name);
         let (packed, unpacked) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
