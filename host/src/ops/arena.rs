@@ -27,7 +27,7 @@ pub struct Arena {
     /// While all floats are f32: those that were not, by place and uses.
     halved: Option<Vec<(usize, u64, Value)>>,
     /// Which tensors ops take and give, where somebody wants to know.
-    pub trace: Option<Trace>,
+    pub trace: Option<Box<Trace>>,
 }
 
 static STEP: AtomicU64 = AtomicU64::new(1);

@@ -57,14 +57,14 @@ impl Watch {
     }
 
     /// An empty graph for a step, where one is wanted.
-    pub(crate) fn begin(&self) -> Option<Graph> {
-        self.1.as_ref().map(|_| Graph::default())
+    pub(crate) fn begin(&self) -> Option<Box<Graph>> {
+        self.1.as_ref().map(|_| Box::default())
     }
 
     /// The graph of a step that is over.
-    pub(crate) fn keep(&self, graph: Option<Graph>) {
+    pub(crate) fn keep(&self, graph: Option<Box<Graph>>) {
         if let (Some(kept), Some(graph)) = (&self.1, graph) {
-            *kept.lock().unwrap_or_else(PoisonError::into_inner) = graph;
+            *kept.lock().unwrap_or_else(PoisonError::into_inner) = *graph;
         }
     }
 
