@@ -46,6 +46,7 @@ pub mod load;
 pub mod machine;
 pub mod model;
 mod ops;
+pub mod parallel;
 pub mod pip;
 pub mod plugin;
 pub mod processors;

@@ -19,6 +19,8 @@ use std::path::{Path, PathBuf};
 pub struct LoadOptions {
     /// Where the model runs.
     pub device: DeviceChoice,
+    /// The devices that share the model, by their numbers; none means the first.
+    pub devices: Vec<usize>,
     /// How precisely.
     pub dtype: DtypeChoice,
     /// Folders with plugins, searched first.
@@ -151,9 +153,9 @@ fn network(opened: Opened, options: &LoadOptions) -> Result<Model> {
         None => Adapters::default(),
     };
     let plan = opened.plan(options, &adapters)?;
-    let place = Placement::new(options.device, options.dtype, plan.dtype())?;
+    let places = Placement::each(options.device, &options.devices, options.dtype, plan.dtype())?;
     let bar = crate::progress::bar(options.progress, "Loading");
-    let model = plan.load(place, &adapters, &|done, all| {
+    let model = plan.load_on(places, &adapters, &|done, all| {
         bar.set_length(all as u64);
         bar.set_position(done as u64);
     })?;

@@ -1,9 +1,9 @@
 //! A checkpoint and a plugin, made into a model: planned against the files' headers, loaded, and run step by step.
 
 mod engine;
+mod shared;
 
 use crate::{
-    adapter::Adapters,
     cache::{CacheOptions, State, kv::pooled_by, memory},
     config::Config,
     device::{DeviceChoice, DtypeChoice, Placement},
@@ -16,6 +16,7 @@ use crate::{
         value::Value,
         watch::Watch,
     },
+    parallel::ranks::{Followers, Seat},
     plugin::{
         library::{Library, Object},
         note::Note,
@@ -23,7 +24,6 @@ use crate::{
     },
     weights::{
         checkpoint::Checkpoint,
-        load::Loader,
         moving,
         names::plain_names,
         plan::{Report, Wanted},
@@ -33,7 +33,6 @@ use crate::{
 use candle_core::{DType, Tensor};
 use engine::Engine;
 use plugin_api::abi::{CacheSpec, Slot, extension::Extension};
-use rayon::prelude::*;
 use std::{cell::RefCell, path::PathBuf};
 
 /// A model that an architecture has described and no weights have been read for.
@@ -52,6 +51,8 @@ pub struct Plan {
     pub(crate) wanted: Vec<Wanted>,
     /// The files' tensors.
     pub(crate) pantry: Pantry,
+    /// What built `object`, to build it once more for each further device.
+    library: Library,
     /// Linear layers of one input, which may run as one.
     #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     together: Vec<Vec<Slot>>,
@@ -73,6 +74,12 @@ pub struct Model {
     pub(crate) layers: Vec<Layer>,
     /// Its steps that were compiled for the CPU.
     pub(crate) compiled: crate::compiled::Steps,
+    /// Which rank it is of a model on several devices.
+    pub(crate) seat: Option<Seat>,
+    /// The other ranks, where it is the first.
+    followers: Option<Followers>,
+    /// How its weights are shared out, in a sentence.
+    division: Option<String>,
     /// Its steps that were recorded.
     #[cfg(feature = "cuda")]
     pub(crate) replays: crate::replay::Replays,
@@ -127,7 +134,8 @@ impl Plan {
         let Building { wanted, ignored, together, complaints, .. } = building.into_inner();
         let report = Report::new(&wanted, &pantry, &ignored, complaints);
         let (plugin, note) = (library.path.clone(), library.note.clone());
-        Ok(Plan { config, plugin, note, report, pantry, object, wanted, together })
+        let library = library.clone();
+        Ok(Plan { config, plugin, note, report, pantry, object, wanted, library, together })
     }
 
     /// Runs the architecture on shapes alone, which finds most mistakes of a plugin before gigabytes are read, and tells what its caches
@@ -155,6 +163,7 @@ impl Plan {
             watch,
             places: None,
             notes: None,
+            seat: None,
         };
         let (logits, shapes) = engine.run(Vec::new(), tokens, |all| Ok(Some(all.clone())))?;
         Ok((logits.unwrap_or(Value::planned(&[])), shapes))
@@ -198,46 +207,6 @@ impl Plan {
             }
         }
     }
-
-    /// Reads the weights. `progress` is called with the number of slots done and of all.
-    pub fn load(
-        self,
-        place: Placement,
-        adapters: &Adapters,
-        progress: &(dyn Fn(usize, usize) + Sync),
-    ) -> Result<Model> {
-        self.report.clone().into_result(&self.config.model_type)?;
-        if let Some((name, tensor)) = self.pantry.checkpoint.iter().find(|(_, tensor)| !tensor.is_here()) {
-            let file = tensor.file.display();
-            return Err(Error::Weights(format!("{file}: only the header was fetched, {name} cannot be read")));
-        }
-        self.dry_run()?;
-        let loader = Loader { pantry: &self.pantry, place: &place, adapters };
-        let done = std::sync::atomic::AtomicUsize::new(0);
-        let load = |wanted: &Wanted| {
-            let layer = loader.load(wanted);
-            progress(done.fetch_add(1, std::sync::atomic::Ordering::Relaxed) + 1, self.wanted.len());
-            layer
-        };
-        #[allow(unused_mut)]
-        let mut layers = self.wanted.par_iter().map(load).collect::<Result<Vec<_>>>()?;
-        #[cfg(feature = "cuda")]
-        crate::kernels::cuda::together::join(&mut layers, &self.together);
-        adapters.refuse_unused()?;
-        let Plan { config, note: plugin, object, wanted, .. } = self;
-        Ok(Model {
-            config,
-            place,
-            plugin,
-            object,
-            watch: None,
-            wanted,
-            layers,
-            compiled: Default::default(),
-            #[cfg(feature = "cuda")]
-            replays: Default::default(),
-        })
-    }
 }
 
 impl Model {
@@ -248,7 +217,11 @@ impl Model {
 
     /// An empty memory for one sequence.
     pub fn state(&self, options: &CacheOptions) -> Result<State> {
-        State::new(&self.object.caches, &self.place, options)
+        let mut state = State::new(&self.object.caches, &self.place, options)?;
+        if let Some(followers) = &self.followers {
+            state.others = followers.states(&self.object.caches, options)?;
+        }
+        Ok(state)
     }
 
     /// The width of a row of logits, as config.json states it; the architecture's head decides.
@@ -278,6 +251,14 @@ impl Model {
             return Ok(vec![Vec::new(); inputs.len()]);
         }
         self.knows(ids)?;
+        match &self.followers {
+            Some(followers) => followers.step(inputs, false, |inputs| self.step_alone(inputs)),
+            None => self.step_alone(inputs),
+        }
+    }
+
+    /// A step of this rank.
+    fn step_alone(&self, inputs: &mut [Input]) -> Result<Vec<Vec<Vec<f32>>>> {
         #[cfg(feature = "cuda")]
         if let Some(crate::replay::Made::Logits(rows)) = self.replayed(inputs, false)? {
             return Ok(rows.into_iter().map(|row| vec![row]).collect());
@@ -326,6 +307,14 @@ impl Model {
     /// by itself; none, and nothing done, where it cannot: then [`Self::step`] gives the logits.
     pub fn choose(&self, inputs: &mut [Input]) -> Result<Option<Vec<(u32, f32)>>> {
         self.knows(inputs.iter().flat_map(|i| i.tokens))?;
+        match self.followers.as_ref().filter(|_| !self.place.device.is_cpu()) {
+            Some(followers) => followers.step(inputs, true, |inputs| self.choose_alone(inputs)),
+            None => self.choose_alone(inputs),
+        }
+    }
+
+    #[cfg_attr(not(feature = "cuda"), expect(clippy::unnecessary_wraps))]
+    fn choose_alone(&self, #[allow(unused)] inputs: &mut [Input]) -> Result<Option<Vec<(u32, f32)>>> {
         #[cfg(feature = "cuda")]
         if let Some(crate::replay::Made::Chosen(chosen)) = self.replayed(inputs, true)? {
             return Ok(Some(chosen));
@@ -365,7 +354,9 @@ impl Model {
         let tokens = Tensor::from_vec(ids, count, &self.place.device)?;
         let (object, wanted, layers, place) = (&self.object, &self.wanted, &self.layers, &self.place);
         let watch = self.watch.as_ref();
-        let engine = Engine { object, wanted, layers, place, watch, places: self.places(&parts, count)?, notes: None };
+        let seat = self.seat.as_ref();
+        let places = self.places(&parts, count)?;
+        let engine = Engine { object, wanted, layers, place, watch, places, notes: None, seat };
         let select = |hidden: &Value| match hidden {
             // A GPU does not choose nothing out of something.
             _ if rows.is_empty() => Ok(None),

@@ -43,6 +43,8 @@ pub struct State {
     /// Whether the last step read more than one token.
     strode: bool,
     copies: VecDeque<Copied>,
+    /// The same sequence as the other ranks of the model remember it: see `parallel::ranks`.
+    pub(crate) others: Vec<State>,
 }
 
 /// All states of recurrences at one position.
@@ -74,6 +76,7 @@ impl State {
             behind: 0,
             strode: false,
             copies: VecDeque::new(),
+            others: Vec::new(),
         })
     }
 
@@ -110,6 +113,12 @@ impl State {
 
     /// Forgets the last `n` tokens.
     pub fn trim(&mut self, n: usize) -> Result<()> {
+        self.trim_alone(n)?;
+        self.others.iter_mut().try_for_each(|other| other.trim_alone(n))
+    }
+
+    /// The same without the other ranks'.
+    pub(crate) fn trim_alone(&mut self, n: usize) -> Result<()> {
         if !self.can_trim(n) {
             return Err(Error::Generate(format!(
                 "the cache cannot go back {n} of {} tokens: older ones were dropped",
@@ -196,7 +205,8 @@ impl State {
     /// Bytes held: keys, values, states, and the copies of these.
     pub fn bytes(&self) -> usize {
         let copies = self.copies.iter().flat_map(|c| &c.numbers).map(|numbers| 4 * numbers.count());
-        self.layers.iter().map(Memory::bytes).chain(copies).sum()
+        let here: usize = self.layers.iter().map(Memory::bytes).chain(copies).sum();
+        here + self.others.iter().map(State::bytes).sum::<usize>()
     }
 }
 

@@ -194,6 +194,9 @@ fn heading(lm: &LanguageModel, work: &Workload, read: &Read) -> String {
     if let Some(bytes) = read.bytes {
         heading += &format!("; a token reads {:.3} GB of weights", bytes as f64 / 1e9);
     }
+    if let Some(division) = lm.model.division() {
+        heading += &format!("\n{division}");
+    }
     if let Some(bandwidth) = &read.of {
         heading += &format!("\n{}", ceiling(bandwidth));
     }

@@ -51,6 +51,9 @@ pub struct ModelFlags {
     /// Where to run
     #[arg(long, value_enum, default_value = "auto")]
     device: Device,
+    /// GPUs that share the model, by their numbers: each holds its part of the weights and of the cache
+    #[arg(long, value_name = "N,N", value_delimiter = ',')]
+    devices: Vec<usize>,
     /// Precision of the computation; auto is the checkpoint's
     #[arg(long, value_enum, default_value = "auto")]
     dtype: Dtype,
@@ -74,6 +77,7 @@ impl ModelFlags {
                 Device::Cuda => DeviceChoice::Cuda,
                 Device::Metal => DeviceChoice::Metal,
             },
+            devices: self.devices.clone(),
             dtype: match self.dtype {
                 Dtype::Auto => DtypeChoice::Auto,
                 Dtype::Float32 => DtypeChoice::Float32,

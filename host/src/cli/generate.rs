@@ -100,6 +100,9 @@ impl Generate {
 
         let framed = self.verbose && !self.json;
         if framed {
+            if let Some(division) = lm.model.division() {
+                line(division)?;
+            }
             line("==========")?;
         }
         let (mut text, mut tokens) = (self.prefill_response.clone().unwrap_or_default(), Vec::new());
@@ -172,6 +175,8 @@ impl Generate {
     fn load_draft(&self, spec: &str) -> Result<LanguageModel> {
         // Overrides and adapters are meant for the model itself.
         let options = LoadOptions { config: Vec::new(), adapter_path: None, ..self.model.options()? };
+        // A small model gains nothing from being shared.
+        let options = LoadOptions { devices: options.devices.iter().take(1).copied().collect(), ..options };
         load(Some(spec), &options)
     }
 }

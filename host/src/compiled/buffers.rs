@@ -59,7 +59,7 @@ mod tests {
         let made = vec![value(2), value(2), value(2), constant, value(2), value(5), value(2)];
         let steps = vec![step(&[], &[0]), step(&[0, 3], &[1, 2]), step(&[1], &[4, 5]), step(&[2, 4], &[6])];
         let (steps, buffers, logits) = share_out(steps, made, 6);
-        assert_eq!(buffers.iter().map(Vec::len).collect::<Vec<_>>(), [2, 2, 2, 2, 5, 2]);
+        assert_eq!(buffers.iter().map(Vec::len).collect::<Vec<_>>(), [2, 2, 2, 2, 5]);
         assert_eq!(buffers[0], [3.0, 4.0]);
         // What is read stays apart from what is written, and the first value's place is the fourth's.
         assert_eq!(steps[2].writes[0], steps[0].writes[0]);

@@ -145,7 +145,12 @@ impl Model {
     /// sequences' steps.
     pub(crate) fn played(&self, inputs: &mut [Input], ids: &[u32]) -> candle_core::Result<Option<Vec<Vec<f32>>>> {
         let single = |i: &Input| i.tokens.len() == 1 && i.want == Want::Last;
-        if !self.place.native || self.watch.is_some() || ids.len() != inputs.len() || !inputs.iter().all(single) {
+        if !self.place.native
+            || self.watch.is_some()
+            || self.seat.is_some()
+            || ids.len() != inputs.len()
+            || !inputs.iter().all(single)
+        {
             return Ok(None);
         }
         let mut kept = match self.compiled.0.try_lock() {

@@ -1,13 +1,17 @@
-//! The first NVIDIA GPU, or a sentence that says what there is too little of: a card, a driver, a library.
+//! An NVIDIA GPU by its number, or a sentence that says what there is too little of: a card, a driver, a library.
 //!
 //! Nothing of NVIDIA's is linked. The driver brings libcuda; cuBLAS and cuRAND come with the CUDA toolkit or with PyTorch's wheels, where no
 //! system looks for libraries: they are opened here by their full path, and whoever asks for them by name later gets those.
 
 use candle_core::{
     CudaDevice, Device,
-    cuda_backend::cudarc::{cublas, curand, driver},
+    cuda_backend::cudarc::{
+        cublas, curand,
+        driver::{self, CudaContext},
+    },
 };
 use std::{
+    collections::BTreeMap,
     env,
     path::{Path, PathBuf},
     sync::{Mutex, Once, PoisonError},
@@ -18,18 +22,19 @@ const LIBRARIES: [&str; 5] =
     ["libcudart.so.13", "libnvJitLink.so.13", "libcublasLt.so.13", "libcublas.so.13", "libcurand.so.10"];
 
 /// Opens the GPU, with what recording a step asks for: a stream of its own, and memory that stays with the program between steps.
-pub fn open() -> Result<Device, String> {
+pub fn open(number: usize) -> Result<Device, String> {
     // One for all models: kernels are compiled and memory is kept by device.
-    static OPEN: Mutex<Option<Device>> = Mutex::new(None);
+    static OPEN: Mutex<BTreeMap<usize, Device>> = Mutex::new(BTreeMap::new());
     let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(device) = &*open {
+    if let Some(device) = open.get(&number) {
         return Ok(device.clone());
     }
-    let device = first()?;
-    Ok(open.insert(device).clone())
+    let device = opened(number)?;
+    open.insert(number, device.clone());
+    Ok(device)
 }
 
-fn first() -> Result<Device, String> {
+fn opened(number: usize) -> Result<Device, String> {
     // SAFETY: only looks for a library, and keeps it.
     if !unsafe { driver::sys::is_culib_present() } {
         return Err("there is no NVIDIA driver on this machine (libcuda.so.1)".into());
@@ -47,7 +52,14 @@ fn first() -> Result<Device, String> {
         }
     }
     let said = |e: &dyn std::fmt::Display| e.to_string().lines().next().unwrap_or_default().to_owned();
-    let device = CudaDevice::new_with_stream(0).map_err(|e| said(&e))?;
+    let count = CudaContext::device_count().map_err(|e| said(&e))? as usize;
+    if number >= count {
+        return Err(match count {
+            1 => format!("there is no GPU {number} on this machine, only 0"),
+            _ => format!("there is no GPU {number} on this machine, only 0 to {}", count.saturating_sub(1)),
+        });
+    }
+    let device = CudaDevice::new_with_stream(number).map_err(|e| said(&e))?;
     // SAFETY: all work of the program is in the device's one stream, in the order in which it was asked for.
     unsafe { device.disable_event_tracking() };
     keep_memory(&device).map_err(|e| said(&e))?;

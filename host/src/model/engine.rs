@@ -13,6 +13,7 @@ use crate::{
         value::Value,
         watch::Watch,
     },
+    parallel::{ranks::Seat, trace::RETURN},
     plugin::library::Object,
     weights::plan::Wanted,
 };
@@ -36,7 +37,8 @@ impl Model {
     #[cfg(feature = "cuda")]
     pub(crate) fn logits(&self, parts: Vec<Part>, ids: Tensor, places: Places) -> Result<Tensor> {
         let (object, wanted, layers, place) = (&self.object, &self.wanted, &self.layers, &self.place);
-        let engine = Engine { object, wanted, layers, place, watch: None, places: Some(places), notes: None };
+        let seat = self.seat.as_ref();
+        let engine = Engine { object, wanted, layers, place, watch: None, places: Some(places), notes: None, seat };
         match engine.run(parts, Value::Real(ids), |all| Ok(Some(all.clone())))?.0 {
             Some(Value::Real(logits)) => Ok(logits),
             _ => Err(Error::plugin("the plugin's head gave no logits".to_owned())),
@@ -50,7 +52,8 @@ impl Model {
     pub(crate) fn note(&self, tokens: usize) -> Result<(Vec<Noted>, CacheShapes)> {
         let notes = RefCell::new(Vec::new());
         let (object, wanted, place) = (&self.object, &self.wanted, &self.place);
-        let engine = Engine { object, wanted, layers: &[], place, watch: None, places: None, notes: Some(&notes) };
+        let engine =
+            Engine { object, wanted, layers: &[], place, watch: None, places: None, notes: Some(&notes), seat: None };
         let (_, shapes) = engine.run(Vec::new(), Value::planned(&[tokens]), |all| Ok(Some(all.clone())))?;
         Ok((notes.into_inner(), shapes))
     }
@@ -66,6 +69,7 @@ pub(super) struct Engine<'a> {
     pub places: Option<Places>,
     /// Where to note the ops.
     pub notes: Option<&'a RefCell<Vec<Noted>>>,
+    pub seat: Option<&'a Seat>,
 }
 
 impl Engine<'_> {
@@ -87,6 +91,7 @@ impl Engine<'_> {
             wanted: self.wanted,
             layers: self.layers,
             place: self.place,
+            seat: self.seat,
             parts,
             angles: HashMap::new(),
             turns: HashMap::new(),
@@ -107,6 +112,7 @@ impl Engine<'_> {
             }
             handle
         };
+        cell.borrow_mut().arena.trace = self.watch.and_then(Watch::begin);
         let tokens = given("tokens", Handle::NONE, tokens);
         let made = self.object.forward(&call, tokens)?;
         let hidden = take(cell, made, "forward", count)?;
@@ -131,6 +137,7 @@ impl Engine<'_> {
         let mut running = running.borrow_mut();
         if let (Some(watch), Some(ops)) = (self.watch, running.ops.take()) {
             watch.put(ops, &running.arena, &running.fed);
+            watch.keep(running.arena.trace.take());
         }
     }
 }
@@ -141,7 +148,11 @@ fn take(running: &RefCell<Running>, handle: plugin_api::abi::Handle, what: &str,
     if let Some(misuse) = running.misuse.take() {
         return Err(Error::plugin(misuse));
     }
-    match running.arena.get(handle) {
+    let returned = running.arena.get(handle);
+    if let (Ok(value), Some(trace)) = (&returned, &mut running.arena.trace) {
+        trace.done(RETURN, None, handle, value);
+    }
+    match returned {
         Ok(Value::Failed(first)) => Err(Error::plugin(first.to_string())),
         Ok(value) => match value.dims() {
             Ok(&[n, width]) if n == rows && width > 0 => {

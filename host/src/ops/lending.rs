@@ -14,6 +14,7 @@ use std::{
 };
 
 /// What a context points to.
+#[expect(clippy::large_enum_variant, reason = "there is one of them at a time, on the stack")]
 pub enum Call<'a> {
     /// While `create` runs.
     Building(RefCell<Building<'a>>),
@@ -120,6 +121,7 @@ mod tests {
             wanted: &[],
             layers: &[],
             place: &place,
+            seat: None,
             parts: Vec::new(),
             places: None,
             tokens: 1,

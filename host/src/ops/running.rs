@@ -15,6 +15,7 @@ use crate::{
         metal,
     },
     layers::{Layer, experts::Activation, rope},
+    parallel::ranks::Seat,
     weights::plan::Wanted,
 };
 use plugin_api::abi::{CacheSpec, Handle, ROTATE_BACK, ROTATE_BLOCK_SHIFT, ROTATE_LAST, ROTATE_NEIGHBOURS, Slot};
@@ -55,6 +56,8 @@ pub struct Running<'a> {
     pub layers: &'a [Layer],
     /// Where it runs.
     pub place: &'a Placement,
+    /// Which of several ranks this is, where the weights are shared out.
+    pub seat: Option<&'a Seat>,
     /// Where its tokens stand, on CUDA.
     pub places: Option<Places>,
     /// The sequences of the step.
@@ -136,7 +139,7 @@ impl Running<'_> {
         };
         let (dims, layer) = (Self::with_last(&x, *inputs, *outputs)?, self.layer(slot));
         x.make(dims, |x| match layer {
-            Ok(Layer::Linear(l)) => l.forward(x),
+            Ok(Layer::Linear(l)) => Seat::joined(self.seat, slot, l.forward(x)?),
             _ => candle_core::bail!("this layer is not loaded"),
         })
     }
@@ -160,7 +163,7 @@ impl Running<'_> {
         }
         match (&x, &chosen, &weights) {
             (Value::Real(x), Value::Real(chosen), Value::Real(weights)) => match self.layer(slot)? {
-                Layer::Experts(e) => Ok(Value::Real(e.forward(x, chosen, weights)?)),
+                Layer::Experts(e) => Ok(Value::Real(Seat::joined(self.seat, slot, e.forward(x, chosen, weights)?)?)),
                 _ => Err(fault!("this layer has no experts")),
             },
             _ => Ok(Value::Planned(dims)),

@@ -6,6 +6,7 @@ use super::{
     recipe::{Pantry, Recipe},
 };
 use crate::{
+    config::{Quantization, Scheme},
     error::{Error, Result},
     kernels::cpu::{Format, Matrix},
 };
@@ -65,6 +66,10 @@ impl Pantry {
             return select(&self.matrix(inner)?, &rows).ok_or_else(missing).map(Some);
         }
         match recipe {
+            Recipe::Narrow(inner, axis, from, to) if *axis > 0 && axis + 1 == self.shape(inner)?.len() => {
+                self.shape(recipe)?;
+                Ok(self.matrix(inner)?.slice_cols(*from..*to))
+            }
             Recipe::Join(parts, axis) if axis + 1 < self.shape(recipe)?.len() => self.joined(parts, *axis),
             _ => Ok(None),
         }
@@ -99,6 +104,20 @@ impl Pantry {
         match recipe {
             Recipe::Stack(parts) => parts.iter().map(|p| self.matrix(p)).collect(),
             Recipe::Narrow(inner, 1, from, to) => self.pages_of(inner, &(*from..*to).collect::<Vec<_>>()),
+            Recipe::Narrow(inner, 2, from, to) => {
+                let float = Format::Dense(self.float(inner.name()));
+                let cut = |page: Matrix| match page.slice_cols(*from..*to) {
+                    Some(page) => Ok(page),
+                    None => {
+                        let mut numbers = vec![0.0; page.rows() * page.cols()];
+                        page.dequantize_rows(0..page.rows(), &mut numbers);
+                        let rows = numbers.chunks_exact(page.cols().max(1));
+                        let numbers: Vec<f32> = rows.flat_map(|row| &row[*from..*to]).copied().collect();
+                        Matrix::quantize(&numbers, page.rows(), to - from, float)
+                    }
+                };
+                self.pages(inner)?.into_iter().map(cut).collect()
+            }
             Recipe::Every(inner, 1, start, step) => {
                 self.pages_of(inner, &(0..rows).map(|i| start + i * step).collect::<Vec<_>>())
             }
@@ -123,6 +142,21 @@ impl Pantry {
             Matrix::quantize(&columns(&numbers, page.cols(), rows), rows.len(), page.rows(), float)
         };
         self.pages(inner)?.into_iter().map(turn).collect()
+    }
+
+    /// Columns of the recipe's matrix that lie so close together that no cut may fall between them; `None` where no cut may fall at all:
+    /// BitNet rounds inputs by the largest of a whole row, and act-order has columns anywhere.
+    pub fn granule(&self, recipe: &Recipe) -> Option<usize> {
+        if let Some(Quantization::Other(Scheme::Bitnet(_))) = &self.quantization {
+            return None;
+        }
+        let (named, form) = self.form(recipe.name()).ok()?;
+        let matrix = named.matrix(form).ok()?;
+        match matrix.format() {
+            _ if matrix.has_column_order() => None,
+            Format::Fp8 { block } => Some(block),
+            other => Some(other.block().0),
+        }
     }
 
     /// The module whose stored matrix this is some rows of: its path, how many rows it has, and which of them these are. `None` where the

@@ -5,6 +5,7 @@
 
 mod compiled;
 mod forms;
+mod ranks;
 
 use dylm::{
     LanguageModel, LoadOptions, Trust,

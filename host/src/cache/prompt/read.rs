@@ -31,6 +31,9 @@ impl PromptCache {
                 self.model
             )));
         }
+        if model.is_shared() {
+            return Err(self.wrong("holds the heads of all devices: leave --devices out, or --prompt-cache-file"));
+        }
         let mut state = model.state(&self.options(wanted)?)?;
         self.read_into(&mut state, &model.place)?;
         Ok(state)

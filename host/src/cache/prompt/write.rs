@@ -28,6 +28,9 @@ pub fn save(path: &Path, state: &State, origin: &Origin) -> Result<()> {
         |what: &dyn std::fmt::Display| Error::Generate(format!("{}: cannot be written: {what}", path.display()));
     // What the layers have yet to read again is as if never read.
     let offset = state.offset - state.behind;
+    if !state.others.is_empty() {
+        return Err(wrong(&"several devices hold its heads; make it without --devices"));
+    }
     if offset == 0 {
         return Err(wrong(&"there is no prompt to keep"));
     }

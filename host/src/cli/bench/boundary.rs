@@ -147,6 +147,7 @@ fn calls() -> Result<Vec<(&'static str, f64)>> {
         wanted: &[],
         layers: &[],
         place: &place,
+        seat: None,
         parts: Vec::new(),
         places: None,
         tokens: 0,

@@ -142,6 +142,33 @@ impl Matrix {
         Some(Self { rows: rows.len(), parts, ..self.clone() })
     }
 
+    /// Some of the columns; copies, unless it is all of them. `None` where the range does not fit, cuts through weights that share a scale,
+    /// or where columns are stored in another order.
+    pub fn slice_cols(&self, cols: Range<usize>) -> Option<Self> {
+        let unit = match self.format {
+            Format::Fp8 { block } => block,
+            other => other.block().0,
+        };
+        let whole = cols.end == self.cols;
+        if cols.start > cols.end || cols.end > self.cols || self.order.is_some() {
+            return None;
+        }
+        if !cols.start.is_multiple_of(unit) || !(whole || cols.end.is_multiple_of(unit)) {
+            return None;
+        }
+        if cols.len() == self.cols {
+            return Some(self.clone());
+        }
+        let [all, from, to] = [self.cols, cols.start, cols.end].map(|cols| self.format.row_bytes(cols));
+        let cut = |p: usize| {
+            // A factor of the whole row is that of each part of it.
+            let range = if all[p] == from[p] { 0..all[p] } else { from[p]..to[p] };
+            let rows = self.parts[p].chunks_exact(all[p].max(1));
+            Bytes::from(rows.flat_map(|row| &row[range.clone()]).copied().collect::<Vec<u8>>())
+        };
+        Some(Self { cols: cols.len(), parts: [0, 1, 2].map(cut), ..self.clone() })
+    }
+
     /// Row i of the result is row `order[i]`; copies. Rows may be left out or repeated.
     ///
     /// # Panics

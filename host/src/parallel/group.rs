@@ -1,0 +1,150 @@
+//! The ranks of a model as they meet: each brings its summand, and all leave with the sum. On CPUs the last to come adds up, always in
+//! the order of the ranks, so that every rank has the same bits and every run too. A rank that fails lets the others go.
+
+use crate::device::Placement;
+use candle_core::{Result, Tensor, bail};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+
+/// What a rank that was let go by another's failure says.
+pub const LET_GO: &str = "another device's part of the step failed";
+
+/// Where the ranks of one model meet.
+pub struct Group {
+    ranks: usize,
+    meeting: Mutex<Meeting>,
+    turned: Condvar,
+    #[cfg(feature = "cuda")]
+    nccl: Option<super::nccl::Communicators>,
+}
+
+#[derive(Default)]
+struct Meeting {
+    given: Vec<Tensor>,
+    here: Vec<usize>,
+    sum: Option<Tensor>,
+    round: u64,
+    failed: bool,
+}
+
+impl Group {
+    /// Of so many ranks, whose devices are the CPU.
+    pub fn of(ranks: usize) -> Self {
+        Group {
+            ranks,
+            meeting: Mutex::default(),
+            turned: Condvar::new(),
+            #[cfg(feature = "cuda")]
+            nccl: None,
+        }
+    }
+
+    /// Of ranks on these devices, which are of one kind.
+    pub fn on(places: &[Placement]) -> crate::error::Result<Self> {
+        #[allow(unused_mut)]
+        let mut group = Group::of(places.len());
+        #[cfg(feature = "cuda")]
+        if places.iter().all(|place| place.device.is_cuda()) {
+            group.nccl = Some(super::nccl::Communicators::on(places)?);
+        }
+        Ok(group)
+    }
+
+    /// Ranks.
+    pub fn ranks(&self) -> usize {
+        self.ranks
+    }
+
+    fn meeting(&self) -> MutexGuard<'_, Meeting> {
+        self.meeting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The sum of what all ranks bring, on each of them. All must call this in the same order. Thread: the rank's own.
+    pub fn sum(&self, rank: usize, x: Tensor) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if let Some(nccl) = &self.nccl {
+            return nccl.sum(rank, &x);
+        }
+        let mut meeting = self.meeting();
+        if meeting.failed {
+            bail!("{LET_GO}");
+        }
+        let round = meeting.round;
+        meeting.given.push(x);
+        meeting.here.push(rank);
+        if meeting.given.len() == self.ranks {
+            let (given, here) = (std::mem::take(&mut meeting.given), std::mem::take(&mut meeting.here));
+            let mut summands: Vec<(usize, Tensor)> = here.into_iter().zip(given).collect();
+            summands.sort_by_key(|(rank, _)| *rank);
+            let mut summands = summands.into_iter().map(|(_, x)| x);
+            let first = summands.next();
+            let sum = first.map(|first| summands.try_fold(first, |sum, x| sum + x)).transpose();
+            meeting.failed = sum.is_err();
+            meeting.sum = sum?;
+            meeting.round += 1;
+            self.turned.notify_all();
+        }
+        while meeting.round == round && !meeting.failed {
+            meeting = self.turned.wait(meeting).unwrap_or_else(PoisonError::into_inner);
+        }
+        match &meeting.sum {
+            // What was left of an earlier meeting is none of this one.
+            Some(sum) if meeting.round != round => Ok(sum.clone()),
+            _ => bail!("{LET_GO}"),
+        }
+    }
+
+    /// Lets everybody go who waits, and who comes until [`Self::renew`].
+    pub fn fail(&self) {
+        self.meeting().failed = true;
+        self.turned.notify_all();
+    }
+
+    /// A new beginning, when no rank is on its way.
+    pub fn renew(&self) {
+        let mut meeting = self.meeting();
+        *meeting = Meeting { round: meeting.round, ..Meeting::default() };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Device;
+
+    fn of(x: f32) -> Tensor {
+        Tensor::new(&[x, 2.0 * x], &Device::Cpu).unwrap()
+    }
+
+    #[test]
+    fn every_rank_leaves_with_the_sum_of_all_in_the_order_of_ranks() {
+        let group = Group::of(3);
+        // In another order the sum would be another.
+        let parts = [1e8f32, -1e8, 1.0];
+        for _ in 0..100 {
+            let sums: Vec<Vec<f32>> = std::thread::scope(|scope| {
+                let rank = |rank: usize| {
+                    let (group, x) = (&group, parts[rank]);
+                    scope.spawn(move || group.sum(rank, group.sum(rank, of(x)).unwrap()).unwrap().to_vec1().unwrap())
+                };
+                [2, 0, 1].map(rank).map(|thread| thread.join().unwrap()).into()
+            });
+            assert!(sums.iter().all(|sum| *sum == [3.0, 6.0]), "{sums:?}");
+        }
+    }
+
+    #[test]
+    fn a_rank_that_fails_lets_the_others_go_and_the_next_meeting_is_held() {
+        let group = Group::of(2);
+        std::thread::scope(|scope| {
+            let waits = scope.spawn(|| group.sum(0, of(1.0)).unwrap_err().to_string());
+            group.fail();
+            assert!(waits.join().unwrap().contains(LET_GO));
+        });
+        group.renew();
+        std::thread::scope(|scope| {
+            let other = scope.spawn(|| group.sum(1, of(2.0)).unwrap());
+            assert_eq!(group.sum(0, of(1.0)).unwrap().to_vec1::<f32>().unwrap(), [3.0, 6.0]);
+            other.join().unwrap();
+        });
+    }
+}
