@@ -8,12 +8,11 @@ use super::{
 use crate::{
     error::Error,
     kernels::{
-        cpu::Matrix,
+        cpu::{Matrix, multiply_each},
         metal::{self, matmul::Choice},
     },
 };
 use candle_core::{Result, Tensor, bail};
-use rayon::prelude::*;
 
 /// The matrices, `[heads, outputs, inputs]`, and biases `[heads, outputs]`.
 pub struct MultiLinear {
@@ -62,8 +61,7 @@ impl MultiLinear {
             Heads::Dense(w) => by_head.matmul(w)?,
             Heads::Packed(matrices) if matrices.len() == heads => with_f32(&by_head, |x| {
                 filled((heads, tokens, self.outputs), |out| {
-                    let parts = out.par_chunks_mut((tokens * self.outputs).max(1)).zip(x.par_chunks(tokens * inputs));
-                    matrices.par_iter().zip(parts).for_each(|(m, (out, x))| m.matmul(x, out));
+                    multiply_each(matrices, x, out);
                 })
             })??,
             // Heads are experts, and every token goes through all of them.

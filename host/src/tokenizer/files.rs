@@ -6,6 +6,9 @@ use std::fs;
 use std::path::Path;
 
 use serde_json::{Value as Json, json};
+use tokenizers::{
+    DecoderWrapper, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper, TokenizerImpl, models::bpe::BPE,
+};
 
 use crate::error::{Error, Result};
 
@@ -85,8 +88,12 @@ pub(super) fn templates_in(config: &Json, file: &str) -> Result<BTreeMap<String,
     Ok(found)
 }
 
+/// Tokenizers of the usual kind: told that it is this one, serde reads the vocabulary and merges straight into it, in half the time.
+type OfPairs = TokenizerImpl<BPE, NormalizerWrapper, PreTokenizerWrapper, PostProcessorWrapper, DecoderWrapper>;
+
 fn parse(name: &str, bytes: &[u8]) -> Result<tokenizers::Tokenizer> {
-    super::shielded(name, || tokenizers::Tokenizer::from_bytes(bytes))
+    let of_any_kind = || tokenizers::Tokenizer::from_bytes(bytes);
+    super::shielded(name, || serde_json::from_slice::<OfPairs>(bytes).map_or_else(|_| of_any_kind(), |t| Ok(t.into())))
         .map_err(|e| Error::Tokenizer(format!("{e}; fetch the file again or update the model")))
 }
 
@@ -151,4 +158,45 @@ fn read_text(path: &Path) -> Result<Option<String>> {
 fn read_json(path: &Path) -> Result<Option<Json>> {
     let Some(bytes) = read_capped(path, MAX_OTHER)? else { return Ok(None) };
     serde_json::from_slice(&bytes).map(Some).map_err(|e| Error::Tokenizer(format!("{}: {e}", path.display())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tokenizer_read_as_one_of_pairs_is_what_it_is_as_one_of_any_kind() {
+        let token = |id: u32, content: &str, special: bool| json!({"id": id, "content": content, "special": special, "single_word": false, "lstrip": false, "rstrip": true, "normalized": false});
+        let whole = |model: Json| {
+            json!({
+                "version": "1.0", "truncation": null, "padding": null, "normalizer": {"type": "NFC"},
+                "added_tokens": [token(2, "ab", true), token(9, "<new>", false), token(10, "<|x|>", true)],
+                "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
+                "post_processor": null, "decoder": {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true},
+                "model": model,
+            })
+        };
+        let pairs = |merges: Json| {
+            json!({
+                "type": "BPE", "dropout": null, "unk_token": "a", "continuing_subword_prefix": null, "end_of_word_suffix": null,
+                "fuse_unk": true, "byte_fallback": false, "ignore_merges": true, "vocab": {"a": 0, "b": 1, "ab": 2, "abb": 3}, "merges": merges,
+            })
+        };
+        for model in [
+            pairs(json!(["a b", "ab b"])),
+            pairs(json!([["a", "b"], ["ab", "b"]])),
+            json!({"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": "a"}),
+        ] {
+            let bytes = whole(model).to_string().into_bytes();
+            let text = |t: &tokenizers::Tokenizer| t.to_string(false).unwrap();
+            let any = tokenizers::Tokenizer::from_bytes(&bytes).unwrap();
+            let ours = parse("tokenizer.json", &bytes).unwrap();
+            assert_eq!(text(&ours), text(&any));
+            assert_eq!(
+                ours.encode("abb<new> b<|x|>", true).unwrap().get_ids(),
+                any.encode("abb<new> b<|x|>", true).unwrap().get_ids()
+            );
+        }
+        assert!(parse("tokenizer.json", b"{\"version\": \"1.0\"}").is_err());
+    }
 }

@@ -40,4 +40,4 @@ pub use panels::Panels;
 pub use quantize::quantize_rows;
 pub use rope::{Angles, Turn, rope};
 pub use team::{copy, start_threads};
-pub use together::{Factor, multiply_all};
+pub use together::{Factor, multiply_all, multiply_each};

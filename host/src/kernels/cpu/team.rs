@@ -266,7 +266,6 @@ pub fn copy(from: &[u8], to: &mut [u8]) {
 }
 
 /// The same for pieces of two lists, as many of each.
-#[cfg(target_arch = "x86_64")]
 pub(super) fn each_chunk_of_two<T: Send, U: Send>(
     (all, size): (&mut [T], usize),
     (beside, width): (&mut [U], usize),

@@ -1,7 +1,7 @@
 //! Several products of the same activations, as one where the weights are of one kind: activations are rounded once, and threads share the
 //! rows of all, so that they meet once. The bits are those of single products.
 
-use super::{Matrix, Panels};
+use super::{Matrix, Panels, team::each_chunk};
 #[cfg(target_arch = "x86_64")]
 use super::{bf16, panels};
 
@@ -47,6 +47,18 @@ pub fn multiply_all(of: Vec<(Factor<'_>, &mut [f32])>, x: &[f32]) {
             #[cfg(not(target_arch = "x86_64"))]
             Factor::Panels(m) => m.matmul(x, out),
         }
+    }
+}
+
+/// out = x · Wᵀ for each of `of`, matrices of one shape, with activations of its own: `x` is `[matrices, tokens, cols]`, `out`
+/// `[matrices, tokens, rows]`. Threads take a matrix each.
+///
+/// # Panics
+/// If the lengths of `x` and `out` do not belong to the same number of tokens.
+pub fn multiply_each(of: &[Matrix], x: &[f32], out: &mut [f32]) {
+    let (x_size, size) = (x.len() / of.len().max(1), out.len() / of.len().max(1));
+    if x_size > 0 && size > 0 {
+        each_chunk(out, size, |i, out| of[i].matmul(&x[i * x_size..(i + 1) * x_size], out));
     }
 }
 

@@ -2,8 +2,10 @@
 //! keys first, `[heads, d, e]`: every inner loop runs along the value lanes, which do not depend on each other, so that a chunked run gives
 //! the very bits of a whole one.
 
-use super::super::lanes::{Isa, Job, Lanes, dispatch};
-use rayon::prelude::*;
+use super::super::{
+    lanes::{Isa, Job, Lanes, dispatch},
+    team::each_chunk_of_two,
+};
 
 /// Numbers of state times tokens below which one thread is faster.
 pub(super) const TASK: usize = 1 << 15;
@@ -113,7 +115,7 @@ pub fn recur<R: Recurrence>(recurrence: &R, state: &mut [f32], out: &mut [f32]) 
     if state.len() * tokens < TASK {
         state.chunks_exact_mut(d * e).zip(by_head.chunks_exact_mut(tokens * e)).enumerate().for_each(walk);
     } else {
-        state.par_chunks_exact_mut(d * e).zip(by_head.par_chunks_exact_mut(tokens * e)).enumerate().for_each(walk);
+        each_chunk_of_two((state, d * e), (&mut by_head, tokens * e), |head, state, out| walk((head, (state, out))));
     }
     for (head, rows) in by_head.chunks_exact(tokens * e).enumerate() {
         for (token, lanes) in rows.chunks_exact(e).enumerate() {

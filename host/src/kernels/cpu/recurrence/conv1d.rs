@@ -1,6 +1,9 @@
 //! Depthwise causal convolution and its simplest case, the token before. The state holds the last inputs, the oldest first.
 
-use rayon::prelude::*;
+use crate::kernels::cpu::team::each_chunk;
+
+/// Tokens that are worth a task of their own.
+const TOKENS: usize = 16;
 
 /// `y(t) = bias + Σ weight(k) * x(t - kernel + 1 + k)` for each channel: weight `[kernel, channels]`, bias `[channels]`, state
 /// `[kernel - 1, channels]`, x and out `[tokens, channels]`.
@@ -13,7 +16,7 @@ pub fn conv1d(state: &mut [f32], x: &[f32], weight: &[f32], bias: Option<&[f32]>
         None => &state[at * channels..(at + 1) * channels],
         Some(token) => &x[token * channels..(token + 1) * channels],
     };
-    out.par_chunks_mut(channels).enumerate().with_min_len(16).for_each(|(token, out)| {
+    let one = |token: usize, out: &mut [f32]| {
         match bias {
             Some(bias) => out.copy_from_slice(bias),
             None => out.fill(0.0),
@@ -23,6 +26,9 @@ pub fn conv1d(state: &mut [f32], x: &[f32], weight: &[f32], bias: Option<&[f32]>
                 *y += w * x;
             }
         }
+    };
+    each_chunk(out, TOKENS * channels, |i, out| {
+        out.chunks_mut(channels).enumerate().for_each(|(token, out)| one(i * TOKENS + token, out));
     });
     carry(state, x);
 }

@@ -1,8 +1,10 @@
 //! How Mamba's recurrences are cut: each head, or few channels, knows nothing of the others, whatever the number of tokens.
 
 use super::by_head::TASK;
-use crate::kernels::cpu::lanes::{Lanes, exp};
-use rayon::prelude::*;
+use crate::kernels::cpu::{
+    lanes::{Lanes, exp},
+    team::each_chunk_of_two,
+};
 
 /// Splits a recurrence into pieces that know nothing of each other: piece i has its own `chunk` numbers of the state and its own `width`
 /// numbers in each row of `out` `[tokens, pieces * width]`. `work` gets i, that state, and its part of `out` as `[tokens, width]`.
@@ -20,25 +22,27 @@ pub fn side_by_side(
     let tokens = out.len() / row;
     let alone = state.len() * tokens <= TASK;
     if tokens == 1 {
-        let pieces = state.chunks_mut(chunk).zip(out.chunks_mut(width)).enumerate();
         match alone {
-            true => pieces.for_each(|(i, (state, out))| work(i, state, out)),
-            false => {
-                let pieces = state.par_chunks_mut(chunk).zip(out.par_chunks_mut(width)).enumerate();
+            true => {
+                let pieces = state.chunks_mut(chunk).zip(out.chunks_mut(width)).enumerate();
                 pieces.for_each(|(i, (state, out))| work(i, state, out));
             }
+            false => each_chunk_of_two((state, chunk), (out, width), work),
         }
         return;
     }
-    let piece = |(i, state): (usize, &mut [f32])| {
-        let mut own = vec![0.0; tokens * width];
-        work(i, state, &mut own);
-        own
+    let mut pieces = vec![Vec::new(); row / width];
+    let piece = |i: usize, state: &mut [f32], own: &mut Vec<f32>| {
+        own.resize(tokens * width, 0.0);
+        work(i, state, own);
     };
-    let pieces: Vec<Vec<f32>> = match alone {
-        true => state.chunks_mut(chunk).enumerate().map(piece).collect(),
-        false => state.par_chunks_mut(chunk).enumerate().map(piece).collect(),
-    };
+    match alone {
+        true => {
+            let each = state.chunks_mut(chunk).zip(&mut pieces).enumerate();
+            each.for_each(|(i, (state, own))| piece(i, state, own));
+        }
+        false => each_chunk_of_two((state, chunk), (&mut pieces, 1), |i, state, own| piece(i, state, &mut own[0])),
+    }
     for (token, row) in out.chunks_mut(row).enumerate() {
         for (to, piece) in row.chunks_mut(width).zip(&pieces) {
             to.copy_from_slice(&piece[token * width..(token + 1) * width]);

@@ -1,7 +1,7 @@
 //! The real-gated linear recurrent unit of Griffin (De et al. 2024): a leaky sum in each channel, whose input is scaled so that the state
 //! keeps its variance, but for a sequence's first token, which has no past to make room for.
 
-use rayon::prelude::*;
+use crate::kernels::cpu::team::each_chunk_of_two;
 
 /// Numbers worth a task of their own: each costs an exponential and a root.
 const TASK: usize = 1 << 12;
@@ -24,11 +24,9 @@ pub fn rg_lru(x: &[f32], log_a: &[f32], first: bool, state: &mut [f32], out: &mu
         // 1 - a², without losing the small difference of an a near 1.
         *y = (-(2.0 * log_a).exp_m1()).sqrt() * x;
     };
-    if x.len() < TASK {
-        factors.iter_mut().zip(&mut *out).zip(x).zip(log_a).for_each(gate);
-    } else {
-        factors.par_iter_mut().zip(&mut *out).zip(x).zip(log_a).with_min_len(TASK).for_each(gate);
-    }
+    each_chunk_of_two((&mut factors, TASK), (&mut *out, TASK), |i, a, y| {
+        a.iter_mut().zip(y).zip(&x[i * TASK..]).zip(&log_a[i * TASK..]).for_each(gate);
+    });
     if first {
         out[..dim].copy_from_slice(&x[..dim]);
         factors[..dim].fill(0.0);
