@@ -3,8 +3,10 @@
 
 use super::{
     LANES, Panels,
-    numbers::{Bytes, E2m1, Nibbles, Numbers, Quarters, scales},
+    layout::{Panel, SUPER},
+    numbers::{Bytes, E2m1, Five, Nibbles, Numbers, Quarters, Six, Three},
     rounded::{Rounded, Token},
+    scales::scales,
 };
 use crate::kernels::cpu::{
     ahead,
@@ -41,6 +43,9 @@ impl Panels {
         let product = Product { panels: self, rounded: &rounded, tokens, out: Output(out.as_mut_ptr()) };
         match (self.layout.bits, self.layout.e2m1) {
             (2, _) => product.run(Quarters),
+            (3, _) => product.run(Three),
+            (5, _) => product.run(Five),
+            (6, _) => product.run(Six),
             (4, false) => product.run(Nibbles),
             (4, true) => product.run(E2m1),
             _ => product.run(Bytes::<2>),
@@ -96,7 +101,7 @@ impl Product<'_> {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
     unsafe fn packed<N: Numbers, const P: usize, const T: usize>(&self, numbers: N, p: usize) -> usize {
-        let panels: [[&[u8]; 3]; P] = std::array::from_fn(|i| self.panels.panel(p + i));
+        let panels: [Panel<'_>; P] = std::array::from_fn(|i| self.panels.panel(p + i));
         // SAFETY: whole panels, and as many tokens as there are.
         unsafe { self.tile::<N, P, T>(numbers, panels, p, 0, P * self.panels.panel_bytes()) };
         P
@@ -127,22 +132,23 @@ impl Product<'_> {
         p: usize,
         scratch: &mut Vec<Line>,
     ) -> usize {
-        let mut panels: [[&[u8]; 3]; P] = std::array::from_fn(|i| self.panels.panel(p + i));
+        let mut panels: [Panel<'_>; P] = std::array::from_fn(|i| self.panels.panel(p + i));
         let lines = self.panels.cols / 4;
         if N::VECTORS > 1 {
             scratch.resize(P * lines, Line([0; 64]));
             for (panel, lines) in panels.iter_mut().zip(scratch.chunks_exact_mut(lines)) {
-                for (piece, lines) in panel[0].as_chunks::<64>().0.iter().zip(lines.chunks_exact_mut(N::VECTORS)) {
-                    // SAFETY: lines of 64 bytes.
+                for (step, lines) in lines.chunks_exact_mut(N::VECTORS).enumerate() {
+                    // SAFETY: steps of the panel's columns; lines of 64 bytes.
                     unsafe {
-                        let vectors = numbers.vectors(_mm512_loadu_si512(piece.as_ptr().cast()));
-                        for (line, vector) in lines.iter_mut().zip(vectors) {
+                        let (low, high) =
+                            (panel.low.as_ptr().add(step * N::LOW), panel.high.as_ptr().add(N::high(step)));
+                        for (line, vector) in lines.iter_mut().zip(numbers.vectors(low, high, step)) {
                             _mm512_store_si512(line.0.as_mut_ptr().cast(), vector);
                         }
                     }
                 }
                 // SAFETY: lines are bytes.
-                panel[0] = unsafe { std::slice::from_raw_parts(lines.as_ptr().cast(), 64 * lines.len()) };
+                panel.low = unsafe { std::slice::from_raw_parts(lines.as_ptr().cast(), 64 * lines.len()) };
             }
         }
         let bytes = Bytes::<BYTES>;
@@ -168,7 +174,7 @@ impl Product<'_> {
     unsafe fn tile<N: Numbers, const P: usize, const T: usize>(
         &self,
         numbers: N,
-        panels: [[&[u8]; 3]; P],
+        panels: [Panel<'_>; P],
         p: usize,
         t: usize,
         ahead: usize,
@@ -176,12 +182,14 @@ impl Product<'_> {
         let layout = &self.panels.layout;
         let tokens: [Token; T] = std::array::from_fn(|i| self.rounded.token(t + i));
         let pitch = self.rounded.pitch();
-        let pieces = layout.group / (4 * N::VECTORS);
+        let steps = layout.group / N::COLUMNS;
+        // Of the group, to that of its 256 columns.
+        let shared = (SUPER / layout.group).trailing_zeros();
         let beside = layout.scale.size() * LANES;
         // SAFETY: sizes of panels and of rounded tokens follow from the same layout and columns.
         unsafe {
             let mut sums = [[_mm512_setzero_ps(); T]; P];
-            let (mut piece, mut column) = (0, 0);
+            let (mut step, mut column) = (0, 0);
             for g in 0..self.panels.cols / layout.group {
                 // The first byte's sums, and the second's.
                 let mut of = [[[_mm512_setzero_si512(); 2]; T]; P];
@@ -191,12 +199,18 @@ impl Product<'_> {
                         of[k][i][N::BYTES - 1] = offset;
                     }
                 }
-                for _ in 0..pieces {
-                    let mut weights = [[_mm512_setzero_si512(); 4]; P];
+                for _ in 0..steps {
+                    let mut weights = [[_mm512_setzero_si512(); 8]; P];
                     for k in 0..P {
-                        let at = panels[k][0].as_ptr().wrapping_add(piece);
-                        _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(ahead).cast());
-                        weights[k] = numbers.vectors(_mm512_loadu_si512(at.cast()));
+                        let low = panels[k].low.as_ptr().add(step * N::LOW);
+                        let high = panels[k].high.as_ptr().add(N::high(step));
+                        for line in (0..N::LOW).step_by(64) {
+                            _mm_prefetch::<_MM_HINT_T0>(low.wrapping_add(line + ahead).cast());
+                        }
+                        if N::high(2) > 0 {
+                            _mm_prefetch::<_MM_HINT_T0>(high.wrapping_add(ahead).cast());
+                        }
+                        weights[k] = numbers.vectors(low, high, step);
                     }
                     for v in 0..N::VECTORS {
                         for i in 0..T {
@@ -210,10 +224,12 @@ impl Product<'_> {
                         }
                         column += 4;
                     }
-                    piece += 64;
+                    step += 1;
                 }
                 for k in 0..P {
-                    let scale = scales(layout.scale, panels[k][1].as_ptr().add(g * beside));
+                    let at = (g >> shared) * 2 * LANES;
+                    let (from, steps) = (panels[k].scales.as_ptr(), panels[k].steps.as_ptr());
+                    let scale = scales(layout.scale, false, from.add(g * beside), steps.wrapping_add(at));
                     for i in 0..T {
                         let sum = if N::BYTES == 1 {
                             of[k][i][0]
@@ -224,7 +240,8 @@ impl Product<'_> {
                         sums[k][i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, sums[k][i]);
                     }
                     if layout.biased {
-                        let bias = scales(layout.scale, panels[k][2].as_ptr().add(g * beside));
+                        let (from, steps) = (panels[k].biases.as_ptr(), panels[k].bias_steps.as_ptr());
+                        let bias = scales(layout.scale, true, from.add(g * beside), steps.wrapping_add(at));
                         for i in 0..T {
                             sums[k][i] =
                                 _mm512_fmadd_ps(bias, _mm512_set1_ps((*tokens[i].beside.add(g)).sum), sums[k][i]);
