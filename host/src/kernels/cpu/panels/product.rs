@@ -67,6 +67,20 @@ struct Product<'a> {
 #[derive(Clone, Copy)]
 struct Line([u8; 64]);
 
+/// Where a panel's strips begin, and how far it is to the next panel's.
+#[derive(Clone, Copy)]
+struct Strips {
+    low: *const u8,
+    /// Low bits may have been taken elsewhere.
+    low_pitch: usize,
+    high: *const u8,
+    scales: *const u8,
+    biases: *const u8,
+    steps: *const u8,
+    bias_steps: *const u8,
+    pitch: usize,
+}
+
 impl Product<'_> {
     fn run<N: Numbers>(self, numbers: N) {
         let size = LANES * self.panels.cols * self.tokens;
@@ -101,10 +115,23 @@ impl Product<'_> {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
     unsafe fn packed<N: Numbers, const P: usize, const T: usize>(&self, numbers: N, p: usize) -> usize {
-        let panels: [Panel<'_>; P] = std::array::from_fn(|i| self.panels.panel(p + i));
         // SAFETY: whole panels, and as many tokens as there are.
-        unsafe { self.tile::<N, P, T>(numbers, panels, p, 0, P * self.panels.panel_bytes()) };
+        unsafe { self.tile::<N, P, T>(numbers, self.strips(p), p, 0, P * self.panels.panel_bytes()) };
         P
+    }
+
+    fn strips(&self, p: usize) -> Strips {
+        let (panel, pitch) = (self.panels.panel(p), self.panels.panel_bytes());
+        Strips {
+            low: panel.low.as_ptr(),
+            low_pitch: pitch,
+            high: panel.high.as_ptr(),
+            scales: panel.scales.as_ptr(),
+            biases: panel.biases.as_ptr(),
+            steps: panel.steps.as_ptr(),
+            bias_steps: panel.bias_steps.as_ptr(),
+            pitch,
+        }
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
@@ -132,24 +159,23 @@ impl Product<'_> {
         p: usize,
         scratch: &mut Vec<Line>,
     ) -> usize {
-        let mut panels: [Panel<'_>; P] = std::array::from_fn(|i| self.panels.panel(p + i));
+        let mut strips = self.strips(p);
         let lines = self.panels.cols / 4;
         if N::VECTORS > 1 {
             scratch.resize(P * lines, Line([0; 64]));
-            for (panel, lines) in panels.iter_mut().zip(scratch.chunks_exact_mut(lines)) {
+            for (k, lines) in scratch.chunks_exact_mut(lines).enumerate() {
+                let Panel { low, high, .. } = self.panels.panel(p + k);
                 for (step, lines) in lines.chunks_exact_mut(N::VECTORS).enumerate() {
                     // SAFETY: steps of the panel's columns; lines of 64 bytes.
                     unsafe {
-                        let (low, high) =
-                            (panel.low.as_ptr().add(step * N::LOW), panel.high.as_ptr().add(N::high(step)));
+                        let (low, high) = (low.as_ptr().add(step * N::LOW), high.as_ptr().add(N::high(step)));
                         for (line, vector) in lines.iter_mut().zip(numbers.vectors(low, high, step)) {
                             _mm512_store_si512(line.0.as_mut_ptr().cast(), vector);
                         }
                     }
                 }
-                // SAFETY: lines are bytes.
-                panel.low = unsafe { std::slice::from_raw_parts(lines.as_ptr().cast(), 64 * lines.len()) };
             }
+            strips = Strips { low: scratch.as_ptr().cast(), low_pitch: 64 * lines, ..strips };
         }
         let bytes = Bytes::<BYTES>;
         let mut t = 0;
@@ -157,10 +183,10 @@ impl Product<'_> {
         unsafe {
             while t < self.tokens {
                 t += match (self.tokens - t, BYTES) {
-                    (6.., 1) => self.tile::<_, P, 6>(bytes, panels, p, t, 0),
-                    (4.., _) => self.tile::<_, P, 4>(bytes, panels, p, t, 0),
-                    (2.., _) => self.tile::<_, P, 2>(bytes, panels, p, t, 0),
-                    (_, _) => self.tile::<_, P, 1>(bytes, panels, p, t, 0),
+                    (6.., 1) => self.tile::<_, P, 6>(bytes, strips, p, t, 0),
+                    (4.., _) => self.tile::<_, P, 4>(bytes, strips, p, t, 0),
+                    (2.., _) => self.tile::<_, P, 2>(bytes, strips, p, t, 0),
+                    (_, _) => self.tile::<_, P, 1>(bytes, strips, p, t, 0),
                 };
             }
         }
@@ -174,7 +200,7 @@ impl Product<'_> {
     unsafe fn tile<N: Numbers, const P: usize, const T: usize>(
         &self,
         numbers: N,
-        panels: [Panel<'_>; P],
+        strips: Strips,
         p: usize,
         t: usize,
         ahead: usize,
@@ -182,7 +208,7 @@ impl Product<'_> {
         let layout = &self.panels.layout;
         let tokens: [Token; T] = std::array::from_fn(|i| self.rounded.token(t + i));
         let pitch = self.rounded.pitch();
-        let steps = layout.group / N::COLUMNS;
+        let steps_of = layout.group / N::COLUMNS;
         // Of the group, to that of its 256 columns.
         let shared = (SUPER / layout.group).trailing_zeros();
         let beside = layout.scale.size() * LANES;
@@ -199,11 +225,11 @@ impl Product<'_> {
                         of[k][i][N::BYTES - 1] = offset;
                     }
                 }
-                for _ in 0..steps {
+                for _ in 0..steps_of {
                     let mut weights = [[_mm512_setzero_si512(); 8]; P];
                     for k in 0..P {
-                        let low = panels[k].low.as_ptr().add(step * N::LOW);
-                        let high = panels[k].high.as_ptr().add(N::high(step));
+                        let low = strips.low.add(k * strips.low_pitch + step * N::LOW);
+                        let high = strips.high.add(k * strips.pitch + N::high(step));
                         for line in (0..N::LOW).step_by(64) {
                             _mm_prefetch::<_MM_HINT_T0>(low.wrapping_add(line + ahead).cast());
                         }
@@ -226,10 +252,13 @@ impl Product<'_> {
                     }
                     step += 1;
                 }
+                let (from, steps) =
+                    (strips.scales.add(g * beside), strips.steps.wrapping_add((g >> shared) * 2 * LANES));
+                let (b_from, b_steps) =
+                    (strips.biases.wrapping_add(g * beside), strips.bias_steps.wrapping_add((g >> shared) * 2 * LANES));
                 for k in 0..P {
-                    let at = (g >> shared) * 2 * LANES;
-                    let (from, steps) = (panels[k].scales.as_ptr(), panels[k].steps.as_ptr());
-                    let scale = scales(layout.scale, false, from.add(g * beside), steps.wrapping_add(at));
+                    let scale =
+                        scales(layout.scale, false, from.add(k * strips.pitch), steps.wrapping_add(k * strips.pitch));
                     for i in 0..T {
                         let sum = if N::BYTES == 1 {
                             of[k][i][0]
@@ -240,8 +269,12 @@ impl Product<'_> {
                         sums[k][i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, sums[k][i]);
                     }
                     if layout.biased {
-                        let (from, steps) = (panels[k].biases.as_ptr(), panels[k].bias_steps.as_ptr());
-                        let bias = scales(layout.scale, true, from.add(g * beside), steps.wrapping_add(at));
+                        let bias = scales(
+                            layout.scale,
+                            true,
+                            b_from.wrapping_add(k * strips.pitch),
+                            b_steps.wrapping_add(k * strips.pitch),
+                        );
                         for i in 0..T {
                             sums[k][i] =
                                 _mm512_fmadd_ps(bias, _mm512_set1_ps((*tokens[i].beside.add(g)).sum), sums[k][i]);
