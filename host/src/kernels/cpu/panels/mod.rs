@@ -16,6 +16,8 @@ mod product;
 mod rounded;
 #[cfg(target_arch = "x86_64")]
 mod scales;
+#[cfg(target_arch = "x86_64")]
+mod tile;
 
 use super::{format::Format, matrix::Matrix};
 use crate::weights::bytes::Bytes;
