@@ -2,16 +2,22 @@
 //! instruction (VNNI's `vpdpbusd`) adds four products to the sum of each row. Activations are rounded to whole steps of the largest in
 //! their group; sums within a group are exact, and scales meet them once a group.
 //!
-//! The error is that of the rounding: of each activation up to 1/254 of its group's largest where weights have two or four bits (their own
-//! error is ten times that), 1/65000 where they have eight. A token's bits are the same alone, in a batch and on any number of threads.
+//! The error is that of the rounding: of each activation up to 1/254 of its group's largest where weights have at most four bits (their own
+//! error is ten times that), 1/65000 where they have more. A token's bits are the same alone, in a batch and on any number of threads.
 
 mod layout;
 #[cfg(target_arch = "x86_64")]
 mod numbers;
+mod opened;
+mod packing;
 #[cfg_attr(not(target_arch = "x86_64"), path = "elsewhere.rs")]
 mod product;
 #[cfg(target_arch = "x86_64")]
 mod rounded;
+#[cfg(target_arch = "x86_64")]
+mod scales;
+#[cfg(target_arch = "x86_64")]
+mod tile;
 
 use super::{format::Format, matrix::Matrix};
 use crate::weights::bytes::Bytes;
@@ -28,7 +34,7 @@ pub struct Panels {
     layout: Layout,
     rows: usize,
     cols: usize,
-    /// For each panel: for each 32 bits of a row, those of all lanes; for each group, the scales of all lanes; the same of biases.
+    /// For each panel and kind of strip: for each piece of a row's strip, those of all lanes.
     bytes: Bytes,
     /// A factor for each row of all panels, empty in most formats.
     factors: Vec<f32>,

@@ -3,8 +3,10 @@
 
 use super::{
     LANES, Panels,
-    numbers::{Bytes, E2m1, Nibbles, Numbers, Quarters, scales},
-    rounded::{Rounded, Token},
+    layout::Panel,
+    numbers::{Bytes, E2m1, Five, Nibbles, Numbers, Quarters, Six, Three},
+    rounded::Rounded,
+    tile::{Product, Strips},
 };
 use crate::kernels::cpu::{
     ahead,
@@ -57,6 +59,9 @@ pub(in crate::kernels::cpu) fn multiply(of: &mut [(&Panels, &mut [f32])], x: &[f
     }
     match (first.layout.bits, first.layout.e2m1) {
         (2, _) => run(&products, Quarters),
+        (3, _) => run(&products, Three),
+        (5, _) => run(&products, Five),
+        (6, _) => run(&products, Six),
         (4, false) => run(&products, Nibbles),
         (4, true) => run(&products, E2m1),
         _ => run(&products, Bytes::<2>),
@@ -80,15 +85,6 @@ fn run<N: Numbers>(products: &[Product], numbers: N) {
     }
 }
 
-/// One product.
-#[derive(Clone, Copy)]
-struct Product<'a> {
-    panels: &'a Panels,
-    rounded: &'a Rounded,
-    tokens: usize,
-    out: Output,
-}
-
 /// A cache line.
 #[repr(C, align(64))]
 #[derive(Clone, Copy)]
@@ -103,8 +99,8 @@ impl Product<'_> {
             // SAFETY: passed on to the caller.
             unsafe {
                 p += match (self.tokens, left) {
-                    // One stream is what memory gives fastest, but where numbers are small it is not memory that is waited for.
-                    (1, 4..) if N::BYTES == 1 => self.packed::<N, 4, 1>(numbers, p),
+                    // One stream is what memory gives fastest, but where numbers must be taken out it is not memory that is waited for.
+                    (1, 4..) if N::VECTORS > 1 => self.packed::<N, 4, 1>(numbers, p),
                     (1, _) => self.packed::<N, 1, 1>(numbers, p),
                     (2, 2..) => self.packed::<N, 2, 2>(numbers, p),
                     (2, _) => self.packed::<N, 1, 2>(numbers, p),
@@ -120,9 +116,8 @@ impl Product<'_> {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
     unsafe fn packed<N: Numbers, const P: usize, const T: usize>(&self, numbers: N, p: usize) -> usize {
-        let panels: [[&[u8]; 3]; P] = std::array::from_fn(|i| self.panels.panel(p + i));
         // SAFETY: whole panels, and as many tokens as there are.
-        unsafe { self.tile::<N, P, T>(numbers, panels, p, 0, P * self.panels.panel_bytes()) };
+        unsafe { self.tile::<N, P, T>(numbers, self.strips(p), p, 0, P * self.panels.panel_bytes()) };
         P
     }
 
@@ -151,23 +146,23 @@ impl Product<'_> {
         p: usize,
         scratch: &mut Vec<Line>,
     ) -> usize {
-        let mut panels: [[&[u8]; 3]; P] = std::array::from_fn(|i| self.panels.panel(p + i));
+        let mut strips = self.strips(p);
         let lines = self.panels.cols / 4;
         if N::VECTORS > 1 {
             scratch.resize(P * lines, Line([0; 64]));
-            for (panel, lines) in panels.iter_mut().zip(scratch.chunks_exact_mut(lines)) {
-                for (piece, lines) in panel[0].as_chunks::<64>().0.iter().zip(lines.chunks_exact_mut(N::VECTORS)) {
-                    // SAFETY: lines of 64 bytes.
+            for (k, lines) in scratch.chunks_exact_mut(lines).enumerate() {
+                let Panel { low, high, .. } = self.panels.panel(p + k);
+                for (step, lines) in lines.chunks_exact_mut(N::VECTORS).enumerate() {
+                    // SAFETY: steps of the panel's columns; lines of 64 bytes.
                     unsafe {
-                        let vectors = numbers.vectors(_mm512_loadu_si512(piece.as_ptr().cast()));
-                        for (line, vector) in lines.iter_mut().zip(vectors) {
+                        let (low, high) = (low.as_ptr().add(step * N::LOW), high.as_ptr().add(N::high(step)));
+                        for (line, vector) in lines.iter_mut().zip(numbers.vectors(low, high, step)) {
                             _mm512_store_si512(line.0.as_mut_ptr().cast(), vector);
                         }
                     }
                 }
-                // SAFETY: lines are bytes.
-                panel[0] = unsafe { std::slice::from_raw_parts(lines.as_ptr().cast(), 64 * lines.len()) };
             }
+            strips = Strips { low: scratch.as_ptr().cast(), low_pitch: 64 * lines, ..strips };
         }
         let bytes = Bytes::<BYTES>;
         let mut t = 0;
@@ -175,100 +170,13 @@ impl Product<'_> {
         unsafe {
             while t < self.tokens {
                 t += match (self.tokens - t, BYTES) {
-                    (6.., 1) => self.tile::<_, P, 6>(bytes, panels, p, t, 0),
-                    (4.., _) => self.tile::<_, P, 4>(bytes, panels, p, t, 0),
-                    (2.., _) => self.tile::<_, P, 2>(bytes, panels, p, t, 0),
-                    (_, _) => self.tile::<_, P, 1>(bytes, panels, p, t, 0),
+                    (6.., 1) => self.tile::<_, P, 6>(bytes, strips, p, t, 0),
+                    (4.., _) => self.tile::<_, P, 4>(bytes, strips, p, t, 0),
+                    (2.., _) => self.tile::<_, P, 2>(bytes, strips, p, t, 0),
+                    (_, _) => self.tile::<_, P, 1>(bytes, strips, p, t, 0),
                 };
             }
         }
         P
-    }
-
-    /// `P` panels from panel `p` on with `T` tokens from token `t` on; says how many tokens. What lies `ahead` bytes further is fetched from
-    /// memory meanwhile: panels are too short for the processor to see a stream in them.
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-    unsafe fn tile<N: Numbers, const P: usize, const T: usize>(
-        &self,
-        numbers: N,
-        panels: [[&[u8]; 3]; P],
-        p: usize,
-        t: usize,
-        ahead: usize,
-    ) -> usize {
-        let layout = &self.panels.layout;
-        let tokens: [Token; T] = std::array::from_fn(|i| self.rounded.token(t + i));
-        let pitch = self.rounded.pitch();
-        let pieces = layout.group / (4 * N::VECTORS);
-        let beside = layout.scale.size() * LANES;
-        // SAFETY: sizes of panels and of rounded tokens follow from the same layout and columns.
-        unsafe {
-            let mut sums = [[_mm512_setzero_ps(); T]; P];
-            let (mut piece, mut column) = (0, 0);
-            for g in 0..self.panels.cols / layout.group {
-                // The first byte's sums, and the second's.
-                let mut of = [[[_mm512_setzero_si512(); 2]; T]; P];
-                for i in 0..T {
-                    let offset = _mm512_set1_epi32((*tokens[i].beside.add(g)).offset);
-                    for k in 0..P {
-                        of[k][i][N::BYTES - 1] = offset;
-                    }
-                }
-                for _ in 0..pieces {
-                    let mut weights = [[_mm512_setzero_si512(); 4]; P];
-                    for k in 0..P {
-                        let at = panels[k][0].as_ptr().wrapping_add(piece);
-                        _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(ahead).cast());
-                        weights[k] = numbers.vectors(_mm512_loadu_si512(at.cast()));
-                    }
-                    for v in 0..N::VECTORS {
-                        for i in 0..T {
-                            for byte in 0..N::BYTES {
-                                let four = tokens[i].bytes.add(byte * pitch + column).cast::<i32>();
-                                let four = _mm512_set1_epi32(four.read_unaligned());
-                                for k in 0..P {
-                                    of[k][i][byte] = _mm512_dpbusd_epi32(of[k][i][byte], weights[k][v], four);
-                                }
-                            }
-                        }
-                        column += 4;
-                    }
-                    piece += 64;
-                }
-                for k in 0..P {
-                    let scale = scales(layout.scale, panels[k][1].as_ptr().add(g * beside));
-                    for i in 0..T {
-                        let sum = if N::BYTES == 1 {
-                            of[k][i][0]
-                        } else {
-                            _mm512_add_epi32(_mm512_slli_epi32::<8>(of[k][i][0]), of[k][i][1])
-                        };
-                        let scale = _mm512_mul_ps(scale, _mm512_set1_ps((*tokens[i].beside.add(g)).step));
-                        sums[k][i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, sums[k][i]);
-                    }
-                    if layout.biased {
-                        let bias = scales(layout.scale, panels[k][2].as_ptr().add(g * beside));
-                        for i in 0..T {
-                            sums[k][i] =
-                                _mm512_fmadd_ps(bias, _mm512_set1_ps((*tokens[i].beside.add(g)).sum), sums[k][i]);
-                        }
-                    }
-                }
-            }
-            for k in 0..P {
-                let row = (p + k) * LANES;
-                let mask = (u32::MAX >> (32 - (self.panels.rows - row).min(LANES))) as u16;
-                let factors = match self.panels.factors.get(row..row + LANES) {
-                    Some(factors) => _mm512_loadu_ps(factors.as_ptr()),
-                    None => _mm512_set1_ps(1.0),
-                };
-                for i in 0..T {
-                    let to = self.out.pointer().add((t + i) * self.panels.rows + row);
-                    _mm512_mask_storeu_ps(to, mask, _mm512_mul_ps(sums[k][i], factors));
-                }
-            }
-        }
-        T
     }
 }

@@ -45,7 +45,7 @@ impl Rounded {
     /// `x` is `[tokens, cols]`.
     pub(super) fn new(panels: &Panels, x: &[f32]) -> Self {
         let (layout, cols) = (panels.layout, panels.cols);
-        let (tokens, groups, planes) = (x.len() / cols, cols / layout.group, if layout.bits == 8 { 2 } else { 1 });
+        let (tokens, groups, planes) = (x.len() / cols, cols / layout.group, layout.planes());
         let pitch = cols.next_multiple_of(64);
         let mut all = Self {
             bytes: vec![0; tokens * planes * pitch],
@@ -148,7 +148,7 @@ impl Line<'_> {
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 unsafe fn turn(layout: Layout, bytes: &mut [i8]) {
     let (in_lanes, of_lanes): ([i8; 16], [i32; 16]) = match (layout.order, layout.bits) {
-        (_, 8) => return,
+        (_, 8) | (Order::Straight, _) => return,
         (Order::Halves, _) => (
             [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15],
             [0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15],
