@@ -38,9 +38,13 @@ impl Moving {
 
     fn go(&self) -> std::io::Result<()> {
         let mut room = Room::new(self.from.len())?;
-        cpu::copy(&self.from, &mut room);
+        for (i, piece) in room.chunks_mut(LEAST).enumerate() {
+            let from = self.from.slice(i * LEAST..i * LEAST + piece.len()).unwrap_or_else(|| self.from.clone());
+            cpu::copy(&from, piece);
+            // Before all is moved, so that no large matrix is there twice; whoever reads it meanwhile gets its pages from the file again.
+            from.let_go();
+        }
         let _ = self.to.set(room);
-        self.from.let_go();
         Ok(())
     }
 }
