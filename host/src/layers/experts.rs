@@ -1,13 +1,14 @@
 //! Routed experts: each token runs through a few of many small feed-forward blocks. Tokens are gathered by expert, so that every chosen
 //! expert's weights are read once and no other's are touched.
 
+mod alone;
 mod joined;
 
 use super::{
     linear::Linear,
     slices::{filled, with_f32},
 };
-use crate::kernels::{cpu, metal};
+use crate::kernels::metal;
 use candle_core::{DType, Tensor};
 use candle_nn::ops::sigmoid;
 pub use joined::Joined;
@@ -69,15 +70,8 @@ impl Activation {
 
     /// With dylm's own kernels; both of one shape.
     pub fn on_cpu(self, gate: &Tensor, up: &Tensor) -> candle_core::Result<Tensor> {
-        let joined = with_f32(gate, |gate| {
-            with_f32(up, |up| {
-                filled(gate.len(), |out| match self {
-                    Activation::Swiglu => cpu::silu_mul(gate, up, out),
-                    Activation::Geglu => cpu::gelu_tanh_mul(gate, up, out),
-                    other => out.iter_mut().zip(gate).zip(up).for_each(|((out, &g), &u)| *out = other.of(g, u)),
-                })
-            })
-        })???;
+        let joined =
+            with_f32(gate, |gate| with_f32(up, |up| filled(gate.len(), |out| self.on_numbers(gate, up, out))))???;
         joined.reshape(gate.shape())
     }
 
@@ -178,6 +172,11 @@ impl Experts {
         }
         let chosen = chosen.to_dtype(DType::U32)?.to_vec2::<u32>()?;
         let weights = weights.to_dtype(DType::F32)?.to_vec2::<f32>()?;
+        if let ([chosen], [shares]) = (&chosen[..], &weights[..])
+            && let Some(sum) = self.alone(x, chosen, shares)?
+        {
+            return Ok(sum);
+        }
         let mut of_expert: Vec<Vec<(u32, f32)>> = vec![Vec::new(); self.experts.len()];
         let mut unchanged = vec![0f32; chosen.len()];
         for (token, (ids, shares)) in chosen.iter().zip(&weights).enumerate() {
