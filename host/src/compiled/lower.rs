@@ -2,12 +2,13 @@
 //! Products of one input move to the first of them, where they are done together.
 
 use super::{
-    Attending, Compiled, Kernel, Step, Whole,
+    Compiled, Kernel, Step, Whole,
     buffers::{Made, share_out},
     maps,
+    recur::{Recurring, Rule},
 };
 use crate::{
-    kernels::cpu::{Turn, attention::Blocks},
+    kernels::cpu::Turn,
     layers::{Layer, experts::Activation, slices::with_f32, weight::Weight},
     model::Model,
     ops::noting::{Noted, Word},
@@ -15,21 +16,21 @@ use crate::{
 };
 use candle_core::{DType, Tensor};
 use maps::{Map, Spread};
-use plugin_api::abi::{AttendSpec, Handle, ROTATE_BACK, ROTATE_BLOCK_SHIFT, ROTATE_LAST, ROTATE_NEIGHBOURS, Slot};
+use plugin_api::abi::{Handle, ROTATE_BACK, ROTATE_BLOCK_SHIFT, ROTATE_LAST, ROTATE_NEIGHBOURS, Slot};
 use std::collections::HashMap;
 
-type Lowered<T> = Result<T, String>;
+pub(super) type Lowered<T> = Result<T, String>;
 
 /// What a handle stands for.
 #[derive(Clone)]
-struct Known {
+pub(super) struct Known {
     /// Who made the numbers; none for the step's ids.
-    made: Option<usize>,
+    pub(super) made: Option<usize>,
     dims: Vec<usize>,
 }
 
 #[derive(Default)]
-struct Lowering {
+pub(super) struct Lowering {
     known: HashMap<u64, Known>,
     made: Vec<Made>,
     steps: Vec<Step>,
@@ -37,21 +38,22 @@ struct Lowering {
     products: HashMap<usize, usize>,
     angles: Vec<(Slot, usize)>,
     logits: Option<usize>,
-    layers_of: HashMap<u64, [usize; 4]>,
+    /// What caches hold of a token, by their numbers.
+    pub(super) caches: HashMap<usize, [usize; 4]>,
 }
 
 /// What an op was told.
-struct Said<'a>(&'a Noted);
+pub(super) struct Said<'a>(&'a Noted);
 
 impl Said<'_> {
-    fn tensor(&self, i: usize) -> Lowered<Handle> {
+    pub(super) fn tensor(&self, i: usize) -> Lowered<Handle> {
         match self.0.said.get(i) {
             Some(&Word::Tensor(handle)) => Ok(handle),
             _ => Err(format!("{}: argument {i} is no tensor", self.0.op)),
         }
     }
 
-    fn count(&self, i: usize) -> Lowered<usize> {
+    pub(super) fn count(&self, i: usize) -> Lowered<usize> {
         match self.0.said.get(i) {
             Some(&Word::Whole(n)) => Ok(n as usize),
             _ => Err(format!("{}: argument {i} is no count", self.0.op)),
@@ -104,16 +106,16 @@ fn numbers(t: &Option<Tensor>) -> Lowered<Option<Vec<f32>>> {
 }
 
 impl Lowering {
-    fn find(&self, handle: Handle) -> Lowered<&Known> {
+    pub(super) fn find(&self, handle: Handle) -> Lowered<&Known> {
         self.known.get(&handle.0).ok_or_else(|| "a tensor of which it is not known how it was made".into())
     }
 
     /// The value behind an op's argument.
-    fn input(&self, said: &Said, i: usize) -> Lowered<usize> {
+    pub(super) fn input(&self, said: &Said, i: usize) -> Lowered<usize> {
         self.find(said.tensor(i)?)?.made.ok_or_else(|| format!("{} of ids", said.0.op))
     }
 
-    fn dims(&self, said: &Said, i: usize) -> Lowered<&[usize]> {
+    pub(super) fn dims(&self, said: &Said, i: usize) -> Lowered<&[usize]> {
         Ok(&self.find(said.tensor(i)?)?.dims)
     }
 
@@ -131,7 +133,7 @@ impl Lowering {
         made
     }
 
-    fn step(&mut self, noted: &Noted, kernel: Kernel, reads: Vec<usize>) {
+    pub(super) fn step(&mut self, noted: &Noted, kernel: Kernel, reads: Vec<usize>) {
         let made = self.value(noted, None);
         self.steps.push(Step { kernel, reads, writes: vec![made] });
     }
@@ -223,6 +225,7 @@ impl Lowering {
             "multi_linear" => self.whole(noted, said, Whole::MultiLinear(said.slot()?), 1)?,
             "experts" => self.whole(noted, said, Whole::Experts(said.slot()?), 3)?,
             op => match (Map::named(op), maps::zip_named(op)) {
+                _ if Rule::named(op, noted.slot).is_some() => self.recur(noted, said)?,
                 (Some(map), _) => self.step(noted, Kernel::Map(map), vec![self.input(said, 0)?]),
                 (_, Some(zip)) => {
                     let spread = |i| Ok::<_, String>(Spread::of(self.dims(said, i)?, &noted.dims));
@@ -242,6 +245,16 @@ impl Lowering {
         let dims = (0..inputs).map(|i| Ok(self.dims(said, i)?.to_vec())).collect::<Lowered<Vec<_>>>()?;
         let reads = (0..inputs).map(|i| self.input(said, i)).collect::<Lowered<Vec<_>>>()?;
         self.step(noted, Kernel::Whole(op, dims), reads);
+        Ok(())
+    }
+
+    /// An op of a cache's number and tensors.
+    fn recur(&mut self, noted: &Noted, said: &Said) -> Lowered<()> {
+        let rule = Rule::named(&noted.op, noted.slot).ok_or("a recurrence of no layer")?;
+        let dims = (1..noted.said.len()).map(|i| Ok(self.dims(said, i)?.to_vec())).collect::<Lowered<Vec<_>>>()?;
+        let reads = (1..noted.said.len()).map(|i| self.input(said, i)).collect::<Lowered<Vec<_>>>()?;
+        let recurring = Recurring { rule, cache: said.count(0)? as u32, dims };
+        self.step(noted, Kernel::Recur(recurring), reads);
         Ok(())
     }
 
@@ -290,55 +303,6 @@ impl Lowering {
             self.angles.len() - 1
         });
         self.step(noted, Kernel::Rotate { angles, heads, dim, turn }, vec![self.input(said, 0)?]);
-        Ok(())
-    }
-
-    fn attend(&mut self, noted: &Noted, said: &Said) -> Lowered<()> {
-        let Some(&Word::Attend(spec)) = noted.said.get(4) else { return Err("attend of an unknown kind".into()) };
-        let AttendSpec { selection, pooled_cache, flags, .. } = spec;
-        if selection != Handle::NONE || pooled_cache != 0 || flags != 0 {
-            return Err("attend to chosen or pooled keys has no kernel here".into());
-        }
-        let &[_, heads, dim] = self.dims(said, 1)? else { return Err("attend without heads".into()) };
-        let (cache, mut reads) = (said.count(0)?, vec![self.input(said, 1)?]);
-        let joins = [said.tensor(2)?, said.tensor(3)?].map(|handle| handle != Handle::NONE);
-        for (i, _) in joins.iter().enumerate().filter(|(_, joins)| **joins) {
-            reads.push(self.input(said, 2 + i)?);
-        }
-        if joins[0] {
-            let of = |i: usize| match *self.dims(said, i)? {
-                [_, heads, dim] => Ok([heads, dim]),
-                _ => Err("attend to keys without heads".to_owned()),
-            };
-            let [kv_heads, k] = of(2)?;
-            let e = if joins[1] { of(3)?[1] } else { 0 };
-            self.layers_of.insert(cache as u64, [kv_heads, k, kv_heads, e]);
-        }
-        for handle in [spec.sinks, spec.slopes].into_iter().filter(|handle| *handle != Handle::NONE) {
-            reads.push(self.find(handle)?.made.ok_or("sinks of ids")?);
-        }
-        let shape = *self.layers_of.get(&(cache as u64)).ok_or("attend to a cache that this step does not feed")?;
-        let some = |n: u64| (n > 0).then_some(n as usize);
-        let attending = Attending {
-            cache,
-            heads,
-            dim,
-            shape,
-            joins,
-            sinks: spec.sinks != Handle::NONE,
-            slopes: spec.slopes != Handle::NONE,
-            scale: spec.scale,
-            softcap: (spec.softcap > 0.0).then_some(spec.softcap),
-            window: some(spec.window),
-            chunk: some(spec.chunk),
-            blocks: some(spec.block).map(|size| Blocks {
-                size,
-                local: spec.local_blocks as usize,
-                stride: spec.stride as usize,
-            }),
-            lanes: some(spec.value_lanes),
-        };
-        self.step(noted, Kernel::Attend(Box::new(attending)), reads);
         Ok(())
     }
 }

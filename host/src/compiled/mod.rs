@@ -5,19 +5,23 @@
 //! Plugins promise that `forward` asks for the same ops whenever the shapes are the same; the bits are those of the step op by op. A model
 //! with an op that has no kernel here runs op by op as before; [`Model::not_replayed`] says which op.
 
+mod attend;
 mod buffers;
 mod lower;
 mod maps;
 mod play;
+mod recur;
 
 use crate::{
-    kernels::cpu::{Turn, attention::Blocks},
+    kernels::cpu::Turn,
     layers::experts::Activation,
     model::{Input, Model, Want},
     ops::running::CacheShapes,
 };
+use attend::Attending;
 use maps::{Map, Spread, Zip};
 use plugin_api::abi::Slot;
+use recur::Recurring;
 use std::{
     collections::HashMap,
     sync::{Mutex, PoisonError, TryLockError},
@@ -70,6 +74,8 @@ enum Kernel {
     },
     /// Rows of these widths, side by side.
     Join(Vec<usize>),
+    /// What carries a state from token to token.
+    Recur(Recurring),
     /// What is done as if step by step, with the shapes of what is read.
     Whole(Whole, Vec<Vec<usize>>),
 }
@@ -90,26 +96,6 @@ enum Whole {
     MultiLinear(Slot),
     /// Activations, the experts chosen for them, and these' shares.
     Experts(Slot),
-}
-
-/// An attention.
-struct Attending {
-    cache: usize,
-    heads: usize,
-    dim: usize,
-    /// What the cache holds of a token: `[heads, dim]` of keys and of values.
-    shape: [usize; 4],
-    /// Whether keys, and values, join the cache.
-    joins: [bool; 2],
-    sinks: bool,
-    slopes: bool,
-    scale: f32,
-    softcap: Option<f32>,
-    window: Option<usize>,
-    chunk: Option<usize>,
-    blocks: Option<Blocks>,
-    /// The first so many lanes of a key are its value.
-    lanes: Option<usize>,
 }
 
 /// A compiled step for some number of sequences.

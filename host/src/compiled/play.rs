@@ -1,10 +1,10 @@
 //! The kernels of a compiled step, one after the other. A buffer that is written is taken out of the list meanwhile, so that the others can
 //! be read.
 
-use super::{Attending, Compiled, Kernel, Step, Whole, maps};
+use super::{Compiled, Kernel, Step, Whole, maps};
 use crate::{
     cache::memory::Memory,
-    kernels::cpu::{self, Angles, Attend, Factor, attend_all, attention::Keys, multiply_all},
+    kernels::cpu::{self, Angles, Factor, multiply_all},
     layers::{Layer, experts::Activation, rope::Span, slices::with_f32, weight::Weight},
     model::{Input, Model},
     ops::value::{Fault, Value},
@@ -119,6 +119,7 @@ impl Step {
                     start += width;
                 }
             }
+            Kernel::Recur(how) => how.run(model, inputs, reads, out)?,
             Kernel::Whole(op, dims) => {
                 let tensor = |(i, dims): (usize, &Vec<usize>)| Tensor::from_slice(reads(i), &dims[..], &Device::Cpu);
                 let read = dims.iter().enumerate().map(tensor).collect::<Result<Vec<_>>>()?;
@@ -169,50 +170,5 @@ fn weight(model: &Model, slot: Slot) -> Result<(&Weight, Option<&Tensor>)> {
         Some(Layer::Linear(l)) => Ok((&l.weight, l.bias.as_ref())),
         Some(Layer::Embedding(e)) => Ok((&e.weight, None)),
         _ => bail!("a layer that is not loaded"),
-    }
-}
-
-impl Attending {
-    fn run<'b>(&self, inputs: &mut [Input], reads: &dyn Fn(usize) -> &'b [f32], out: &mut [f32]) -> Result<()> {
-        let [kv_heads, k_dim, _, stored] = self.shape;
-        let e = self.lanes.unwrap_or(stored);
-        let mut next = 0;
-        let mut given = |there: bool| {
-            next += usize::from(there);
-            there.then(|| reads(next))
-        };
-        let (k, v) = (given(self.joins[0]), given(self.joins[1]));
-        let (sinks, slopes) = (given(self.sinks), given(self.slopes));
-        let rows = |x: &'b [f32], width: usize, i: usize| &x[i * width..(i + 1) * width];
-        for (i, (input, out)) in inputs.iter_mut().zip(out.chunks_exact_mut(self.heads * e)).enumerate() {
-            let offset = input.state.offset;
-            let Some(kv) = input.state.layers.get_mut(self.cache).and_then(Memory::key_value_mut) else {
-                bail!("cache {} holds no keys and values", self.cache)
-            };
-            if let Some(k) = k {
-                let v = v.map_or(&[][..], |v| rows(v, kv_heads * stored, i));
-                kv.append(rows(k, kv_heads * k_dim, i), v, offset, 1);
-            }
-            let sight = kv.sight(self.window, self.chunk);
-            let how = Attend {
-                scale: self.scale,
-                softcap: self.softcap,
-                window: sight.window,
-                keep: sight.keep,
-                chunk: sight.chunk,
-                sinks,
-                selection: None,
-                blocks: self.blocks,
-                slopes,
-            };
-            let (Some(keys), Some(values)) = (kv.keys.rows(), kv.values.rows()) else {
-                bail!("the cache is not on the cpu")
-            };
-            let values = self.lanes.is_none().then_some(values);
-            let cache = Keys { keys, values, positions: &kv.positions, how: &how };
-            let q = rows(reads(0), self.heads * self.dim, i);
-            attend_all(q, self.heads, self.dim, &[offset as u32], &[cache], kv_heads, e, out);
-        }
-        Ok(())
     }
 }

@@ -6,7 +6,6 @@ use crate::{
     error::{Error, Result},
     layers::Layer,
     ops::{
-        arena::Arena,
         lending::Call,
         noting::{Noted, Notes, Word},
         running::{CacheShapes, Part, Places, Running},
@@ -19,7 +18,7 @@ use crate::{
 };
 use candle_core::Tensor;
 use plugin_api::abi::Handle;
-use std::{cell::RefCell, collections::HashMap};
+use std::cell::RefCell;
 
 impl Model {
     /// Where a step's tokens stand, for the kernels that read it on the device.
@@ -82,22 +81,11 @@ impl Engine<'_> {
     ) -> Result<(Option<Value>, CacheShapes)> {
         let count = tokens.dims().ok().and_then(|dims| dims.first().copied()).unwrap_or_default();
         let running = Running {
-            arena: Arena::default(),
-            tokens: count,
             places: self.places.clone(),
-            caches: &self.object.caches,
-            fed: vec![false; self.object.caches.len()],
-            misuse: None,
-            wanted: self.wanted,
-            layers: self.layers,
-            place: self.place,
             seat: self.seat,
-            parts,
-            angles: HashMap::new(),
-            turns: HashMap::new(),
-            shapes: CacheShapes::new(),
             ops: self.watch.map(|_| Vec::new()),
             notes: self.notes.map(|_| Notes::default()),
+            ..Running::new(&self.object.caches, self.wanted, self.layers, self.place, parts, count)
         };
         let call = Call::Running(RefCell::new(running));
         let Call::Running(cell) = &call else { unreachable!("made as Running above") };

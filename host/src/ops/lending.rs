@@ -109,31 +109,14 @@ mod tests {
     use super::*;
     use crate::{
         device::{DeviceChoice, DtypeChoice, Placement},
-        ops::{arena::Arena, table::host, value::Value},
+        ops::{table::host, value::Value},
     };
     use plugin_api::abi::Handle;
 
     /// Runs `f` as a plugin's call, with the op `exp` on a tensor of the call; what the call's error is.
     fn calling(f: impl FnOnce(usize, &dyn Fn(usize) -> Handle, &(dyn Fn(usize) -> Handle + Sync))) -> String {
         let place = Placement::new(DeviceChoice::Cpu, DtypeChoice::Float32, candle_core::DType::F32).unwrap();
-        let cell = RefCell::new(Running {
-            arena: Arena::default(),
-            wanted: &[],
-            layers: &[],
-            place: &place,
-            seat: None,
-            parts: Vec::new(),
-            places: None,
-            tokens: 1,
-            caches: &[],
-            fed: Vec::new(),
-            misuse: None,
-            angles: Default::default(),
-            turns: Default::default(),
-            shapes: Default::default(),
-            ops: None,
-            notes: None,
-        });
+        let cell = RefCell::new(Running::new(&[], &[], &[], &place, Vec::new(), 1));
         let x = cell.borrow_mut().arena.put(Value::planned(&[1]));
         let call = Call::Running(cell);
         let exp = move |ctx: usize| host().ops.exp()(Ctx(ctx as *const ()), x, At::caller());

@@ -82,6 +82,37 @@ pub struct Running<'a> {
     pub notes: Option<Notes>,
 }
 
+impl<'a> Running<'a> {
+    /// A call on these sequences' tokens, of which nothing was asked yet.
+    pub fn new(
+        caches: &'a [CacheSpec],
+        wanted: &'a [Wanted],
+        layers: &'a [Layer],
+        place: &'a Placement,
+        parts: Vec<Part<'a>>,
+        tokens: usize,
+    ) -> Self {
+        Running {
+            arena: Arena::default(),
+            wanted,
+            layers,
+            place,
+            seat: None,
+            places: None,
+            parts,
+            tokens,
+            caches,
+            fed: vec![false; caches.len()],
+            misuse: None,
+            angles: HashMap::new(),
+            turns: HashMap::new(),
+            shapes: CacheShapes::new(),
+            ops: None,
+            notes: None,
+        }
+    }
+}
+
 impl Running<'_> {
     fn wanted(&self, slot: Slot) -> Outcome<&Wanted> {
         self.wanted.get(slot.0 as usize).ok_or_else(|| fault!("a layer that this model does not have"))

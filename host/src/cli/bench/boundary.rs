@@ -16,7 +16,7 @@ use crate::{
     device::{DeviceChoice, DtypeChoice, Placement},
     error::{Error, Result},
     load::LoadOptions,
-    ops::{arena::Arena, lending::Call, running::Running, table, value::Value},
+    ops::{lending::Call, running::Running, table, value::Value},
     plugin::{
         file::PluginFile,
         library::Library,
@@ -142,24 +142,7 @@ fn timed<T>(work: impl FnOnce() -> T) -> (T, f64) {
 /// Nanoseconds of single ops.
 fn calls() -> Result<Vec<(&'static str, f64)>> {
     let place = Placement::new(DeviceChoice::Cpu, DtypeChoice::Float32, DType::F32)?;
-    let running = Running {
-        arena: Arena::default(),
-        wanted: &[],
-        layers: &[],
-        place: &place,
-        seat: None,
-        parts: Vec::new(),
-        places: None,
-        tokens: 0,
-        caches: &[],
-        fed: Vec::new(),
-        misuse: None,
-        angles: Default::default(),
-        turns: Default::default(),
-        shapes: BTreeMap::new(),
-        ops: None,
-        notes: None,
-    };
+    let running = Running::new(&[], &[], &[], &place, Vec::new(), 0);
     let call = Call::Running(RefCell::new(running));
     let Call::Running(cell) = &call else { unreachable!("made as Running above") };
     let x = cell.borrow_mut().arena.put(Value::planned(&[1, 64]));
