@@ -228,11 +228,9 @@ impl Lowering {
                 _ if Rule::named(op, noted.slot).is_some() => self.recur(noted, said)?,
                 (Some(map), _) => self.step(noted, Kernel::Map(map), vec![self.input(said, 0)?]),
                 (_, Some(zip)) => {
-                    let spread = |i| Ok::<_, String>(Spread::of(self.dims(said, i)?, &noted.dims));
-                    let (Some(a), Some(b)) = (spread(0)?, spread(1)?) else {
-                        return Err(format!("{op} of these shapes has no kernel here"));
-                    };
-                    self.step(noted, Kernel::Zip(zip, [a, b]), vec![self.input(said, 0)?, self.input(said, 1)?]);
+                    let spread =
+                        [Spread::of(self.dims(said, 0)?, &noted.dims), Spread::of(self.dims(said, 1)?, &noted.dims)];
+                    self.step(noted, Kernel::Zip(zip, spread), vec![self.input(said, 0)?, self.input(said, 1)?]);
                 }
                 _ => return Err(format!("{op} has no kernel here")),
             },

@@ -15,7 +15,7 @@ pub(super) enum Map {
 pub(super) type Zip = fn(f32, f32) -> f32;
 
 /// How an operand meets a result.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Spread {
     /// Number by number.
     Same,
@@ -23,6 +23,8 @@ pub(super) enum Spread {
     Again,
     /// Each number for so many of the result.
     Each(usize),
+    /// For each of the result, which number.
+    Listed(Vec<u32>),
 }
 
 impl Map {
@@ -75,36 +77,49 @@ pub(super) fn zip_named(op: &str) -> Option<Zip> {
 }
 
 impl Spread {
-    /// How an operand of shape `dims` meets a result of shape `out`, where that is one of the simple ways.
-    pub(super) fn of(dims: &[usize], out: &[usize]) -> Option<Spread> {
+    /// How an operand of shape `dims` meets a result of shape `out`, which it is broadcast to.
+    pub(super) fn of(dims: &[usize], out: &[usize]) -> Spread {
         let lead = dims.iter().take_while(|&&d| d == 1).count();
         let (dims, count) = (&dims[lead..], dims.iter().product::<usize>());
         if count == out.iter().product::<usize>() {
-            return Some(Spread::Same);
+            return Spread::Same;
         }
         if out.ends_with(dims) {
-            return Some(Spread::Again);
+            return Spread::Again;
         }
         // [.., n, 1] against [.., n, m], with all axes in front.
         let kept = dims.iter().rposition(|&d| d != 1).map_or(0, |last| last + 1);
-        let behind = dims.len() - kept;
-        let front = out.len().checked_sub(behind)?;
-        (out[..front].ends_with(&dims[..kept]) && out[..front].iter().product::<usize>() == count)
-            .then(|| Spread::Each(out[front..].iter().product()))
+        let front = out.len().saturating_sub(dims.len() - kept);
+        if out[..front].ends_with(&dims[..kept]) && out[..front].iter().product::<usize>() == count {
+            return Spread::Each(out[front..].iter().product());
+        }
+        Spread::Listed((0..out.iter().product()).map(|i| Self::listed(dims, out, i)).collect())
     }
 
-    fn at(self, i: usize, len: usize) -> usize {
+    /// Which number of the operand meets number `i` of the result.
+    fn listed(dims: &[usize], out: &[usize], mut i: usize) -> u32 {
+        let (mut at, mut stride) = (0, 1);
+        for (axis, &n) in out.iter().rev().enumerate() {
+            let d = dims.len().checked_sub(axis + 1).map_or(1, |axis| dims[axis]);
+            at += (i % n).min(d - 1) * stride;
+            (i, stride) = (i / n, stride * d);
+        }
+        at as u32
+    }
+
+    fn at(&self, i: usize, len: usize) -> usize {
         match self {
             Spread::Same => i,
             Spread::Again => i % len,
             Spread::Each(of) => i / of,
+            Spread::Listed(list) => list[i] as usize,
         }
     }
 }
 
 /// `out[i] = f(a, b)`, where each operand meets the result in its own way.
-pub(super) fn zip(f: Zip, [a, b]: [&[f32]; 2], spread: [Spread; 2], out: &mut [f32]) {
-    if spread == [Spread::Same; 2] {
+pub(super) fn zip(f: Zip, [a, b]: [&[f32]; 2], spread: &[Spread; 2], out: &mut [f32]) {
+    if *spread == [Spread::Same, Spread::Same] {
         return out.iter_mut().zip(a).zip(b).for_each(|((y, &a), &b)| *y = f(a, b));
     }
     for (i, y) in out.iter_mut().enumerate() {
@@ -119,17 +134,18 @@ mod tests {
     #[test]
     fn operands_meet_a_result_as_broadcasting_has_it() {
         let out = [2, 3, 4];
-        assert_eq!(Spread::of(&[2, 3, 4], &out), Some(Spread::Same));
-        assert_eq!(Spread::of(&[4], &out), Some(Spread::Again));
-        assert_eq!(Spread::of(&[1, 3, 4], &out), Some(Spread::Again));
-        assert_eq!(Spread::of(&[1], &out), Some(Spread::Again));
-        assert_eq!(Spread::of(&[2, 3, 1], &out), Some(Spread::Each(4)));
-        assert_eq!(Spread::of(&[2, 1, 1], &out), Some(Spread::Each(12)));
-        assert_eq!(Spread::of(&[3, 1], &out), None);
-        assert_eq!(Spread::of(&[2, 1, 4], &out), None);
+        assert_eq!(Spread::of(&[2, 3, 4], &out), Spread::Same);
+        assert_eq!(Spread::of(&[4], &out), Spread::Again);
+        assert_eq!(Spread::of(&[1, 3, 4], &out), Spread::Again);
+        assert_eq!(Spread::of(&[1], &out), Spread::Again);
+        assert_eq!(Spread::of(&[2, 3, 1], &out), Spread::Each(4));
+        assert_eq!(Spread::of(&[2, 1, 1], &out), Spread::Each(12));
+        let listed = |list: Vec<u32>| Spread::Listed(list);
+        assert_eq!(Spread::of(&[3, 1], &out), listed((0..24).map(|i| i / 4 % 3).collect()));
+        assert_eq!(Spread::of(&[2, 1, 4], &out), listed((0..24).map(|i| i / 12 * 4 + i % 4).collect()));
         let add = zip_named("add").unwrap();
         let mut sums = [0.0; 6];
-        zip(add, [&[1.0, 2.0, 3.0], &[10.0, 20.0]], [Spread::Again, Spread::Each(3)], &mut sums);
+        zip(add, [&[1.0, 2.0, 3.0], &[10.0, 20.0]], &[Spread::Again, Spread::Each(3)], &mut sums);
         assert_eq!(sums, [11.0, 12.0, 13.0, 21.0, 22.0, 23.0]);
     }
 }

@@ -106,7 +106,7 @@ impl Step {
             Kernel::Gate(Activation::Geglu) => cpu::gelu_tanh_mul(reads(0), reads(1), out),
             Kernel::Gate(_) => cpu::silu_mul(reads(0), reads(1), out),
             Kernel::Map(map) => map.run(reads(0), out),
-            Kernel::Zip(f, spread) => maps::zip(*f, [reads(0), reads(1)], *spread, out),
+            Kernel::Zip(f, spread) => maps::zip(*f, [reads(0), reads(1)], spread, out),
             Kernel::Narrow { of, start, len } => {
                 let rows = reads(0).chunks_exact(*of).zip(out.chunks_exact_mut(*len));
                 rows.for_each(|(x, out)| out.copy_from_slice(&x[*start..start + len]));

@@ -5,21 +5,31 @@ use dylm::model::{Input, Want};
 use std::sync::Mutex;
 
 /// Architectures whose steps have no op without a kernel.
-const COMPILED: [&str; 14] = [
-    "llama",
-    "qwen2",
-    "qwen3",
-    "mistral",
+const COMPILED: [&str; 24] = [
+    "cohere",
+    "deepseek_v3",
+    "falcon_h1",
     "gemma",
     "gemma2",
     "gemma3_text",
-    "phi3",
-    "olmo2",
-    "starcoder2",
-    "smollm3",
-    "cohere",
+    "gpt2",
+    "gpt_oss",
     "granite",
-    "stablelm",
+    "llama",
+    "mamba2",
+    "minimax",
+    "mistral",
+    "mixtral",
+    "olmo2",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "qwen3_next",
+    "recurrent_gemma",
+    "rwkv7",
+    "smollm3",
+    "starcoder2",
 ];
 
 /// A step of these tokens, one for each state. All rows are wanted of a single one only where the step is to run op by op.
