@@ -23,7 +23,7 @@ use maps::{Map, Spread, Zip};
 use plugin_api::abi::Slot;
 use recur::Recurring;
 use std::{
-    collections::HashMap,
+    collections::{HashMap, hash_map::Entry},
     sync::{Mutex, PoisonError, TryLockError},
 };
 
@@ -158,15 +158,16 @@ impl Model {
         if refused.is_some() {
             return Ok(None);
         }
-        if !steps.contains_key(&ids.len()) {
-            match self.compile(ids.len()) {
-                Ok(compiled) => drop(steps.insert(ids.len(), compiled)),
-                Err(why) => *refused = Some(why),
-            }
-        }
-        match steps.get_mut(&ids.len()) {
-            Some(compiled) => compiled.play(self, inputs, ids).map(Some),
-            None => Ok(None),
-        }
+        let compiled = match steps.entry(ids.len()) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(new) => match self.compile(ids.len()) {
+                Ok(compiled) => new.insert(compiled),
+                Err(why) => {
+                    *refused = Some(why);
+                    return Ok(None);
+                }
+            },
+        };
+        compiled.play(self, inputs, ids).map(Some)
     }
 }
