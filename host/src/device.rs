@@ -6,6 +6,8 @@
 
 #[cfg(feature = "cuda")]
 mod cuda;
+#[cfg(feature = "cuda")]
+pub(crate) use cuda::library as cuda_library;
 
 use crate::error::{Error, Result};
 use candle_core::{DType, Device};

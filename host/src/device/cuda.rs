@@ -80,17 +80,20 @@ fn keep_memory(device: &CudaDevice) -> Result<(), driver::DriverError> {
 
 fn open_libraries() {
     let folders = folders();
-    for name in LIBRARIES {
-        // What the system finds by itself is taken first: LD_LIBRARY_PATH says so.
-        let paths = std::iter::once(PathBuf::from(name)).chain(folders.iter().map(|folder| folder.join(name)));
-        for path in paths.filter(|path| path.parent().is_none_or(|p| p.as_os_str().is_empty()) || path.is_file()) {
-            // SAFETY: NVIDIA's libraries may be opened at any time.
-            if let Ok(library) = unsafe { libloading::Library::new(path) } {
-                std::mem::forget(library);
-                break;
-            }
-        }
-    }
+    LIBRARIES.iter().filter_map(|name| library_in(name, &folders)).for_each(std::mem::forget);
+}
+
+/// One of NVIDIA's libraries, wherever it may lie.
+pub fn library(name: &str) -> Option<libloading::Library> {
+    library_in(name, &folders())
+}
+
+fn library_in(name: &str, folders: &[PathBuf]) -> Option<libloading::Library> {
+    // What the system finds by itself is taken first: LD_LIBRARY_PATH says so.
+    let paths = std::iter::once(PathBuf::from(name)).chain(folders.iter().map(|folder| folder.join(name)));
+    let mut there = paths.filter(|path| path.parent().is_none_or(|p| p.as_os_str().is_empty()) || path.is_file());
+    // SAFETY: NVIDIA's libraries may be opened at any time.
+    there.find_map(|path| unsafe { libloading::Library::new(path) }.ok())
 }
 
 /// Where CUDA's libraries may lie: a toolkit, or the packages of the Python that is in use.

@@ -3,10 +3,14 @@
 
 use crate::device::Placement;
 use candle_core::{Result, Tensor, bail};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 /// What a rank that was let go by another's failure says.
 pub const LET_GO: &str = "another device's part of the step failed";
+
+/// How long ranks on GPUs have to come to the end of a step that failed.
+#[cfg(feature = "cuda")]
+const PATIENCE: std::time::Duration = std::time::Duration::from_secs(5);
 
 /// Where the ranks of one model meet.
 pub struct Group {
@@ -94,9 +98,20 @@ impl Group {
     }
 
     /// Lets everybody go who waits, and who comes until [`Self::renew`].
-    pub fn fail(&self) {
+    pub fn fail(self: &Arc<Self>) {
         self.meeting().failed = true;
         self.turned.notify_all();
+        #[cfg(feature = "cuda")]
+        if self.nccl.is_some() {
+            // Ranks fail together as a rule. One that waits on its GPU for another cannot hear of it, and is freed for good.
+            let group = self.clone();
+            std::thread::spawn(move || {
+                std::thread::sleep(PATIENCE);
+                if let Some(nccl) = group.nccl.as_ref().filter(|_| group.meeting().failed) {
+                    nccl.abort();
+                }
+            });
+        }
     }
 
     /// A new beginning, when no rank is on its way.
@@ -134,7 +149,7 @@ mod tests {
 
     #[test]
     fn a_rank_that_fails_lets_the_others_go_and_the_next_meeting_is_held() {
-        let group = Group::of(2);
+        let group = Arc::new(Group::of(2));
         std::thread::scope(|scope| {
             let waits = scope.spawn(|| group.sum(0, of(1.0)).unwrap_err().to_string());
             group.fail();

@@ -8,6 +8,8 @@
 pub mod classes;
 pub mod cut;
 pub mod group;
+#[cfg(feature = "cuda")]
+mod nccl;
 pub mod ranks;
 pub mod shares;
 pub mod trace;

@@ -16,6 +16,7 @@ use std::{
         Arc, Mutex, PoisonError,
         mpsc::{Receiver, Sender, channel},
     },
+    thread::JoinHandle,
 };
 
 /// Which rank a model is.
@@ -48,6 +49,7 @@ struct Follower {
     place: Placement,
     orders: Sender<Order>,
     answers: Receiver<Answer>,
+    thread: JoinHandle<()>,
 }
 
 /// A step, as the first rank does it.
@@ -62,7 +64,7 @@ struct Answer {
 }
 
 /// A model that was loaded for a rank, waiting for orders until nobody can give any.
-fn follow(model: &Model, group: &Group, orders: &Receiver<Order>, answers: &Sender<Answer>) {
+fn follow(model: &Model, group: &Arc<Group>, orders: &Receiver<Order>, answers: &Sender<Answer>) {
     while let Ok(Order { mut sequences, chooses }) = orders.recv() {
         let outcome = guarded(group, || {
             let each = sequences.iter_mut().map(|(state, tokens, want)| Input { state, tokens, want: *want });
@@ -77,7 +79,7 @@ fn follow(model: &Model, group: &Group, orders: &Receiver<Order>, answers: &Send
 }
 
 /// One rank's part of a step; if it fails, or panics, the others do not wait for it.
-fn guarded<T>(group: &Group, step: impl FnOnce() -> Result<T>) -> Result<T> {
+fn guarded<T>(group: &Arc<Group>, step: impl FnOnce() -> Result<T>) -> Result<T> {
     let outcome = catch_unwind(AssertUnwindSafe(step))
         .unwrap_or_else(|_| Err(Error::Generate("a device's part of the step panicked".into())));
     if outcome.is_err() {
@@ -94,13 +96,13 @@ impl Followers {
             let place = model.place.clone();
             let ((orders, theirs), (ours, answers)) = (channel(), channel());
             let group = group.clone();
-            std::thread::Builder::new()
+            let thread = std::thread::Builder::new()
                 .name("dylm rank".into())
                 .spawn(move || follow(&model, &group, &theirs, &ours))
                 .map_err(|e| {
                     Error::Device(format!("--devices: the system starts no thread for a device ({e}); name fewer"))
                 })?;
-            ranks.push(Follower { place, orders, answers });
+            ranks.push(Follower { place, orders, answers, thread });
         }
         Ok(Followers { group, ranks: Mutex::new(ranks) })
     }
@@ -168,5 +170,16 @@ impl Followers {
             return Err(failures.swap_remove(cause));
         };
         Ok(value)
+    }
+}
+
+impl Drop for Followers {
+    fn drop(&mut self) {
+        let ranks = self.ranks.get_mut().unwrap_or_else(PoisonError::into_inner);
+        for Follower { orders, thread, .. } in ranks.drain(..) {
+            drop(orders);
+            // What the thread has on its device is given back before the model counts as gone.
+            let _ = thread.join();
+        }
     }
 }
