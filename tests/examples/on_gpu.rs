@@ -1,8 +1,8 @@
 //! Every tiny checkpoint on an NVIDIA GPU: its logits held to the CPU's, its replayed steps held to those op by op, bit for bit, and what
 //! cannot be replayed told by name. For a machine with a GPU, where tests do not run; `TINY` and `TINY_FIXTURES` as in `tests::tiny`.
 //!
-//! `cargo run --release --features dylm/cuda -p tests --example on_gpu [-- f32|bf16 [1/4]]`, the second of which takes every fourth entry
-//! from the first on; it fails if one entry does.
+//! `cargo run --release --features dylm/cuda -p tests --example on_gpu [-- f32|bf16 [1/4 [0,1]]]`, the second of which takes every fourth
+//! entry from the first on, and the third of which shares each model out over these GPUs; it fails if one entry does.
 
 use dylm::{
     LanguageModel, LoadOptions, Trust,
@@ -22,8 +22,8 @@ struct On {
 }
 
 impl On {
-    fn new(folder: &Path, device: DeviceChoice, dtype: DtypeChoice) -> Result<Self> {
-        let options = LoadOptions { device, dtype, trust: Trust::All, ..Default::default() };
+    fn new(folder: &Path, device: DeviceChoice, dtype: DtypeChoice, devices: &[usize]) -> Result<Self> {
+        let options = LoadOptions { device, dtype, devices: devices.to_vec(), trust: Trust::All, ..Default::default() };
         let lm = dylm::load(folder.to_str(), &options)?;
         let state = lm.model.state(&CacheOptions::default())?;
         Ok(On { lm, state })
@@ -62,12 +62,15 @@ fn most_likely(row: &[f32]) -> u32 {
 }
 
 /// What there is to say of an entry, and whether it is as it should be.
-fn check(entry: &Path, dtype: DtypeChoice) -> Result<(String, bool)> {
+fn check(entry: &Path, dtype: DtypeChoice, devices: &[usize]) -> Result<(String, bool)> {
     let folder = tempfile::tempdir()?;
     tiny::write(entry, folder.path())?;
     let expected = Expected::read(entry)?;
-    let mut cpu = On::new(folder.path(), DeviceChoice::Cpu, dtype)?;
-    let mut gpu = On::new(folder.path(), DeviceChoice::Cuda, dtype)?;
+    let mut cpu = On::new(folder.path(), DeviceChoice::Cpu, dtype, &[])?;
+    let mut gpu = match On::new(folder.path(), DeviceChoice::Cuda, dtype, devices) {
+        Err(e) if e.to_string().contains("name fewer devices") => return Ok(("cannot be shared".into(), true)),
+        other => other?,
+    };
     // The text that the GPU writes by itself, op by op, is the one that all ways of running it are held to.
     let mut steps = expected.steps.clone();
     let mut last = gpu.rows(&expected.prompt, &steps, Want::All)?.pop().unwrap_or_default();
@@ -126,9 +129,11 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
+    let devices = std::env::args().nth(3).unwrap_or_default();
+    let devices: Vec<usize> = devices.split(',').filter_map(|number| number.parse().ok()).collect();
     let (mut wrong, count) = (0, entries.len());
     for entry in entries {
-        let (said, sound) = check(&entry, dtype).unwrap_or_else(|e| (e.to_string(), false));
+        let (said, sound) = check(&entry, dtype, &devices).unwrap_or_else(|e| (e.to_string(), false));
         wrong += usize::from(!sound);
         println!("{} {}: {said}", if sound { "ok   " } else { "WRONG" }, tiny::name(&entry));
     }

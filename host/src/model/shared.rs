@@ -109,9 +109,9 @@ impl Plan {
         let group = Arc::new(Group::on(&places)?);
         let mut models = Vec::with_capacity(ranks);
         for (rank, place) in places.iter().enumerate() {
-            let (wanted, summed) = division.of_rank(&self.wanted, rank);
+            let (wanted, joins) = division.of_rank(&self.wanted, rank);
             let layers = self.layers(&wanted, place, adapters, of)?;
-            let seat = Seat { group: group.clone(), rank, summed };
+            let seat = Seat { group: group.clone(), rank, joins };
             models.push((wanted, layers, seat));
         }
         adapters.refuse_unused()?;

@@ -3,6 +3,7 @@
 
 use super::{
     classes::{Classes, part},
+    ranks::Join,
     shares::{self, Cut, divide},
     trace::Trace,
 };
@@ -69,13 +70,20 @@ impl Division {
         self.cuts.keys().filter_map(|&slot| wanted.get(slot as usize)).map(|slot| slot.name().to_owned()).collect()
     }
 
-    /// What a rank wants, and which of its layers' outputs are summed over the ranks.
-    pub fn of_rank(&self, wanted: &[Wanted], rank: usize) -> (Vec<Wanted>, Vec<bool>) {
+    /// What a rank wants, and how the outputs of each of its layers become whole.
+    pub fn of_rank(&self, wanted: &[Wanted], rank: usize) -> (Vec<Wanted>, Vec<Join>) {
         let share = |(slot, whole): (u32, &Wanted)| match self.cuts.get(&slot) {
-            None => (whole.clone(), false),
+            None => (whole.clone(), Join::None),
             Some(&cut) => {
                 let range = |class, len| part(len, self.classes.atoms(class), rank, self.ranks);
-                (share(whole, cut, rank, range), matches!(cut, Cut::Inputs(_) | Cut::Hidden(_)))
+                let join = match (cut, whole) {
+                    (Cut::Inputs(_) | Cut::Hidden(_), _) => Join::Sum,
+                    (Cut::Gathered(class), Wanted::Linear { outputs, .. }) => {
+                        Join::Gather { start: range(class, *outputs).start, of: *outputs }
+                    }
+                    _ => Join::None,
+                };
+                (share(whole, cut, rank, range), join)
             }
         };
         (0u32..).zip(wanted).map(share).unzip()
@@ -92,7 +100,7 @@ fn share(whole: &Wanted, cut: Cut, rank: usize, range: impl Fn(usize, usize) -> 
     let narrow =
         |recipe: &Recipe, axis, r: &Range<usize>| Recipe::Narrow(Arc::new(recipe.clone()), axis, r.start, r.end);
     match (whole, cut) {
-        (Wanted::Linear { weight, bias, inputs, outputs }, Cut::Outputs(class)) => {
+        (Wanted::Linear { weight, bias, inputs, outputs }, Cut::Outputs(class) | Cut::Gathered(class)) => {
             let r = range(class, *outputs);
             let bias = bias.as_ref().map(|bias| rows(bias, &r));
             Wanted::Linear { weight: rows(weight, &r), bias, inputs: *inputs, outputs: r.len() }

@@ -8,7 +8,7 @@ use crate::{
     error::{Error, Result},
     model::{Input, Model, Want},
 };
-use candle_core::Tensor;
+use candle_core::{D, Tensor};
 use plugin_api::abi::{CacheSpec, Slot};
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
@@ -25,16 +25,40 @@ pub struct Seat {
     pub group: Arc<Group>,
     /// From 0.
     pub rank: usize,
-    /// The layers whose outputs are summed over the ranks.
-    pub summed: Vec<bool>,
+    /// By layer.
+    pub joins: Vec<Join>,
+}
+
+/// How the outputs of a layer become whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Join {
+    /// They are, or are not to be yet.
+    None,
+    /// Each rank has a summand.
+    Sum,
+    /// Each rank has entries of the last axis.
+    Gather {
+        /// The first that this rank has.
+        start: usize,
+        /// Of all ranks.
+        of: usize,
+    },
 }
 
 impl Seat {
-    /// A layer's output, summed over the ranks where each has a summand only.
+    /// A layer's output, made whole where each rank has a part of it only.
     pub fn joined(seat: Option<&Seat>, slot: Slot, y: Tensor) -> candle_core::Result<Tensor> {
-        match seat.filter(|seat| seat.summed.get(slot.0 as usize) == Some(&true)) {
-            Some(seat) => seat.group.sum(seat.rank, y),
-            None => Ok(y),
+        let Some((seat, join)) = seat.and_then(|seat| Some((seat, seat.joins.get(slot.0 as usize)?))) else {
+            return Ok(y);
+        };
+        match *join {
+            Join::None => Ok(y),
+            Join::Sum => seat.group.sum(seat.rank, y),
+            // Parts of any length, by the one thing that ranks do together: the other ranks' entries are zeros here.
+            Join::Gather { start, of } => {
+                let after = of.saturating_sub(start + y.dim(D::Minus1)?);
+                seat.group.sum(seat.rank, y.pad_with_zeros(D::Minus1, start, after)?)
+            }
         }
     }
 }

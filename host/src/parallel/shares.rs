@@ -16,11 +16,16 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 /// A matrix of fewer rows for so many columns is not worth a sum over the ranks: the low-rank gates of recurrences.
 const LEAST_ROWS: usize = 8;
 
+/// Outputs a number of inputs, beyond which a matrix is cut although all of its outputs are needed at once: a head over the vocabulary.
+const WIDE: usize = 3;
+
 /// What a slot holds on each rank.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cut {
     /// Some outputs of a linear layer.
     Outputs(Class),
+    /// Some outputs of a linear layer, brought together after it.
+    Gathered(Class),
     /// Some inputs of a linear layer; outputs are summed over the ranks.
     Inputs(Class),
     /// Some lanes between the projections of every expert; outputs are summed over the ranks.
@@ -34,9 +39,12 @@ pub enum Cut {
 impl Cut {
     fn class(self) -> Class {
         match self {
-            Cut::Outputs(class) | Cut::Inputs(class) | Cut::Hidden(class) | Cut::Heads(class) | Cut::Axis(_, class) => {
-                class
-            }
+            Cut::Outputs(class)
+            | Cut::Gathered(class)
+            | Cut::Inputs(class)
+            | Cut::Hidden(class)
+            | Cut::Heads(class)
+            | Cut::Axis(_, class) => class,
         }
     }
 }
@@ -67,27 +75,42 @@ pub struct Model<'a> {
 
 /// How each slot is cut, those left out being whole; and the classes that this speaks of.
 pub fn divide(trace: &Trace, model: &Model) -> (BTreeMap<u32, Cut>, Classes) {
-    let mut stay = BTreeSet::new();
+    let (mut stay, mut kept) = (BTreeSet::new(), BTreeSet::new());
     loop {
-        let mut walk =
-            Walk { model, stay: &stay, classes: Classes::default(), cuts: BTreeMap::new(), whole: BTreeSet::new() };
+        let mut walk = Walk {
+            model,
+            stay: &stay,
+            kept: &kept,
+            classes: Classes::default(),
+            cuts: BTreeMap::new(),
+            whole: BTreeSet::new(),
+        };
         walk.all(trace);
-        let Walk { classes, cuts, .. } = walk;
-        let failed = |cut: &Cut| classes.atoms(cut.class()) < model.ranks;
-        let source = |cut: &Cut| matches!(cut, Cut::Outputs(_) | Cut::Hidden(_));
-        let more: Vec<u32> = cuts.iter().filter(|(_, cut)| failed(cut) && source(cut)).map(|(&slot, _)| slot).collect();
-        if more.is_empty() {
+        let Walk { classes, mut cuts, .. } = walk;
+        let failed = || cuts.iter().filter(|(_, cut)| classes.atoms(cut.class()) < model.ranks);
+        let shares = |(&slot, cut): (&u32, &Cut)| matches!(cut, Cut::Outputs(_) | Cut::Hidden(_)).then_some(slot);
+        let more: Vec<u32> = failed().filter_map(shares).collect();
+        let gathered: Vec<u32> =
+            failed().filter(|(_, cut)| matches!(cut, Cut::Gathered(_))).map(|(&slot, _)| slot).collect();
+        if more.is_empty() && gathered.is_empty() {
+            // A head alone is not worth several devices.
+            if cuts.values().all(|cut| matches!(cut, Cut::Gathered(_))) {
+                cuts.clear();
+            }
             return (cuts, classes);
         }
         stay.extend(more);
+        kept.extend(gathered);
     }
 }
 
 /// One walk through the graph.
 struct Walk<'a> {
     model: &'a Model<'a>,
-    /// Slots that have to stay whole.
+    /// Slots whose outputs have to be whole.
     stay: &'a BTreeSet<u32>,
+    /// Those among them that cannot be brought together either.
+    kept: &'a BTreeSet<u32>,
     classes: Classes,
     cuts: BTreeMap<u32, Cut>,
     /// Slots that were used whole in this walk.
@@ -240,11 +263,17 @@ impl Walk<'_> {
             }
             _ => {
                 self.refuse(x);
-                if self.stays(slot) || *outputs < self.model.ranks {
+                let wide =
+                    *outputs > inputs.saturating_mul(WIDE) && self.stay.contains(&slot) && !self.kept.contains(&slot);
+                if (self.model.stays)(slot) || *outputs < self.model.ranks || (self.stay.contains(&slot) && !wide) {
                     self.use_whole(slot);
                     return Whole;
                 }
                 let class = self.classes.of(*outputs);
+                if wide {
+                    self.cut(slot, Cut::Gathered(class));
+                    return Whole;
+                }
                 self.cut(slot, Cut::Outputs(class));
                 Share(class, last)
             }
