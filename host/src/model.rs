@@ -74,15 +74,15 @@ pub struct Model {
     pub(crate) layers: Vec<Layer>,
     /// Its steps that were compiled for the CPU.
     pub(crate) compiled: crate::compiled::Steps,
+    /// Its steps that were recorded; let go before what their sums over devices need.
+    #[cfg(feature = "cuda")]
+    pub(crate) replays: crate::replay::Replays,
     /// Which rank it is of a model on several devices.
     pub(crate) seat: Option<Seat>,
     /// The other ranks, where it is the first.
     followers: Option<Followers>,
     /// How its weights are shared out, in a sentence.
     division: Option<String>,
-    /// Its steps that were recorded.
-    #[cfg(feature = "cuda")]
-    pub(crate) replays: crate::replay::Replays,
 }
 
 /// Which rows of a sequence's new tokens the caller wants logits for.

@@ -12,7 +12,7 @@ use crate::{
         value::Value,
         watch::Watch,
     },
-    parallel::{ranks::Seat, trace::RETURN},
+    parallel::ranks::Seat,
     plugin::library::Object,
     weights::plan::Wanted,
 };
@@ -100,7 +100,6 @@ impl Engine<'_> {
             }
             handle
         };
-        cell.borrow_mut().arena.trace = self.watch.and_then(Watch::begin);
         let tokens = given("tokens", Handle::NONE, tokens);
         let made = self.object.forward(&call, tokens)?;
         let hidden = take(cell, made, "forward", count)?;
@@ -125,7 +124,6 @@ impl Engine<'_> {
         let mut running = running.borrow_mut();
         if let (Some(watch), Some(ops)) = (self.watch, running.ops.take()) {
             watch.put(ops, &running.arena, &running.fed);
-            watch.keep(running.arena.trace.take());
         }
     }
 }
@@ -136,11 +134,7 @@ fn take(running: &RefCell<Running>, handle: plugin_api::abi::Handle, what: &str,
     if let Some(misuse) = running.misuse.take() {
         return Err(Error::plugin(misuse));
     }
-    let returned = running.arena.get(handle);
-    if let (Ok(value), Some(trace)) = (&returned, &mut running.arena.trace) {
-        trace.done(RETURN, None, handle, value);
-    }
-    match returned {
+    match running.arena.get(handle) {
         Ok(Value::Failed(first)) => Err(Error::plugin(first.to_string())),
         Ok(value) => match value.dims() {
             Ok(&[n, width]) if n == rows && width > 0 => {

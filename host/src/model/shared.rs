@@ -1,20 +1,22 @@
 //! A plan and the devices it is to run on -> a model: the weights are read, on several devices each rank's own share of them.
 
-use super::{Model, Plan};
+use super::{Model, Plan, engine::Engine};
 use crate::{
     adapter::Adapters,
-    device::Placement,
+    device::{DeviceChoice, DtypeChoice, Placement},
     error::{Error, Result},
     layers::Layer,
-    ops::{building::Building, lending::Call, value::Value, watch::Watch},
+    ops::{building::Building, lending::Call, value::Value},
     parallel::{
         cut::Division,
         group::Group,
         ranks::{Followers, Seat},
+        trace::graph,
     },
     plugin::library::Object,
     weights::{load::Loader, plan::Wanted},
 };
+use candle_core::DType;
 use rayon::prelude::*;
 use std::{
     cell::RefCell,
@@ -147,10 +149,22 @@ impl Plan {
 
     /// How so many devices share the weights.
     pub(crate) fn division(&self, ranks: usize, adapters: &Adapters) -> Result<Division> {
-        let watch = Watch::of_graph();
-        self.dry(Value::planned(&[3]), Some(&watch))?;
+        let place = Placement::new(DeviceChoice::Cpu, DtypeChoice::Float32, DType::F32)?;
+        let notes = RefCell::default();
+        let (object, wanted) = (&self.object, &self.wanted);
+        let engine = Engine {
+            object,
+            wanted,
+            layers: &[],
+            place: &place,
+            watch: None,
+            places: None,
+            notes: Some(&notes),
+            seat: None,
+        };
+        engine.run(Vec::new(), Value::planned(&[3]), |all| Ok(Some(all.clone())))?;
         let changed: Vec<&str> = adapters.names().collect();
-        Ok(Division::new(&watch.into_graph(), &self.wanted, &self.pantry, ranks, &changed))
+        Ok(Division::new(&graph(notes.into_inner()), &self.wanted, &self.pantry, ranks, &changed))
     }
 
     /// The names of the matrices and other tensors that so many devices share.

@@ -2,7 +2,6 @@
 //! an error and never a crash; the arena lives for one step, and with it everything that a plugin forgot to release.
 
 use super::value::{Outcome, Value, fault};
-use crate::parallel::trace::Trace;
 use candle_core::DType;
 use plugin_api::abi::Handle;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -26,8 +25,6 @@ pub struct Arena {
     pub stale: usize,
     /// While all floats are f32: those that were not, by place and uses.
     halved: Option<Vec<(usize, u64, Value)>>,
-    /// Which tensors ops take and give, where somebody wants to know.
-    pub trace: Option<Box<Trace>>,
 }
 
 static STEP: AtomicU64 = AtomicU64::new(1);
@@ -35,7 +32,7 @@ static STEP: AtomicU64 = AtomicU64::new(1);
 impl Default for Arena {
     fn default() -> Self {
         let step = STEP.fetch_add(1, Ordering::Relaxed);
-        Arena { entries: Vec::with_capacity(32), free: Vec::new(), step, stale: 0, halved: None, trace: None }
+        Arena { entries: Vec::with_capacity(32), free: Vec::new(), step, stale: 0, halved: None }
     }
 }
 
@@ -79,11 +76,7 @@ impl Arena {
     #[inline]
     pub fn look(&self, handle: Handle) -> Outcome<&Value> {
         let stale = || fault!("a tensor that is not of this step (kept from another step, dropped twice, or made up)");
-        let value = self.place(handle).and_then(|place| self.entries.get(place)?.value.as_ref());
-        if let Some(trace) = &self.trace {
-            trace.looked_at(handle, value);
-        }
-        value.ok_or_else(stale)
+        self.place(handle).and_then(|place| self.entries.get(place)?.value.as_ref()).ok_or_else(stale)
     }
 
     /// Tensors that somebody still owns.

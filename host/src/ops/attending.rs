@@ -74,9 +74,6 @@ fn chooses(selection: &Option<Value>, tokens: usize, heads: usize) -> Outcome<()
 
 impl Running<'_> {
     fn given(&mut self, handle: Handle) -> Outcome<Option<Value>> {
-        if let (Handle::NONE, Some(trace)) = (handle, &self.arena.trace) {
-            trace.looked_at(handle, None);
-        }
         (handle != Handle::NONE).then(|| self.arena.get(handle)).transpose()
     }
 
@@ -117,9 +114,6 @@ impl Running<'_> {
         let (k, v) = (self.given(k)?, self.given(v)?);
         let (sinks, selection, slopes) =
             (self.given(spec.sinks)?, self.given(spec.selection)?, self.given(spec.slopes)?);
-        if let Some(trace) = &self.arena.trace {
-            trace.on_cache(cache, spec.block == 0);
-        }
         let lanes = spec.value_lanes as usize;
         let [tokens, heads, d] = three(&q)?;
         let shape = match (&k, &v) {

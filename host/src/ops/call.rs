@@ -42,13 +42,10 @@ pub fn finish(running: &mut Running, op: &str, slot: Option<Slot>, at: At, outco
     if let Some(ops) = &mut running.ops {
         ops.push(Op::new(op, slot, &value, at));
     }
-    if running.notes.is_none() && running.arena.trace.is_none() {
+    if running.notes.is_none() {
         return running.arena.put(value);
     }
     let output = running.arena.put(value.clone());
-    if let Some(trace) = &mut running.arena.trace {
-        trace.done(op, slot, output, &value);
-    }
     if let Some(notes) = &mut running.notes {
         notes.note(op, slot, &value, output);
     }

@@ -10,6 +10,7 @@ mod metal;
 
 use super::{
     call::{build, run, with_running},
+    noting::Argument,
     running::Running,
     value::{Fault, Outcome, Value, fault},
 };
@@ -201,7 +202,14 @@ extern "C" fn register(ctx: Ctx, name: RStr<'_>, definition: &Definition<'_>, at
 extern "C" fn apply(ctx: Ctx, slot: Slot, inputs: RSlice<'_, Handle>, at: At) -> Handle {
     let name = with_running(ctx, "op", at, |running| running.name(slot));
     name.map_or(Handle::NONE, |name| {
-        run(ctx, &format!("op {name}"), None, at, |_| {}, |running| running.own_op(slot, inputs.as_slice()))
+        run(
+            ctx,
+            &format!("op {name}"),
+            None,
+            at,
+            |said| inputs.say(said),
+            |running| running.own_op(slot, inputs.as_slice()),
+        )
     })
 }
 

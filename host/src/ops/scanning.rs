@@ -4,6 +4,7 @@
 
 use super::{
     call::{finish, text_of, with_running},
+    noting::Argument,
     running::Running,
     value::{Outcome, Value, fault},
 };
@@ -155,6 +156,10 @@ pub extern "C" fn scan(
     let put = |running: &mut Running| {
         if !nested {
             running.arena.end_exact();
+        }
+        if let Some(notes) = &mut running.notes {
+            notes.said.clear();
+            inputs.say(&mut notes.said);
         }
         finish(running, "scan", None, at, outcome)
     };

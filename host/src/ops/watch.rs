@@ -4,7 +4,6 @@ use super::{
     arena::Arena,
     value::{Fault, Value},
 };
-use crate::parallel::trace::Trace as Graph;
 use plugin_api::abi::{At, Slot};
 use std::sync::{Mutex, PoisonError};
 
@@ -48,31 +47,9 @@ pub struct Trace {
 
 /// The steps of a model that is being watched.
 #[derive(Debug, Default)]
-pub struct Watch(Mutex<Vec<Trace>>, Option<Mutex<Graph>>);
+pub struct Watch(Mutex<Vec<Trace>>);
 
 impl Watch {
-    /// One that looks at which tensors go from op to op, too.
-    pub(crate) fn of_graph() -> Self {
-        Watch(Mutex::default(), Some(Mutex::default()))
-    }
-
-    /// An empty graph for a step, where one is wanted.
-    pub(crate) fn begin(&self) -> Option<Box<Graph>> {
-        self.1.as_ref().map(|_| Box::default())
-    }
-
-    /// The graph of a step that is over.
-    pub(crate) fn keep(&self, graph: Option<Box<Graph>>) {
-        if let (Some(kept), Some(graph)) = (&self.1, graph) {
-            *kept.lock().unwrap_or_else(PoisonError::into_inner) = *graph;
-        }
-    }
-
-    /// The graph of the latest step.
-    pub(crate) fn into_graph(self) -> Graph {
-        self.1.map_or_else(Graph::default, |graph| graph.into_inner().unwrap_or_else(PoisonError::into_inner))
-    }
-
     pub(crate) fn put(&self, ops: Vec<Op>, arena: &Arena, fed: &[bool]) {
         let trace = Trace { ops, left: arena.owned(), stale: arena.stale, fed: fed.to_vec() };
         self.0.lock().unwrap_or_else(PoisonError::into_inner).push(trace);

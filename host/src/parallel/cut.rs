@@ -5,7 +5,7 @@ use super::{
     classes::{Classes, part},
     ranks::Join,
     shares::{self, Cut, divide},
-    trace::Trace,
+    trace::Node,
 };
 use crate::weights::{
     plan::{Projection, Projections, Wanted},
@@ -27,7 +27,7 @@ pub struct Division {
 
 impl Division {
     /// From the ops of a dry run. `changed` names the modules that an adapter changes: those stay whole.
-    pub fn new(trace: &Trace, wanted: &[Wanted], pantry: &Pantry, ranks: usize, changed: &[&str]) -> Self {
+    pub fn new(graph: &[Node], wanted: &[Wanted], pantry: &Pantry, ranks: usize, changed: &[&str]) -> Self {
         let known: RefCell<HashMap<(String, usize), Option<usize>>> = RefCell::default();
         let matrix = |slot: u32| match wanted.get(slot as usize) {
             Some(Wanted::Linear { weight, inputs, .. }) => Some((weight, *inputs)),
@@ -49,7 +49,7 @@ impl Division {
             let touched = |name: &&str| changed.contains(&name.strip_suffix(".weight").unwrap_or(name));
             !changed.is_empty() && (matches!(slot, Wanted::Experts { .. }) || names.iter().any(touched))
         };
-        let (cuts, classes) = divide(trace, &shares::Model { wanted, ranks, stays: &stays, granule: &granule });
+        let (cuts, classes) = divide(graph, &shares::Model { wanted, ranks, stays: &stays, granule: &granule });
         Division { cuts, classes, ranks }
     }
 

@@ -7,17 +7,20 @@
 
 use super::{
     classes::{Class, Classes},
-    trace::{Node, Trace},
+    trace::Node,
 };
-use crate::{ops::value::Dims, weights::plan::Wanted};
+use crate::weights::plan::Wanted;
 use plugin_api::abi::Handle;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 /// A matrix of fewer rows for so many columns is not worth a sum over the ranks: the low-rank gates of recurrences.
 const LEAST_ROWS: usize = 8;
 
-/// Outputs a number of inputs, beyond which a matrix is cut although all of its outputs are needed at once: a head over the vocabulary.
+/// Outputs a number of inputs, beyond which the head's matrix is cut although all of its outputs are needed at once.
 const WIDE: usize = 3;
+
+/// What stands in notes between `forward` and `head`.
+const ROWS: &str = "rows";
 
 /// What a slot holds on each rank.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,7 +77,7 @@ pub struct Model<'a> {
 }
 
 /// How each slot is cut, those left out being whole; and the classes that this speaks of.
-pub fn divide(trace: &Trace, model: &Model) -> (BTreeMap<u32, Cut>, Classes) {
+pub fn divide(graph: &[Node], model: &Model) -> (BTreeMap<u32, Cut>, Classes) {
     let (mut stay, mut kept) = (BTreeSet::new(), BTreeSet::new());
     loop {
         let mut walk = Walk {
@@ -84,8 +87,9 @@ pub fn divide(trace: &Trace, model: &Model) -> (BTreeMap<u32, Cut>, Classes) {
             classes: Classes::default(),
             cuts: BTreeMap::new(),
             whole: BTreeSet::new(),
+            in_head: false,
         };
-        walk.all(trace);
+        walk.all(graph);
         let Walk { classes, mut cuts, .. } = walk;
         let failed = || cuts.iter().filter(|(_, cut)| classes.atoms(cut.class()) < model.ranks);
         let shares = |(&slot, cut): (&u32, &Cut)| matches!(cut, Cut::Outputs(_) | Cut::Hidden(_)).then_some(slot);
@@ -115,6 +119,8 @@ struct Walk<'a> {
     cuts: BTreeMap<u32, Cut>,
     /// Slots that were used whole in this walk.
     whole: BTreeSet<u32>,
+    /// Whether `forward` is over.
+    in_head: bool,
 }
 
 /// Where the keys of caches are, and how many heads they have on all ranks together.
@@ -124,13 +130,17 @@ type Caches = HashMap<u32, (Whereabouts, usize)>;
 type Taken<'d> = (Whereabouts, &'d [usize]);
 
 impl Walk<'_> {
-    fn all(&mut self, trace: &Trace) {
+    fn all(&mut self, graph: &[Node]) {
         let (mut values, mut caches): (HashMap<u64, Whereabouts>, Caches) = Default::default();
-        for node in &trace.nodes {
-            let place =
-                |(handle, dims): &'_ (Handle, Dims)| (values.get(&handle.0).copied().unwrap_or(Whole), dims.clone());
-            let inputs: Vec<Option<(Whereabouts, Dims)>> = node.inputs.iter().map(|i| i.as_ref().map(place)).collect();
+        for node in graph {
+            let place = |(handle, dims): &'_ (Handle, Vec<usize>)| {
+                let there = values.get(&handle.0).copied().unwrap_or(Whole);
+                (there, dims.clone())
+            };
+            let inputs: Vec<Option<(Whereabouts, Vec<usize>)>> =
+                node.inputs.iter().map(|i| i.as_ref().map(place)).collect();
             let taken: Vec<Option<Taken>> = inputs.iter().map(|i| i.as_ref().map(|(w, d)| (*w, &d[..]))).collect();
+            self.in_head |= node.op == ROWS;
             let output = match node.op.as_str() {
                 "attend" => self.attend(node, &taken, &mut caches),
                 _ => self.op(node, &taken.into_iter().flatten().collect::<Vec<_>>()),
@@ -263,9 +273,10 @@ impl Walk<'_> {
             }
             _ => {
                 self.refuse(x);
-                let wide =
-                    *outputs > inputs.saturating_mul(WIDE) && self.stay.contains(&slot) && !self.kept.contains(&slot);
-                if (self.model.stays)(slot) || *outputs < self.model.ranks || (self.stay.contains(&slot) && !wide) {
+                let stays = self.stay.contains(&slot);
+                let wide = self.in_head && *outputs > inputs.saturating_mul(WIDE);
+                let wide = wide && stays && !self.kept.contains(&slot);
+                if (self.model.stays)(slot) || *outputs < self.model.ranks || (stays && !wide) {
                     self.use_whole(slot);
                     return Whole;
                 }

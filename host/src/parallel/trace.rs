@@ -1,9 +1,8 @@
-//! What `forward` and `head` ask for, as a graph: each op of a dry run with the tensors that it took and the one that it gave. The ops
-//! themselves say nothing; the arena notes whose handle was looked at, and the next result claims what was noted.
+//! What a plugin was noted to ask for -> a graph: each op with the tensors that it took, by their shapes, and the one that it gave.
 
-use crate::ops::value::{Dims, Value};
-use plugin_api::abi::{Handle, Slot};
-use std::cell::{Cell, RefCell};
+use crate::ops::noting::{Noted, Word};
+use plugin_api::abi::{AttendSpec, Handle};
+use std::collections::HashMap;
 
 /// One op.
 #[derive(Debug)]
@@ -15,41 +14,38 @@ pub struct Node {
     /// The keys and values that it looked at, and whether all heads see the same of them.
     pub cache: Option<(u32, bool)>,
     /// What it took, in the order of its arguments; `None` for an argument that was left out.
-    pub inputs: Vec<Option<(Handle, Dims)>>,
+    pub inputs: Vec<Option<(Handle, Vec<usize>)>>,
     /// What it gave.
     pub output: Handle,
     /// The shape of that.
-    pub dims: Dims,
+    pub dims: Vec<usize>,
 }
 
-/// The ops of one step, in order.
-#[derive(Debug, Default)]
-pub struct Trace {
-    /// Those that are done.
-    pub nodes: Vec<Node>,
-    looked: RefCell<Vec<Option<(Handle, Dims)>>>,
-    cache: Cell<Option<(u32, bool)>>,
+/// The ops of a step, in order. Tensors that no op gave, such as a scan's states, have no shape.
+pub fn graph(notes: Vec<Noted>) -> Vec<Node> {
+    let (mut shapes, mut nodes) = (HashMap::new(), Vec::with_capacity(notes.len()));
+    for Noted { op, slot, said, gives, dims } in notes {
+        let (mut handles, mut cache) = (Vec::new(), None);
+        for word in &said {
+            match word {
+                Word::Tensor(x) => handles.push(*x),
+                Word::Whole(number) if cache.is_none() => cache = u32::try_from(*number).ok(),
+                Word::Attend(spec) => handles.extend(named_by(spec)),
+                _ => {}
+            }
+        }
+        let alike = said.iter().any(|word| matches!(word, Word::Attend(spec) if spec.block == 0));
+        let shape = |x: Handle| (x != Handle::NONE).then(|| (x, shapes.get(&x.0).cloned().unwrap_or_default()));
+        let inputs = handles.into_iter().map(shape).collect();
+        shapes.insert(gives.0, dims.clone());
+        let cache = cache.map(|cache| (cache, alike));
+        nodes.push(Node { op, slot: slot.map(|s| s.0), cache, inputs, output: gives, dims });
+    }
+    nodes
 }
 
-/// What stands for an op where a plugin gives a tensor back to the host.
-pub const RETURN: &str = "return";
-
-impl Trace {
-    /// An op took this tensor; an argument that was left out is no handle.
-    pub fn looked_at(&self, handle: Handle, value: Option<&Value>) {
-        let dims = value.and_then(|v| v.own_dims().ok());
-        self.looked.borrow_mut().push(dims.map(|dims| (handle, dims)));
-    }
-
-    /// The op works on this cache, of which all heads see the same, or each what its number tells.
-    pub fn on_cache(&self, cache: u32, alike: bool) {
-        self.cache.set(Some((cache, alike)));
-    }
-
-    /// The op is done.
-    pub fn done(&mut self, op: &str, slot: Option<Slot>, output: Handle, value: &Value) {
-        let (inputs, cache) = (self.looked.take(), self.cache.take());
-        let dims = value.own_dims().unwrap_or_default();
-        self.nodes.push(Node { op: op.to_owned(), slot: slot.map(|s| s.0), cache, inputs, output, dims });
-    }
+/// The tensors of an attention that are none of its arguments.
+fn named_by(spec: &AttendSpec) -> [Handle; 6] {
+    let AttendSpec { sinks, selection, slopes, pooled_keys, pooled_values, pooled_selection, .. } = *spec;
+    [sinks, selection, slopes, pooled_keys, pooled_values, pooled_selection]
 }
