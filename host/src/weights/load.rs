@@ -76,6 +76,7 @@ impl Loader<'_> {
                         kind: *kind,
                         native: false,
                         stacked: Some(stacked),
+                        joined: None,
                     }));
                 }
                 let Projections { gate, up, down } = &**projections;
