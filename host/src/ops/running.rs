@@ -152,6 +152,12 @@ impl Running<'_> {
     }
 
     pub fn unembed(&mut self, slot: Slot, x: Handle) -> Outcome {
+        #[cfg(feature = "cuda")]
+        if matches!(self.wanted(slot)?, Wanted::Embedding { .. })
+            && let Some(y) = self.linear_later(slot, x)?
+        {
+            return Ok(y);
+        }
         let x = self.arena.get(x)?;
         let Wanted::Embedding { dim, vocab, .. } = self.wanted(slot)? else {
             return Err(fault!("this layer is no embedding"));
@@ -164,6 +170,12 @@ impl Running<'_> {
     }
 
     pub fn linear(&mut self, slot: Slot, x: Handle) -> Outcome {
+        #[cfg(feature = "cuda")]
+        if matches!(self.wanted(slot)?, Wanted::Linear { .. })
+            && let Some(y) = self.linear_later(slot, x)?
+        {
+            return Ok(y);
+        }
         let x = self.arena.get(x)?;
         let Wanted::Linear { inputs, outputs, .. } = self.wanted(slot)? else {
             return Err(fault!("this layer is not linear"));
@@ -176,8 +188,13 @@ impl Running<'_> {
     }
 
     pub fn norm(&mut self, slot: Slot, x: Handle) -> Outcome {
+        let &Wanted::Norm { dim, .. } = self.wanted(slot)? else { return Err(fault!("this layer is no norm")) };
+        #[cfg(feature = "cuda")]
+        if let Some(y) = self.norm_later(slot, x, dim)? {
+            return Ok(y);
+        }
         let x = self.arena.get(x)?;
-        let Wanted::Norm { dim, .. } = self.wanted(slot)? else { return Err(fault!("this layer is no norm")) };
+        let dim = &dim;
         let (dims, layer) = (Self::with_last(&x, *dim, *dim)?, self.layer(slot));
         x.make(dims, |x| match layer {
             Ok(Layer::Norm(n)) => n.forward(x),
@@ -186,12 +203,18 @@ impl Running<'_> {
     }
 
     pub fn experts(&mut self, slot: Slot, x: Handle, chosen: Handle, weights: Handle) -> Outcome {
-        let (x, chosen, weights) = (self.arena.get(x)?, self.arena.get(chosen)?, self.arena.get(weights)?);
+        let (handle, x) = (x, self.arena.peek(x)?.clone());
+        let (chosen, weights) = (self.arena.get(chosen)?, self.arena.get(weights)?);
         let Wanted::Experts { dim, .. } = self.wanted(slot)? else { return Err(fault!("this layer has no experts")) };
         let dims = Self::with_last(&x, *dim, *dim)?;
         if chosen.dims()? != weights.dims()? || chosen.dims()?.len() != 2 || chosen.dims()?[0] != dims[0] {
             return Err(fault!("x {dims:?}, chosen {:?}, weights {:?}", chosen.dims()?, weights.dims()?));
         }
+        #[cfg(feature = "cuda")]
+        if let Some(y) = self.experts_later(slot, handle, [&chosen, &weights])? {
+            return Ok(y);
+        }
+        self.arena.look(handle)?;
         match (&x, &chosen, &weights) {
             (Value::Real(x), Value::Real(chosen), Value::Real(weights)) => match self.layer(slot)? {
                 Layer::Experts(e) => Ok(Value::Real(Seat::joined(self.seat, slot, e.forward(x, chosen, weights)?)?)),
@@ -210,7 +233,7 @@ impl Running<'_> {
     }
 
     pub fn rotate(&mut self, slot: Slot, x: Handle, flags: u32) -> Outcome {
-        let x = self.arena.get(x)?;
+        let (handle, x) = (x, self.arena.peek(x)?.clone());
         let (ways, block) = (flags & ((1 << ROTATE_BLOCK_SHIFT) - 1), (flags >> ROTATE_BLOCK_SHIFT) as usize);
         if ways & !(ROTATE_NEIGHBOURS | ROTATE_LAST | ROTATE_BACK) != 0 {
             return Err(fault!("the plugin asks for a way to turn that this dylm does not know; update dylm"));
@@ -220,13 +243,21 @@ impl Running<'_> {
             last: ways & ROTATE_LAST != 0,
             back: ways & ROTATE_BACK != 0,
         };
-        let Some(Wanted::Rope(rope)) = self.wanted.get(slot.0 as usize) else {
+        let wanted = self.wanted;
+        let Some(Wanted::Rope(rope)) = wanted.get(slot.0 as usize) else {
             return Err(fault!("this layer has no rope"));
         };
         let dims = x.own_dims()?;
         if dims.len() != 3 || dims[0] != self.tokens || dims[2] < rope.dims {
             return Err(fault!("{dims:?} is not [{} tokens, heads, at least {}]", self.tokens, rope.dims));
         }
+        #[cfg(feature = "cuda")]
+        if rope.dims > 0
+            && let Some(y) = self.rotate_later(rope, handle, block, turn)?
+        {
+            return Ok(y);
+        }
+        self.arena.look(handle)?;
         if rope.dims == 0 {
             return Ok(x);
         }
@@ -298,9 +329,19 @@ impl Running<'_> {
 
     /// `silu(gate) * up` or `gelu_tanh(gate) * up`.
     pub fn gate(&mut self, gate: Handle, up: Handle, activation: Activation) -> Outcome {
+        #[cfg(feature = "cuda")]
+        if let Some(y) = self.gate_later(gate, up, activation)? {
+            return Ok(y);
+        }
         let (gate, up) = (self.arena.get(gate)?, self.arena.get(up)?);
         let native = self.place.native && gate.dims()? == up.dims()?;
         gate.zip(&up, |gate, up| if native { activation.on_cpu(gate, up) } else { activation.elsewhere(gate, up) })
+    }
+
+    /// a + b
+    #[cfg(not(feature = "cuda"))]
+    pub fn add(&mut self, a: Handle, b: Handle) -> Outcome {
+        self.arena.look(a)?.zip(self.arena.look(b)?, |a, b| a.broadcast_add(b))
     }
 
     /// x `[tokens, heads, inputs]` -> `[tokens, heads, outputs]`

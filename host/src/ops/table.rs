@@ -112,6 +112,7 @@ implement! {
         geglu(gate: Handle, up: Handle): |r| r.gate(gate, up, Activation::Geglu);
         unflatten(x: Handle, n: u64): |r| r.arena.look(x)?.unflatten(n as usize);
         affine(x: Handle, scale: f64, offset: f64): |r| r.arena.look(x)?.map(|x| x.affine(scale, offset));
+        add(a: Handle, b: Handle): |r| r.add(a, b);
         clamp(x: Handle, low: f64, high: f64): |r| r.arena.look(x)?.map(|x| x.clamp(low, high));
     }
     unary {
@@ -140,7 +141,6 @@ implement! {
         max: |x| x.fold(|x| x.max_keepdim(candle_core::D::Minus1));
     }
     binary {
-        add: |a, b| a.zip(b, |a, b| a.broadcast_add(b));
         sub: |a, b| a.zip(b, |a, b| a.broadcast_sub(b));
         mul: |a, b| a.zip(b, |a, b| a.broadcast_mul(b));
         div: |a, b| a.zip(b, |a, b| a.broadcast_div(b));

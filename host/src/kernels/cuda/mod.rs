@@ -9,6 +9,7 @@ pub mod program;
 mod regroup;
 mod scratch;
 pub mod step;
+pub mod turn;
 
 pub use scratch::keeping;
 pub mod together;
