@@ -90,7 +90,11 @@ impl Arena {
     /// The value behind a handle, where it lies.
     #[inline]
     pub fn look(&self, handle: Handle) -> Outcome<&Value> {
-        let value = self.peek(handle)?;
+        let value = self.peek(handle);
+        if let Some(trace) = &self.trace {
+            trace.looked_at(handle, value.as_ref().ok().copied());
+        }
+        let value = value?;
         #[cfg(feature = "cuda")]
         if let Value::Real(t) = value {
             self.later.read(t.id())?;
@@ -98,15 +102,16 @@ impl Arena {
         Ok(value)
     }
 
+    /// The same, whose numbers nobody may have written yet if it `waits`.
+    pub fn look_later(&self, handle: Handle, waits: bool) -> Outcome<&Value> {
+        if waits { self.peek(handle) } else { self.look(handle) }
+    }
+
     /// The same, though nobody may have written its numbers yet.
     #[inline]
     pub fn peek(&self, handle: Handle) -> Outcome<&Value> {
         let stale = || fault!("a tensor that is not of this step (kept from another step, dropped twice, or made up)");
-        let value = self.place(handle).and_then(|place| self.entries.get(place)?.value.as_ref());
-        if let Some(trace) = &self.trace {
-            trace.looked_at(handle, value);
-        }
-        value.ok_or_else(stale)
+        self.place(handle).and_then(|place| self.entries.get(place)?.value.as_ref()).ok_or_else(stale)
     }
 
     /// Tensors that somebody still owns.

@@ -115,8 +115,9 @@ impl Running<'_> {
             spec.ok_or_else(|| fault!("the plugin asks for a kind of attention that this dylm does not know"))?;
         let handles = [q, k];
         // Queries and keys may still be on their way.
-        let q = self.arena.peek(q)?.clone();
-        let k = (k != Handle::NONE).then(|| self.arena.peek(k).cloned()).transpose()?;
+        let waits = self.may_wait();
+        let q = self.arena.look_later(q, waits)?.clone();
+        let k = (k != Handle::NONE).then(|| self.arena.look_later(k, waits).cloned()).transpose()?;
         let v = self.given(v)?;
         let (sinks, selection, slopes) =
             (self.given(spec.sinks)?, self.given(spec.selection)?, self.given(spec.slopes)?);
@@ -187,7 +188,7 @@ impl Running<'_> {
         if let Some(y) = self.attend_later(cache as usize, q, &new, &how)? {
             return Ok(y);
         }
-        for handle in handles.into_iter().filter(|handle| *handle != Handle::NONE) {
+        for handle in handles.into_iter().filter(|handle| waits && *handle != Handle::NONE) {
             self.arena.look(handle)?;
         }
         Ok(Value::Real(attention::attend(

@@ -7,7 +7,10 @@ use super::{
     value::{Outcome, Value},
 };
 use crate::{
-    kernels::{cpu::Turn, cuda::experts::Routed},
+    kernels::{
+        cpu::Turn,
+        cuda::{experts::Routed, rows::RowOp},
+    },
     layers::{
         Layer,
         attention::{New, Scores, on_cuda},
@@ -15,14 +18,15 @@ use crate::{
         rope::Rope,
         weight::Weight,
     },
+    weights::plan::Wanted,
 };
 use candle_core::{DType, Tensor};
 use plugin_api::abi::{Handle, Slot};
 
 impl Running<'_> {
     /// Whether this step is such that launches wait.
-    fn may_wait(&self) -> bool {
-        let plain = self.ops.is_none() && !self.arena.is_exact() && self.place.dtype == DType::BF16;
+    pub(super) fn may_wait(&self) -> bool {
+        let plain = self.ops.is_none() && self.seat.is_none() && !self.arena.is_exact() && self.place.dtype == DType::BF16;
         plain && self.places.is_some() && self.tokens <= MOST && !self.layers.is_empty()
     }
 
@@ -37,9 +41,10 @@ impl Running<'_> {
         }
     }
 
-    pub(super) fn norm_later(&mut self, slot: Slot, x: Handle, dim: usize) -> Outcome<Option<Value>> {
-        match (self.unread(x)?, self.layers.get(slot.0 as usize)) {
-            (Some((x, last)), Some(Layer::Norm(norm))) if last == dim => {
+    pub(super) fn norm_later(&mut self, slot: Slot, x: Handle) -> Outcome<Option<Value>> {
+        let Some((x, last)) = self.unread(x)? else { return Ok(None) };
+        match (self.wanted.get(slot.0 as usize), self.layers.get(slot.0 as usize)) {
+            (Some(&Wanted::Norm { dim, .. }), Some(Layer::Norm(norm))) if last == dim => {
                 Ok(self.arena.later.norm(norm, &x)?.map(Value::Real))
             }
             _ => Ok(None),
@@ -61,12 +66,19 @@ impl Running<'_> {
         }
     }
 
-    pub(super) fn experts_later(&mut self, slot: Slot, x: Handle, routed: [&Value; 2]) -> Outcome<Option<Value>> {
-        let [Value::Real(chosen), Value::Real(weights)] = routed else { return Ok(None) };
+    pub(super) fn experts_later(
+        &mut self,
+        slot: Slot,
+        [x, chosen, weights]: [Handle; 3],
+    ) -> Outcome<Option<Value>> {
+        let (Some((chosen, _)), Some((weights, _))) = (self.unread(chosen)?, self.unread(weights)?) else {
+            return Ok(None);
+        };
         match (self.unread(x)?, self.layers.get(slot.0 as usize)) {
             (Some((x, _)), Some(Layer::Experts(experts))) => {
                 let Some(stacked) = &experts.stacked else { return Ok(None) };
-                let (chosen, weights) = (chosen.clone(), weights.clone());
+                let weights = self.arena.later.wide(&weights)?;
+                self.arena.later.read(chosen.id())?;
                 let routed = Routed { x: x.clone(), norm: None, chosen, weights, kind: experts.kind };
                 Ok(self.arena.later.experts(stacked, &x, routed)?.map(Value::Real))
             }
@@ -94,12 +106,80 @@ impl Running<'_> {
         {
             return Ok(Value::Real(sum));
         }
+        if let Some(y) = self.row_later("add", a, Some(b))? {
+            return Ok(y);
+        }
         self.arena.look(a)?.zip(self.arena.look(b)?, |a, b| a.broadcast_add(b))
     }
 
     pub(super) fn gate_later(&mut self, gate: Handle, up: Handle, activation: Activation) -> Outcome<Option<Value>> {
         match (self.unread(gate)?, self.unread(up)?) {
             (Some((gate, _)), Some((up, _))) => Ok(self.arena.later.gated(&gate, &up, activation)?.map(Value::Real)),
+            _ => Ok(None),
+        }
+    }
+
+    /// A small op on rows, by its name in the table.
+    pub(super) fn row_later(&mut self, op: &str, x: Handle, other: Option<Handle>) -> Outcome<Option<Value>> {
+        let op = match op {
+            "softmax" => RowOp::Softmax,
+            "sigmoid" => RowOp::Sigmoid,
+            "sum" => RowOp::Sum,
+            "gather" => RowOp::Gather,
+            "add" => RowOp::Add,
+            "sub" => RowOp::Sub,
+            "mul" => RowOp::Mul,
+            "div" => RowOp::Div,
+            _ => return Ok(None),
+        };
+        let (Some((x, width)), other) = (self.unread(x)?, other.map(|other| self.unread(other)).transpose()?) else {
+            return Ok(None);
+        };
+        let other = match other {
+            Some(Some(other)) => Some(other),
+            Some(None) => return Ok(None),
+            None => None,
+        };
+        // These begin a chain; the others join one.
+        let begins = matches!(op, RowOp::Softmax | RowOp::Sigmoid);
+        let joins = |t: &Tensor| self.arena.later.is_in_chain(t.id());
+        if !begins && !joins(&x) && !other.as_ref().is_some_and(|(t, _)| joins(t)) {
+            return Ok(None);
+        }
+        let fits = match (op, &other) {
+            (RowOp::Gather, Some((indices, _))) => indices.dtype() == DType::U32 && indices.rank() == 2,
+            (_, Some((other, last))) => other.dtype() == x.dtype() && (*last == width || *last == 1),
+            (_, None) => true,
+        };
+        if !fits || !matches!(x.dtype(), DType::BF16 | DType::F32) {
+            return Ok(None);
+        }
+        let to = match (op, &other) {
+            (RowOp::Sum, _) => 1,
+            (RowOp::Gather, Some((_, count))) => *count,
+            _ => width,
+        };
+        let made = self.arena.later.row(op, &x, other.as_ref().map(|(t, _)| t), to, [0.0; 2])?;
+        Ok(made.map(|(y, _)| Value::Real(y)))
+    }
+
+    pub(super) fn affine_later(&mut self, x: Handle, numbers: [f32; 2]) -> Outcome<Option<Value>> {
+        match self.unread(x)? {
+            Some((x, width))
+                if matches!(x.dtype(), DType::BF16 | DType::F32) && self.arena.later.is_in_chain(x.id()) =>
+            {
+                Ok(self.arena.later.row(RowOp::Affine, &x, None, width, numbers)?.map(|(y, _)| Value::Real(y)))
+            }
+            _ => Ok(None),
+        }
+    }
+
+    pub(super) fn topk_later(&mut self, x: Handle, k: usize) -> Outcome<Option<(Value, Value)>> {
+        match self.unread(x)? {
+            Some((x, width)) if k > 0 && k <= width && matches!(x.dtype(), DType::BF16 | DType::F32) => {
+                let made = self.arena.later.row(RowOp::TopK, &x, None, k, [0.0; 2])?;
+                Ok(made.and_then(|(values, indices)| Some((Value::Real(values), Value::Real(indices?)))))
+            }
             _ => Ok(None),
         }
     }

@@ -12,6 +12,7 @@ use crate::{
             experts::{Routed, Stacked},
             norm::{self, joint},
             packed::{MOST_NORMED, Norming, Product, Tiles, outputs},
+            rows::{self, Chain, RowOp},
             step::{self, device_of, unwritten},
             together::Together,
             turn::Turned,
@@ -56,11 +57,16 @@ pub struct Later {
     waiting: RefCell<Vec<Waiting>>,
     /// Sums of the squares of tensors that were written with them.
     squares: RefCell<Vec<(TensorId, Tensor)>>,
+    /// Small ops on rows, which wait together.
+    rows: RefCell<Chain>,
 }
 
 impl Later {
     /// Has a tensor written, if that waits.
     pub fn read(&self, id: TensorId) -> Result<()> {
+        if self.rows.borrow().writes(id) {
+            return self.rows.take().run();
+        }
         let work = {
             let mut waiting = self.waiting.borrow_mut();
             let it = waiting.iter_mut().find(|w| !w.written && w.writes.iter().any(|y| y.id() == id));
@@ -74,7 +80,51 @@ impl Later {
     /// Has everything written.
     pub fn read_all(&self) -> Result<()> {
         let ids: Vec<TensorId> = self.waiting.borrow().iter().filter_map(|w| Some(w.writes.first()?.id())).collect();
-        ids.into_iter().try_for_each(|id| self.read(id))
+        ids.into_iter().try_for_each(|id| self.read(id))?;
+        self.rows.take().run()
+    }
+
+    /// A small op on rows `[rows, ..]` of x, and perhaps of another; gives rows of `width`, and where they come from if the largest are chosen.
+    pub fn row(
+        &self,
+        op: RowOp,
+        x: &Tensor,
+        other: Option<&Tensor>,
+        width: usize,
+        numbers: [f32; 2],
+    ) -> Result<Option<(Tensor, Option<Tensor>)>> {
+        let rows = match *x.dims() {
+            [rows, _] if rows <= MOST => rows,
+            _ => return Ok(None),
+        };
+        if ![Some(x), other].into_iter().flatten().all(|t| rows::fits(t, rows)) || width == 0 || width > rows::WIDEST {
+            return Ok(None);
+        }
+        if !self.rows.borrow().has_room(rows) {
+            self.rows.take().run()?;
+        }
+        for t in [Some(x), other].into_iter().flatten().filter(|t| !self.rows.borrow().writes(t.id())) {
+            self.read(t.id())?;
+        }
+        self.rows.borrow_mut().push(op, x, other, (rows, width, x.dtype()), numbers).map(Some)
+    }
+
+    /// Whether a row op that waits writes it.
+    pub fn is_in_chain(&self, id: TensorId) -> bool {
+        self.rows.borrow().writes(id)
+    }
+
+    /// The same numbers in f32, written with the row ops that give them if these wait.
+    pub fn wide(&self, x: &Tensor) -> Result<Tensor> {
+        let rows = x.dim(0)?;
+        if x.dtype() == DType::F32 || !self.rows.borrow().writes(x.id()) || !self.rows.borrow().has_room(rows) {
+            self.read(x.id())?;
+            return x.to_dtype(DType::F32);
+        }
+        let to = (rows, x.dim(1)?, DType::F32);
+        let (wide, _) = self.rows.borrow_mut().push(RowOp::Affine, x, None, to, [1.0, 0.0])?;
+        self.rows.take().run()?;
+        Ok(wide)
     }
 
     /// Nobody will read it any more.

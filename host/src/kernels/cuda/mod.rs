@@ -7,6 +7,7 @@ pub mod norm;
 pub mod packed;
 pub mod program;
 mod regroup;
+pub mod rows;
 mod scratch;
 pub mod step;
 pub mod turn;

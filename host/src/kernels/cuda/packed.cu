@@ -1,24 +1,6 @@
 // y = x W^T for a few tokens, W packed: the matmul of decoding, which must run as fast as the weights arrive. A block has some rows of
 // tiles; its warps share the columns and add up at the end.
-#include "packed.cuh"
-
-// One of up to three matrices that share their input.
-struct Mat {
-    Packed w;
-    const __nv_bfloat16 *bias, *residual;
-    __nv_bfloat16 *y;
-    int rows, tiles, y_stride, unused;
-};
-
-// Bytes as Rust writes them (packed.rs).
-struct Matmul {
-    Mat mats[3];
-    const __nv_bfloat16 *x;
-    int tokens, cols, x_stride;
-    Joint joint;
-    Normed normed;  // for up to eight tokens
-    float *squares; // of what comes out, summed over each row of tiles [tokens, tiles]; or none
-};
+#include "one.cuh"
 
 // A block's shared memory: rings, and later, in their place, what its warps add up; behind them the squares of a norm.
 //

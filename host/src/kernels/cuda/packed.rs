@@ -46,20 +46,30 @@ pub struct Layout {
 
 /// Names of kernels of a family, by layout.
 macro_rules! by_layout {
-    ($layout:expr, $family:literal) => {
+    ($layout:expr, $($family:literal),+) => {
         match ($layout.packing, $layout.group) {
-            (Packing::Nibble, 32) => concat!($family, "_nibble_32"),
-            (Packing::Nibble, 64) => concat!($family, "_nibble_64"),
-            (Packing::Nibble, _) => concat!($family, "_nibble_128"),
-            (Packing::Byte, 32) => concat!($family, "_byte_32"),
-            (Packing::Byte, 64) => concat!($family, "_byte_64"),
-            (Packing::Byte, _) => concat!($family, "_byte_128"),
-            (Packing::Mx4, _) => concat!($family, "_mx4_32"),
-            (Packing::Plain, _) => concat!($family, "_plain_128"),
+            (Packing::Nibble, 32) => concat!($($family),+, "_nibble_32"),
+            (Packing::Nibble, 64) => concat!($($family),+, "_nibble_64"),
+            (Packing::Nibble, _) => concat!($($family),+, "_nibble_128"),
+            (Packing::Byte, 32) => concat!($($family),+, "_byte_32"),
+            (Packing::Byte, 64) => concat!($($family),+, "_byte_64"),
+            (Packing::Byte, _) => concat!($($family),+, "_byte_128"),
+            (Packing::Mx4, _) => concat!($($family),+, "_mx4_32"),
+            (Packing::Plain, _) => concat!($($family),+, "_plain_128"),
         }
     };
 }
 pub(super) use by_layout;
+
+/// The same of a family that is compiled for each type of scales.
+macro_rules! by_scales {
+    ($layout:expr, $family:literal) => {
+        match ($layout.packing, $layout.half) {
+            (Packing::Nibble | Packing::Byte, true) => by_layout!($layout, $family, "_half"),
+            _ => by_layout!($layout, $family),
+        }
+    };
+}
 
 impl Layout {
     fn pieces(self) -> usize {
@@ -198,6 +208,18 @@ fn spread(layout: Layout, tiles: usize, eights: usize) -> (usize, usize) {
         (..=1000, 1) => (2, 8),
         (_, 1) => (2, 4),
         (..=600, _) => (2, 8),
+        _ => (2, 4),
+    }
+}
+
+/// The same for one token.
+fn spread_one(layout: Layout, tiles: usize) -> (usize, usize) {
+    match (layout.packing, tiles) {
+        (Packing::Plain, ..=132) => (1, 16),
+        (Packing::Plain, _) => (1, 8),
+        (_, ..=160) => (1, 16),
+        (_, ..=300) => (2, 16),
+        (_, ..=1000) => (2, 8),
         _ => (2, 4),
     }
 }
@@ -370,6 +392,16 @@ impl Product<'_> {
     pub fn run(&self) -> Result<()> {
         let mats = self.mats()?;
         let all: usize = mats.0.iter().map(|mat| mat.tiles as usize).sum();
+        if self.tokens() == 1 {
+            return self.start_one(&mats.0, None, |layout| {
+                let (rows, warps) = spread_one(layout, all);
+                let name = match rows {
+                    1 => by_scales!(layout, "one_1"),
+                    _ => by_scales!(layout, "one_2"),
+                };
+                (name, rows, warps, mats.0.iter().map(|mat| mat.tiles.div_ceil(rows as u32)).sum())
+            });
+        }
         self.start(&mats.0, None, |layout, eights| {
             let (rows, warps) = spread(layout, all, eights);
             let name = match (rows, eights) {
@@ -387,6 +419,12 @@ impl Product<'_> {
     pub fn run_gated(&self, joint: Joint) -> Result<()> {
         let mats = self.mats()?;
         let tiles = mats.0[0].tiles;
+        if self.tokens() == 1 {
+            return self.start_one(&mats.0, Some(joint), |layout| {
+                let (_, warps) = spread_one(layout, 2 * tiles as usize);
+                (by_scales!(layout, "one_gated"), 2, warps, tiles)
+            });
+        }
         self.start(&mats.0, Some(joint), |layout, _| {
             let (_, warps) = spread(layout, 2 * tiles as usize, 1);
             (by_layout!(layout, "gated_2x8"), 2, warps, tiles)
@@ -411,6 +449,40 @@ impl Product<'_> {
             held.push(bias);
         }
         Ok((mats, held))
+    }
+
+    fn tokens(&self) -> usize {
+        self.matrices.first().map_or(0, |(tiles, _)| self.x.elem_count() / tiles.cols.max(1))
+    }
+
+    /// For a single token.
+    fn start_one(
+        &self,
+        mats: &[Mat; 3],
+        joint: Option<Joint>,
+        kernel: impl Fn(Layout) -> (&'static str, usize, usize, u32),
+    ) -> Result<()> {
+        let Some(&(Tiles { layout, cols, .. }, _)) = self.matrices.first() else { return Ok(()) };
+        let device = device_of(self.x)?;
+        let x = aligned(&self.x.to_dtype(DType::BF16)?)?;
+        let (name, rows, warps, blocks) = kernel(*layout);
+        let kernel = function(device, "one", name)?;
+        let (staged, own) = (cols.next_multiple_of(TILE[0]) * 2, layout.shared(rows, 1, AHEAD));
+        let warps = warps.min(kernel.most_shared.saturating_sub(staged) / own).max(1);
+        let work = Matmul {
+            mats: *mats,
+            x: address(&x)?,
+            tokens: 1,
+            cols: *cols as u32,
+            x_stride: *cols as u32,
+            joint: joint.unwrap_or_default(),
+            normed: self.norm.map_or(Ok(Normed::default()), Norming::normed)?,
+            squares: self.squares.map_or(Ok(0), address)?,
+        };
+        let shared = (staged + warps * own) as u32;
+        let shape = Shape { grid: [blocks, 1, 1], block: 32 * warps as u32, shared, early: true };
+        // SAFETY: as one.cuh says; x and y hold the token's rows, and start at multiples of 16 bytes.
+        unsafe { kernel.launch(device, shape, &[Arg::of(&work)]) }
     }
 
     fn start(
