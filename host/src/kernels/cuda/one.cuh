@@ -23,6 +23,26 @@ struct Matmul {
 __device__ __host__ constexpr int staged_bytes(int cols) { return (cols + TILE_COLS - 1) / TILE_COLS * TILE_COLS * 2; }
 template <int P, int GROUP, int RT, int S> constexpr int one_ring = S * RT * tile_pieces<P, GROUP> * 512;
 
+// Small integers are bf16 numbers as they lie: masked out of their word they are so many times 2^-133, bf16's smallest, and tensor cores
+// multiply such numbers exactly. So that sums of products are no such numbers in f32, the activations are 2^64 times what they are.
+template <int P> constexpr bool tiny = P == NIBBLE || P == BYTE;
+constexpr uint32_t STAGED = 0x5F805F80u; // 2^64
+constexpr float UNSTAGED = 590295810358705651712.f; // 2^69
+
+// d[0] + d[1] / 16 += a row pair's integers of 32 columns times the activations.
+template <int P> __device__ __forceinline__ void multiply_tiny(const uint32_t (&lower)[pieces<P>()], const uint32_t (&upper)[pieces<P>()], const uint4 &x, float (&d)[2][4]) {
+    if constexpr (P == BYTE) {
+        constexpr uint32_t mask = 0x00FF00FFu;
+#pragma unroll
+        for (int i = 0; i < 2; i++) mma(d[0], lower[i] & mask, upper[i] & mask, (lower[i] >> 8) & mask, (upper[i] >> 8) & mask, word_of(x, 2 * i), word_of(x, 2 * i + 1));
+    } else {
+        constexpr uint32_t even = 0x000F000Fu, odd = 0x00F000F0u;
+        const uint32_t a = lower[0], b = upper[0], a8 = a >> 8, b8 = b >> 8;
+        mma(d[0], a & even, b & even, a8 & even, b8 & even, x.x, x.z);
+        mma(d[1], a & odd, b & odd, a8 & odd, b8 & odd, x.y, x.w);
+    }
+}
+
 // y[r] += rows g and g + 8 of row of tiles `rows[r]` of `of[r]`, times the activations at `x`; right in lanes with c = 0. `ready` is called
 // when the first weights have been asked for; the activations are there when it returns.
 template <int P, int GROUP, bool HALF, int RT, int S, class Ready>
@@ -76,7 +96,7 @@ __device__ __forceinline__ void product_of_one(const Packed (&of)[RT], const int
         if constexpr (BIASED)
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                constexpr uint32_t one = 0x3F803F80u;
+                constexpr uint32_t one = 0x00010001u; // as small as the weights
                 mma(sums[j / WORDS], one, one, one, one, b[j].x, b[j].y), mma(sums[j / WORDS], one, one, one, one, b[j].z, b[j].w);
             }
         copies_wait<S - 1>();
@@ -88,9 +108,7 @@ __device__ __forceinline__ void product_of_one(const Packed (&of)[RT], const int
             auto scale = [&](int i) { return word_of(q[PIECES - (scale_words<P, GROUP> + 3) / 4 + i / 4], i % 4); };
 #pragma unroll
             for (int group = 0; group < GROUPS; group++) {
-                // What unpacking adds to every weight is taken away ahead.
-                const float ahead = BIASED ? -surplus<P>() * sums[group][0] : 0.f;
-                float d[1][4] = {{ahead, ahead, ahead, ahead}};
+                float d[1][4] = {}, e[2][4] = {};
 #pragma unroll
                 for (int j = group * WORDS; j < (group + 1) * WORDS; j++) {
                     uint32_t w[2][Q];
@@ -99,7 +117,8 @@ __device__ __forceinline__ void product_of_one(const Packed (&of)[RT], const int
 #pragma unroll
                         for (int i = 0; i < Q; i++) w[h][i] = word_of(q[h * Q + (Q * j + i) / 4], (Q * j + i) % 4);
                     const uint4 now[1] = {b[j]};
-                    multiply<P, 1>(w[0], w[1], now, d);
+                    if constexpr (tiny<P>) multiply_tiny<P>(w[0], w[1], b[j], e);
+                    else multiply<P, 1>(w[0], w[1], now, d);
                 }
                 if constexpr (P == PLAIN) {
                     y[r][0] += d[0][0], y[r][1] += d[0][2];
@@ -108,8 +127,9 @@ __device__ __forceinline__ void product_of_one(const Packed (&of)[RT], const int
                     y[r][1] = fmaf(e8m0((scale(1) >> (8 * group)) & 255), d[0][2], y[r][1]);
                 } else {
                     const float2 low = scale_and_bias(scale(group), HALF), high = scale_and_bias(scale(GROUPS + group), HALF);
-                    y[r][0] = fmaf(low.x, d[0][0], fmaf(low.y, sums[group][0], y[r][0]));
-                    y[r][1] = fmaf(high.x, d[0][2], fmaf(high.y, sums[group][0], y[r][1]));
+                    const float first = P == NIBBLE ? fmaf(e[1][0], 0.0625f, e[0][0]) : e[0][0], second = P == NIBBLE ? fmaf(e[1][2], 0.0625f, e[0][2]) : e[0][2];
+                    y[r][0] = fmaf(low.x, first, fmaf(low.y, sums[group][0], y[r][0]));
+                    y[r][1] = fmaf(high.x, second, fmaf(high.y, sums[group][0], y[r][1]));
                 }
             }
         }
@@ -138,6 +158,11 @@ __device__ __forceinline__ void matmul_of_one(const Matmul &a, uint8_t *shared) 
     float squares = 0;
     let_next_start();
     auto ready = [&] {
+        auto stage = [&](int at, uint4 v) {
+            constexpr uint4 more = {STAGED, STAGED, STAGED, STAGED};
+            if constexpr (tiny<P>) v = times(v, more);
+            x[at] = v;
+        };
         // A norm's weights are nobody's output.
         constexpr int MOST = 4;
         uint4 factors[MOST];
@@ -151,11 +176,11 @@ __device__ __forceinline__ void matmul_of_one(const Matmul &a, uint8_t *shared) 
         for (int i = 0; i < MOST; i++) {
             const int at = threadIdx.x + i * blockDim.x;
             const uint4 v = activations(a.x, at * 8, a.cols);
-            if (at < staged) x[at] = a.normed.weight ? times(v, factors[i]) : v;
+            if (at < staged) stage(at, a.normed.weight ? times(v, factors[i]) : v);
         }
         for (int at = threadIdx.x + MOST * blockDim.x; at < staged; at += blockDim.x) {
             const uint4 v = activations(a.x, at * 8, a.cols);
-            x[at] = a.normed.weight ? times(v, activations(a.normed.weight, at * 8, a.cols)) : v;
+            stage(at, a.normed.weight ? times(v, activations(a.normed.weight, at * 8, a.cols)) : v);
         }
         __syncthreads();
     };
@@ -173,11 +198,11 @@ __device__ __forceinline__ void matmul_of_one(const Matmul &a, uint8_t *shared) 
             for (int h = 0; h < 2; h++) partial[(warp * RT + r) * 16 + lane / 4 + 8 * h] = y[r][h];
     __syncthreads();
     if (warp > 0) return;
-    float factor = 1;
+    float factor = tiny<P> ? UNSTAGED : 1.f;
     if (a.normed.weight) {
 #pragma unroll
         for (int i = 16; i > 0; i /= 2) squares += __shfl_xor_sync(~0u, squares, i);
-        factor = rsqrtf(squares / a.cols + a.normed.eps);
+        factor *= rsqrtf(squares / a.cols + a.normed.eps);
     }
     const Mat &m = a.mats[which];
 #pragma unroll
