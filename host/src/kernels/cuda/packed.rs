@@ -212,11 +212,13 @@ fn spread(layout: Layout, tiles: usize, eights: usize) -> (usize, usize) {
     }
 }
 
-/// The same for one token.
-fn spread_one(layout: Layout, tiles: usize) -> (usize, usize) {
+/// The same for one token, as an H200 likes it; many rows of bf16 go best where a warp has two steps.
+fn spread_one(layout: Layout, tiles: usize, cols: usize) -> (usize, usize) {
     match (layout.packing, tiles) {
         (Packing::Plain, ..=132) => (1, 16),
-        (Packing::Plain, _) => (1, 8),
+        (Packing::Plain, ..=4000) => (1, 8),
+        (Packing::Plain, _) if cols >= 4096 => (1, 16),
+        (Packing::Plain, _) => (2, 8),
         (_, ..=160) => (1, 16),
         (_, ..=300) => (2, 16),
         (_, ..=1000) => (2, 8),
@@ -394,7 +396,7 @@ impl Product<'_> {
         let all: usize = mats.0.iter().map(|mat| mat.tiles as usize).sum();
         if self.tokens() == 1 {
             return self.start_one(&mats.0, None, |layout| {
-                let (rows, warps) = spread_one(layout, all);
+                let (rows, warps) = spread_one(layout, all, self.x.dims().last().copied().unwrap_or_default());
                 let name = match rows {
                     1 => by_scales!(layout, "one_1"),
                     _ => by_scales!(layout, "one_2"),
@@ -421,7 +423,11 @@ impl Product<'_> {
         let tiles = mats.0[0].tiles;
         if self.tokens() == 1 {
             return self.start_one(&mats.0, Some(joint), |layout| {
-                let (_, warps) = spread_one(layout, 2 * tiles as usize);
+                let cols = self.x.dims().last().copied().unwrap_or_default();
+                let (_, warps) = match layout.packing {
+                    Packing::Plain => (2, (cols / 512).clamp(4, 8)),
+                    _ => spread_one(layout, 2 * tiles as usize, cols),
+                };
                 (by_scales!(layout, "one_gated"), 2, warps, tiles)
             });
         }
