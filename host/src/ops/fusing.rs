@@ -26,7 +26,8 @@ use plugin_api::abi::{Handle, Slot};
 impl Running<'_> {
     /// Whether this step is such that launches wait.
     pub(super) fn may_wait(&self) -> bool {
-        let plain = self.ops.is_none() && self.seat.is_none() && !self.arena.is_exact() && self.place.dtype == DType::BF16;
+        let plain =
+            self.ops.is_none() && self.seat.is_none() && !self.arena.is_exact() && self.place.dtype == DType::BF16;
         plain && self.places.is_some() && self.tokens <= MOST && !self.layers.is_empty()
     }
 
@@ -66,11 +67,7 @@ impl Running<'_> {
         }
     }
 
-    pub(super) fn experts_later(
-        &mut self,
-        slot: Slot,
-        [x, chosen, weights]: [Handle; 3],
-    ) -> Outcome<Option<Value>> {
+    pub(super) fn experts_later(&mut self, slot: Slot, [x, chosen, weights]: [Handle; 3]) -> Outcome<Option<Value>> {
         let (Some((chosen, _)), Some((weights, _))) = (self.unread(chosen)?, self.unread(weights)?) else {
             return Ok(None);
         };
@@ -86,13 +83,7 @@ impl Running<'_> {
         }
     }
 
-    pub(super) fn rotate_later(
-        &mut self,
-        rope: &Rope,
-        x: Handle,
-        block: usize,
-        turn: Turn,
-    ) -> Outcome<Option<Value>> {
+    pub(super) fn rotate_later(&mut self, rope: &Rope, x: Handle, block: usize, turn: Turn) -> Outcome<Option<Value>> {
         let (Some((x, _)), Some(places)) = (self.unread(x)?, &self.places) else { return Ok(None) };
         // Of several sequences, each has a cache of its own to join.
         let Some(how) = rope.on_cuda(&self.place.device)?.filter(|_| self.parts.len() == 1) else { return Ok(None) };

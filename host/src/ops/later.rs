@@ -11,7 +11,8 @@ use crate::{
         cuda::{
             experts::{Routed, Stacked},
             norm::{self, joint},
-            packed::{MOST_NORMED, Norming, Product, Tiles, outputs},
+            packed::Tiles,
+            product::{MOST_NORMED, Norming, Product, outputs},
             rows::{self, Chain, RowOp},
             step::{self, device_of, unwritten},
             together::Together,
@@ -38,11 +39,27 @@ struct Normed {
 #[derive(Clone)]
 enum Work {
     Norm(Normed),
-    One { tiles: Tiles, bias: Option<Tensor>, x: Tensor, norm: Option<Norming> },
+    One {
+        tiles: Tiles,
+        bias: Option<Tensor>,
+        x: Tensor,
+        norm: Option<Norming>,
+    },
     /// Products of one input, known by the tensor that the ops were given.
-    Group { together: Arc<Together>, of: TensorId, x: Tensor, norm: Option<Norming> },
-    Turn { turned: Turned, positions: Tensor },
-    Experts { stacked: Arc<Stacked>, routed: Routed },
+    Group {
+        together: Arc<Together>,
+        of: TensorId,
+        x: Tensor,
+        norm: Option<Norming>,
+    },
+    Turn {
+        turned: Turned,
+        positions: Tensor,
+    },
+    Experts {
+        stacked: Arc<Stacked>,
+        routed: Routed,
+    },
 }
 
 struct Waiting {
@@ -183,9 +200,7 @@ impl Later {
             self.wait(y.clone(), work);
             return Ok(y.into_iter().next());
         };
-        let is_it = |w: &&Waiting| {
-            matches!(&w.work, Work::Group { together: other, of, .. } if *of == x.id() && Arc::ptr_eq(other, together))
-        };
+        let is_it = |w: &&Waiting| matches!(&w.work, Work::Group { together: other, of, .. } if *of == x.id() && Arc::ptr_eq(other, together));
         if let Some(known) = self.waiting.borrow().iter().find(is_it) {
             return Ok(known.writes.get(*place).cloned());
         }

@@ -3,7 +3,8 @@
 
 use super::{
     norm::joint,
-    packed::{Joint, Layout, Normed, Norming, Packed, Packing, Tiles, aligned, by_layout},
+    packed::{Layout, Packed, Packing, Tiles, aligned, by_layout},
+    product::{Joint, Normed, Norming},
     program::{Arg, Shape, function},
     step::{address, device_of, unwritten},
 };
@@ -180,11 +181,7 @@ impl Stacked {
             // SAFETY: as experts.cu says; every tensor above has the shape that is written there.
             unsafe { kernel.launch(device, shape, &[Arg::of(&args)]) }
         };
-        if many {
-            self.run_many(start, layout, &args)
-        } else {
-            self.run_few(start, layout, &args)
-        }
+        if many { self.run_many(start, layout, &args) } else { self.run_few(start, layout, &args) }
     }
 
     fn run_few(

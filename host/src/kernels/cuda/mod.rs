@@ -5,6 +5,7 @@ pub mod attention;
 pub mod experts;
 pub mod norm;
 pub mod packed;
+pub mod product;
 pub mod program;
 mod regroup;
 pub mod rows;

@@ -1,7 +1,8 @@
 //! `norm.cu` from Rust: norms of rows in one launch, and what stands between the projections of a feed-forward block.
 
 use super::{
-    packed::{Joint, aligned},
+    packed::aligned,
+    product::Joint,
     program::{Arg, Shape, function},
     step::{address, device_of, unwritten},
 };

@@ -177,8 +177,7 @@ impl Chain {
             let given = u32::from(slots[at].1);
             let shared = u32::from(t.rank() == 1);
             let kind = kind(t.dtype()).unwrap_or_default();
-            args.slots[at] =
-                SlotArgs { at: address(t)?, width: width as u32, kind, start, given, shared, unused: 0 };
+            args.slots[at] = SlotArgs { at: address(t)?, width: width as u32, kind, start, given, shared, unused: 0 };
             start += width as u32;
         }
         (args.slot_count, args.step_count) = (slots.len() as u32, self.steps.len() as u32);

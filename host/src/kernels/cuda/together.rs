@@ -1,7 +1,10 @@
 //! Linear layers that are given the same input, as a plugin's `linears` declares them, in one launch: whichever is asked for first computes
 //! all of them, and the others find their output there. An input is known by its tensor's id.
 
-use super::packed::{Product, Tiles, outputs};
+use super::{
+    packed::Tiles,
+    product::{Product, outputs},
+};
 use crate::layers::{Layer, weight::Weight};
 use candle_core::{Result, Tensor, TensorId};
 use plugin_api::abi::Slot;
