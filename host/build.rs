@@ -51,6 +51,9 @@ fn cuda(folder: &Path, out: &Path) -> io::Result<()> {
     for watched in sources.iter().chain([&folder.join("mod.rs")]) {
         println!("cargo:rerun-if-changed={}", watched.display());
     }
+    let changed = |path: &Path| fs::metadata(path)?.modified();
+    let headers = sources.iter().filter(|path| path.extension().is_some_and(|e| e == "cuh"));
+    let headers = headers.map(|path| changed(path)).collect::<io::Result<Vec<_>>>()?.into_iter().max();
     sources.retain(|path| path.extension().is_some_and(|e| e == "cu"));
     sources.sort();
     let mut list = String::from(
@@ -66,14 +69,21 @@ fn cuda(folder: &Path, out: &Path) -> io::Result<()> {
     for source in sources {
         let name = source.file_stem().unwrap_or_default().to_string_lossy().into_owned();
         let image = out.join(format!("{name}.fatbin"));
+        list += &format!("({name:?}, Bytes(&Image(*include_bytes!({:?})).0)),\n", image.display().to_string());
+        // A kernel takes nvcc up to a minute: what has not changed is not compiled again.
+        let newest = headers.max(Some(changed(&source)?));
+        if changed(&image).is_ok_and(|image| Some(image) > newest) && changed(&nvcc).ok() < changed(&image).ok() {
+            continue;
+        }
         let mut command = std::process::Command::new(&nvcc);
         command.args(["-std=c++17", "-O3", "-fatbin"]).args(targets).arg("-o").arg(&image).arg(&source);
-        compilers.push((source, command.spawn().map_err(missing)?));
-        list += &format!("({name:?}, Bytes(&Image(*include_bytes!({:?})).0)),\n", image.display().to_string());
+        compilers.push((source, image, command.spawn().map_err(missing)?));
     }
     // All at once: a few files, of which two take most of the time.
-    for (source, mut compiler) in compilers {
+    for (source, image, mut compiler) in compilers {
         if !compiler.wait()?.success() {
+            // Half of one is not to pass for fresh.
+            let _ = fs::remove_file(image);
             return Err(io::Error::other(format!("nvcc cannot compile {}", source.display())));
         }
     }

@@ -258,12 +258,11 @@ impl Recorded {
             parts.push(Part { state: &mut *input.state, tokens: at..at + 1, replayed: 0 });
         }
         let places = Places { positions: self.positions.clone(), recorded };
-        Ok(model.logits(parts, self.ids.clone(), places)?.to_dtype(DType::F32)?.contiguous()?)
+        model.logits(parts, self.ids.clone(), places)
     }
 
     fn choose(&self, logits: &Tensor, kept: &Tensor) -> candle_core::Result<()> {
-        kept.slice_set(logits, 0, 0)?;
-        step::choose(kept, &self.ids, &self.positions, &self.told)
+        step::choose(logits, kept, &self.ids, &self.positions, &self.told)
     }
 
     fn record(&mut self, model: &Model, inputs: &mut [Input], logits: &Tensor) -> Result<CudaGraph> {

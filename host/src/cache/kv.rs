@@ -137,15 +137,36 @@ impl KvCache {
         positions: &Tensor,
         offset: usize,
     ) -> Result<()> {
-        let tokens = keys.dim(0)?;
-        let origin = self.origin(offset)?;
-        for (rows, table) in [(Some(keys), &mut self.keys), (values, &mut self.values)] {
-            let (Some(rows), Table::Tensor(room)) = (rows, table) else { continue };
-            room.reserve(rows, tokens)?;
-            if let Some(whole) = room.whole() {
+        let rows = [Some(keys), values];
+        self.append_by(rows, offset, |tables, origin| {
+            for (rows, whole) in rows.iter().zip(tables).filter_map(|(rows, whole)| Some(((*rows)?, whole?))) {
                 crate::kernels::cuda::step::append(rows, positions, whole, origin)?;
             }
-            room.grown(tokens);
+            Ok(())
+        })
+    }
+
+    /// The same for rows like these, which `write` brings to the tables it is given: `[capacity, heads, dim]`, and the position of their
+    /// first entry.
+    #[cfg(feature = "cuda")]
+    pub fn append_by(
+        &mut self,
+        like: [Option<&Tensor>; 2],
+        offset: usize,
+        write: impl FnOnce([Option<&Tensor>; 2], u32) -> Result<()>,
+    ) -> Result<()> {
+        let tokens = like.iter().flatten().next().map_or(Ok(0), |rows| rows.dim(0))?;
+        let origin = self.origin(offset)?;
+        for (rows, table) in like.iter().zip([&mut self.keys, &mut self.values]) {
+            if let (Some(rows), Table::Tensor(room)) = (rows, table) {
+                room.reserve(rows, tokens)?;
+            }
+        }
+        write([self.keys.whole(), self.values.whole()], origin)?;
+        for (rows, table) in like.iter().zip([&mut self.keys, &mut self.values]) {
+            if let (Some(_), Table::Tensor(room)) = (rows, table) {
+                room.grown(tokens);
+            }
         }
         self.positions.extend((offset as u32..).take(tokens));
         Ok(())

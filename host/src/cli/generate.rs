@@ -133,6 +133,9 @@ impl Generate {
         }
         if framed {
             line(format_args!("==========\n{statistics}"))?;
+            if let Some(why) = lm.model.not_replayed() {
+                line(format_args!("Steps ran op by op, for they cannot be replayed: {why}"))?;
+            }
         }
         let stopped = interrupted.load(std::sync::atomic::Ordering::Relaxed);
         Ok(if stopped { ExitCode::from(130) } else { ExitCode::SUCCESS })

@@ -20,7 +20,7 @@ use crate::{
 use candle_core::{D, DType, Device, Result, Tensor, bail};
 
 #[cfg(feature = "cuda")]
-mod on_cuda;
+pub(crate) mod on_cuda;
 #[cfg(test)]
 mod tests;
 

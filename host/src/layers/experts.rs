@@ -144,7 +144,7 @@ pub struct Experts {
     pub native: bool,
     /// All of them for the kernels of an NVIDIA GPU; `experts` is empty then.
     #[cfg(feature = "cuda")]
-    pub stacked: Option<crate::kernels::cuda::experts::Stacked>,
+    pub stacked: Option<std::sync::Arc<crate::kernels::cuda::experts::Stacked>>,
     /// The same experts side by side, where kernels of a GPU find the chosen ones themselves.
     pub joined: Option<Joined>,
 }

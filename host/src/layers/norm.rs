@@ -16,9 +16,19 @@ pub struct Norm {
     pub eps: f32,
     /// Whether dylm's own kernel does it.
     pub native: bool,
+    /// The weight in bf16, for products on an NVIDIA GPU that begin with a norm.
+    #[cfg(feature = "cuda")]
+    pub narrow: Option<Tensor>,
 }
 
 impl Norm {
+    /// Whether it is an RMSNorm of this width with no bias.
+    #[cfg(feature = "cuda")]
+    pub fn is_plain(&self, dim: usize) -> bool {
+        let fits = |t: &Tensor| t.dtype() == DType::F32 && t.elem_count() == dim;
+        !self.centred && self.bias.is_none() && self.weight.as_ref().is_none_or(fits)
+    }
+
     /// The same shape and type.
     pub fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
         #[cfg(feature = "cuda")]

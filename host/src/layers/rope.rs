@@ -259,6 +259,22 @@ impl Rope {
         }
     }
 
+    /// Frequencies on the GPU, and the amplitude, of a rope that turns the same whatever the length of the text.
+    #[cfg(feature = "cuda")]
+    pub fn on_cuda(&self, device: &Device) -> candle_core::Result<Option<(&Tensor, f32)>> {
+        if !matches!(self.by_length, ByLength::Never) {
+            return Ok(None);
+        }
+        let there = match self.there.get() {
+            Some(there) => there,
+            None => {
+                let there = Tensor::new(&self.inv_freq[..], device)?;
+                self.there.get_or_init(|| there)
+            }
+        };
+        Ok(Some((there, self.amplitude)))
+    }
+
     /// The same on CUDA, where `positions` `[tokens]` lie on the device. A step that is to be replayed when the text is longer must not look
     /// at its length.
     #[cfg(feature = "cuda")]
@@ -271,15 +287,8 @@ impl Rope {
         turn: cpu::Turn,
     ) -> candle_core::Result<Tensor> {
         use crate::kernels::cuda::step;
-        if matches!(self.by_length, ByLength::Never) {
-            let there = match self.there.get() {
-                Some(there) => there,
-                None => {
-                    let there = Tensor::new(&self.inv_freq[..], x.device())?;
-                    self.there.get_or_init(|| there)
-                }
-            };
-            return step::rope(x, positions, (there, self.amplitude), block, turn);
+        if let Some(how) = self.on_cuda(x.device())? {
+            return step::rope(x, positions, how, block, turn);
         }
         if *recorded {
             candle_core::bail!("a rope that turns by the length of the text");

@@ -25,6 +25,9 @@ pub struct Arena {
     pub stale: usize,
     /// While all floats are f32: those that were not, by place and uses.
     halved: Option<Vec<(usize, u64, Value)>>,
+    /// What some of them still wait for.
+    #[cfg(feature = "cuda")]
+    pub later: super::later::Later,
 }
 
 static STEP: AtomicU64 = AtomicU64::new(1);
@@ -32,7 +35,15 @@ static STEP: AtomicU64 = AtomicU64::new(1);
 impl Default for Arena {
     fn default() -> Self {
         let step = STEP.fetch_add(1, Ordering::Relaxed);
-        Arena { entries: Vec::with_capacity(32), free: Vec::new(), step, stale: 0, halved: None }
+        Arena {
+            entries: Vec::with_capacity(32),
+            free: Vec::new(),
+            step,
+            stale: 0,
+            halved: None,
+            #[cfg(feature = "cuda")]
+            later: Default::default(),
+        }
     }
 }
 
@@ -75,6 +86,22 @@ impl Arena {
     /// The value behind a handle, where it lies.
     #[inline]
     pub fn look(&self, handle: Handle) -> Outcome<&Value> {
+        let value = self.peek(handle)?;
+        #[cfg(feature = "cuda")]
+        if let Value::Real(t) = value {
+            self.later.read(t.id())?;
+        }
+        Ok(value)
+    }
+
+    /// The same, whose numbers nobody may have written yet if it `waits`.
+    pub fn look_later(&self, handle: Handle, waits: bool) -> Outcome<&Value> {
+        if waits { self.peek(handle) } else { self.look(handle) }
+    }
+
+    /// The same, though nobody may have written its numbers yet.
+    #[inline]
+    pub fn peek(&self, handle: Handle) -> Outcome<&Value> {
         let stale = || fault!("a tensor that is not of this step (kept from another step, dropped twice, or made up)");
         self.place(handle).and_then(|place| self.entries.get(place)?.value.as_ref()).ok_or_else(stale)
     }
@@ -90,7 +117,9 @@ impl Arena {
     }
 
     /// Until [`Self::end_exact`] all floats are f32: a recurrence's step runs, whose roundings would add up from token to token.
-    pub fn begin_exact(&mut self) {
+    pub fn begin_exact(&mut self) -> Outcome<()> {
+        #[cfg(feature = "cuda")]
+        self.later.read_all()?;
         let mut halved = Vec::new();
         for (place, entry) in self.entries.iter_mut().enumerate() {
             if let Some(wide) = entry.value.as_ref().and_then(widened) {
@@ -98,6 +127,7 @@ impl Arena {
             }
         }
         self.halved = Some(halved);
+        Ok(())
     }
 
     /// Gives those that are still there their own type back.
@@ -126,11 +156,15 @@ impl Arena {
         };
         entry.owners -= 1;
         if entry.owners == 0 {
-            entry.value = None;
+            let _last = entry.value.take();
             entry.uses += 1;
             // A place whose count is used up is not taken again.
             if entry.uses < 1 << USE_BITS {
                 self.free.push((handle.0 & ((1 << PLACE_BITS) - 1)) as u32 - 1);
+            }
+            #[cfg(feature = "cuda")]
+            if let Some(Value::Real(t)) = _last {
+                self.later.forget(t.id());
             }
         }
     }
@@ -197,7 +231,7 @@ mod tests {
         };
         let mut arena = Arena::default();
         let (kept, released) = (arena.put(half()), arena.put(half()));
-        arena.begin_exact();
+        arena.begin_exact().unwrap();
         assert_eq!((arena.is_exact(), dtype(&arena, kept)), (true, DType::F32));
         arena.release(released);
         let later = arena.put(half());

@@ -110,8 +110,12 @@ impl Running<'_> {
         let spec = spec.read::<AttendSpec>().filter(|spec| spec.flags == 0);
         let spec =
             spec.ok_or_else(|| fault!("the plugin asks for a kind of attention that this dylm does not know"))?;
-        let q = self.arena.get(q)?;
-        let (k, v) = (self.given(k)?, self.given(v)?);
+        let handles = [q, k];
+        // Queries and keys may still be on their way.
+        let waits = self.may_wait();
+        let q = self.arena.look_later(q, waits)?.clone();
+        let k = (k != Handle::NONE).then(|| self.arena.look_later(k, waits).cloned()).transpose()?;
+        let v = self.given(v)?;
         let (sinks, selection, slopes) =
             (self.given(spec.sinks)?, self.given(spec.selection)?, self.given(spec.slopes)?);
         let lanes = spec.value_lanes as usize;
@@ -174,6 +178,13 @@ impl Running<'_> {
             }),
         };
         let new = attention::New { k: real(&k), v: real(&v) };
+        #[cfg(feature = "cuda")]
+        if let Some(y) = self.attend_later(cache as usize, q, &new, &how)? {
+            return Ok(y);
+        }
+        for handle in handles.into_iter().filter(|handle| waits && *handle != Handle::NONE) {
+            self.arena.look(handle)?;
+        }
         Ok(Value::Real(attention::attend(
             cache as usize,
             q,

@@ -11,6 +11,10 @@ pub(crate) mod attending;
 pub(crate) mod building;
 pub(crate) mod call;
 mod experts;
+#[cfg(feature = "cuda")]
+mod fusing;
+#[cfg(feature = "cuda")]
+pub(crate) mod later;
 pub(crate) mod lending;
 mod linear_attention;
 pub(crate) mod noting;

@@ -152,6 +152,12 @@ impl Running<'_> {
     }
 
     pub fn unembed(&mut self, slot: Slot, x: Handle) -> Outcome {
+        #[cfg(feature = "cuda")]
+        if matches!(self.wanted(slot)?, Wanted::Embedding { .. })
+            && let Some(y) = self.linear_later(slot, x)?
+        {
+            return Ok(y);
+        }
         let x = self.arena.get(x)?;
         let Wanted::Embedding { dim, vocab, .. } = self.wanted(slot)? else {
             return Err(fault!("this layer is no embedding"));
@@ -164,6 +170,12 @@ impl Running<'_> {
     }
 
     pub fn linear(&mut self, slot: Slot, x: Handle) -> Outcome {
+        #[cfg(feature = "cuda")]
+        if matches!(self.wanted(slot)?, Wanted::Linear { .. })
+            && let Some(y) = self.linear_later(slot, x)?
+        {
+            return Ok(y);
+        }
         let x = self.arena.get(x)?;
         let Wanted::Linear { inputs, outputs, .. } = self.wanted(slot)? else {
             return Err(fault!("this layer is not linear"));
@@ -176,6 +188,10 @@ impl Running<'_> {
     }
 
     pub fn norm(&mut self, slot: Slot, x: Handle) -> Outcome {
+        #[cfg(feature = "cuda")]
+        if let Some(y) = self.norm_later(slot, x)? {
+            return Ok(y);
+        }
         let x = self.arena.get(x)?;
         let Wanted::Norm { dim, .. } = self.wanted(slot)? else { return Err(fault!("this layer is no norm")) };
         let (dims, layer) = (Self::with_last(&x, *dim, *dim)?, self.layer(slot));
@@ -186,11 +202,20 @@ impl Running<'_> {
     }
 
     pub fn experts(&mut self, slot: Slot, x: Handle, chosen: Handle, weights: Handle) -> Outcome {
-        let (x, chosen, weights) = (self.arena.get(x)?, self.arena.get(chosen)?, self.arena.get(weights)?);
+        let (handles, waits) = ([x, chosen, weights], self.may_wait());
+        let look = |handle| self.arena.look_later(handle, waits).cloned();
+        let (x, chosen, weights) = (look(x)?, look(chosen)?, look(weights)?);
         let Wanted::Experts { dim, .. } = self.wanted(slot)? else { return Err(fault!("this layer has no experts")) };
         let dims = Self::with_last(&x, *dim, *dim)?;
         if chosen.dims()? != weights.dims()? || chosen.dims()?.len() != 2 || chosen.dims()?[0] != dims[0] {
             return Err(fault!("x {dims:?}, chosen {:?}, weights {:?}", chosen.dims()?, weights.dims()?));
+        }
+        if waits {
+            #[cfg(feature = "cuda")]
+            if let Some(y) = self.experts_later(slot, handles)? {
+                return Ok(y);
+            }
+            handles.into_iter().try_for_each(|handle| self.arena.look(handle).map(|_| ()))?;
         }
         match (&x, &chosen, &weights) {
             (Value::Real(x), Value::Real(chosen), Value::Real(weights)) => match self.layer(slot)? {
@@ -210,7 +235,8 @@ impl Running<'_> {
     }
 
     pub fn rotate(&mut self, slot: Slot, x: Handle, flags: u32) -> Outcome {
-        let x = self.arena.get(x)?;
+        let (handle, waits) = (x, self.may_wait());
+        let x = self.arena.look_later(x, waits)?.clone();
         let (ways, block) = (flags & ((1 << ROTATE_BLOCK_SHIFT) - 1), (flags >> ROTATE_BLOCK_SHIFT) as usize);
         if ways & !(ROTATE_NEIGHBOURS | ROTATE_LAST | ROTATE_BACK) != 0 {
             return Err(fault!("the plugin asks for a way to turn that this dylm does not know; update dylm"));
@@ -220,12 +246,22 @@ impl Running<'_> {
             last: ways & ROTATE_LAST != 0,
             back: ways & ROTATE_BACK != 0,
         };
-        let Some(Wanted::Rope(rope)) = self.wanted.get(slot.0 as usize) else {
+        let wanted = self.wanted;
+        let Some(Wanted::Rope(rope)) = wanted.get(slot.0 as usize) else {
             return Err(fault!("this layer has no rope"));
         };
         let dims = x.own_dims()?;
         if dims.len() != 3 || dims[0] != self.tokens || dims[2] < rope.dims {
             return Err(fault!("{dims:?} is not [{} tokens, heads, at least {}]", self.tokens, rope.dims));
+        }
+        if waits {
+            #[cfg(feature = "cuda")]
+            if rope.dims > 0
+                && let Some(y) = self.rotate_later(rope, handle, block, turn)?
+            {
+                return Ok(y);
+            }
+            self.arena.look(handle)?;
         }
         if rope.dims == 0 {
             return Ok(x);
@@ -298,9 +334,48 @@ impl Running<'_> {
 
     /// `silu(gate) * up` or `gelu_tanh(gate) * up`.
     pub fn gate(&mut self, gate: Handle, up: Handle, activation: Activation) -> Outcome {
+        #[cfg(feature = "cuda")]
+        if let Some(y) = self.gate_later(gate, up, activation)? {
+            return Ok(y);
+        }
         let (gate, up) = (self.arena.get(gate)?, self.arena.get(up)?);
         let native = self.place.native && gate.dims()? == up.dims()?;
         gate.zip(&up, |gate, up| if native { activation.on_cpu(gate, up) } else { activation.elsewhere(gate, up) })
+    }
+
+    /// scale · x + offset
+    pub fn affine(&mut self, x: Handle, scale: f64, offset: f64) -> Outcome {
+        #[cfg(feature = "cuda")]
+        if let Some(y) = self.affine_later(x, [scale as f32, offset as f32])? {
+            return Ok(y);
+        }
+        self.arena.look(x)?.map(|x| x.affine(scale, offset))
+    }
+
+    /// The k largest of the last axis, and their indices.
+    pub fn topk(&mut self, x: Handle, k: usize) -> Outcome<(Value, Value)> {
+        #[cfg(feature = "cuda")]
+        if let Some(chosen) = self.topk_later(x, k)? {
+            return Ok(chosen);
+        }
+        self.arena.look(x)?.topk(k)
+    }
+
+    /// Whether this step's launches may wait for the ops that read them.
+    #[cfg(not(feature = "cuda"))]
+    pub(super) fn may_wait(&self) -> bool {
+        false
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    pub(super) fn row_later(&mut self, _: &str, _: Handle, _: Option<Handle>) -> Outcome<Option<Value>> {
+        Ok(None)
+    }
+
+    /// a + b
+    #[cfg(not(feature = "cuda"))]
+    pub fn add(&mut self, a: Handle, b: Handle) -> Outcome {
+        self.arena.look(a)?.zip(self.arena.look(b)?, |a, b| a.broadcast_add(b))
     }
 
     /// x `[tokens, heads, inputs]` -> `[tokens, heads, outputs]`

@@ -40,7 +40,7 @@ impl Running<'_> {
             self.claim(cache, &shape)?;
             shapes.push([&[1], shape.as_slice()].concat());
         }
-        self.arena.begin_exact();
+        self.arena.begin_exact()?;
         let tokens = |(i, part): (usize, &super::running::Part)| (0..part.tokens.len()).map(move |t| (i, t));
         let all: Vec<(usize, usize)> = self.parts.iter().enumerate().flat_map(tokens).collect();
         let midway = |&(i, t): &(usize, usize)| t > 0 && t == self.parts[i].replayed;

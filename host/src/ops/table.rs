@@ -40,10 +40,22 @@ macro_rules! implement {
         $(extern "C" fn $sname(ctx: Ctx, $sslot: Slot, $($sarg: $sty,)* at: At) -> Handle { run(ctx, stringify!($sname), Some($sslot), at, |_said| { $($sarg.say(_said);)* }, |$s| $sbody) })*
         $(extern "C" fn $rname(ctx: Ctx, $($rarg: $rty,)* at: At) -> Handle { run(ctx, stringify!($rname), None, at, |_said| { $($rarg.say(_said);)* }, |$r| $rbody) })*
         $(extern "C" fn $uname(ctx: Ctx, x: Handle, at: At) -> Handle {
-            run(ctx, stringify!($uname), None, at, |said| x.say(said), |r| { let $ux = r.arena.look(x)?; $ubody })
+            run(ctx, stringify!($uname), None, at, |said| x.say(said), |r| {
+                if let Some(y) = r.row_later(stringify!($uname), x, None)? {
+                    return Ok(y);
+                }
+                let $ux = r.arena.look(x)?;
+                $ubody
+            })
         })*
         $(extern "C" fn $zname(ctx: Ctx, a: Handle, b: Handle, at: At) -> Handle {
-            run(ctx, stringify!($zname), None, at, |said| [a, b].iter().for_each(|x| x.say(said)), |r| { let ($za, $zb) = (r.arena.look(a)?, r.arena.look(b)?); $zbody })
+            run(ctx, stringify!($zname), None, at, |said| [a, b].iter().for_each(|x| x.say(said)), |r| {
+                if let Some(y) = r.row_later(stringify!($zname), a, Some(b))? {
+                    return Ok(y);
+                }
+                let ($za, $zb) = (r.arena.look(a)?, r.arena.look(b)?);
+                $zbody
+            })
         })*
     };
 }
@@ -111,7 +123,8 @@ implement! {
         swiglu(gate: Handle, up: Handle): |r| r.gate(gate, up, Activation::Swiglu);
         geglu(gate: Handle, up: Handle): |r| r.gate(gate, up, Activation::Geglu);
         unflatten(x: Handle, n: u64): |r| r.arena.look(x)?.unflatten(n as usize);
-        affine(x: Handle, scale: f64, offset: f64): |r| r.arena.look(x)?.map(|x| x.affine(scale, offset));
+        affine(x: Handle, scale: f64, offset: f64): |r| r.affine(x, scale, offset);
+        add(a: Handle, b: Handle): |r| r.add(a, b);
         clamp(x: Handle, low: f64, high: f64): |r| r.arena.look(x)?.map(|x| x.clamp(low, high));
     }
     unary {
@@ -140,7 +153,6 @@ implement! {
         max: |x| x.fold(|x| x.max_keepdim(candle_core::D::Minus1));
     }
     binary {
-        add: |a, b| a.zip(b, |a, b| a.broadcast_add(b));
         sub: |a, b| a.zip(b, |a, b| a.broadcast_sub(b));
         mul: |a, b| a.zip(b, |a, b| a.broadcast_mul(b));
         div: |a, b| a.zip(b, |a, b| a.broadcast_div(b));
@@ -173,7 +185,7 @@ extern "C" fn topk(ctx: Ctx, x: Handle, k: u64, at: At) -> Pair {
             k.say(said);
         },
         |r| {
-            let (values, chosen) = r.arena.get(x)?.topk(k as usize)?;
+            let (values, chosen) = r.topk(x, k as usize)?;
             indices = Ok(chosen);
             Ok(values)
         },

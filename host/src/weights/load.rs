@@ -60,9 +60,12 @@ impl Loader<'_> {
             }
             Wanted::Norm { centred, weight, bias, eps, .. } => {
                 let load = |r: &Option<Recipe>| r.as_ref().map(|r| self.tensor(r, DType::F32)).transpose();
+                let weight = load(weight)?;
                 Layer::Norm(Norm {
                     centred: *centred,
-                    weight: load(weight)?,
+                    #[cfg(feature = "cuda")]
+                    narrow: weight.as_ref().map(|w| w.to_dtype(DType::BF16)).transpose()?,
+                    weight,
                     bias: load(bias)?,
                     eps: *eps,
                     native: self.place.native,
@@ -75,7 +78,7 @@ impl Loader<'_> {
                         experts: Vec::new(),
                         kind: *kind,
                         native: false,
-                        stacked: Some(stacked),
+                        stacked: Some(stacked.into()),
                         joined: None,
                     }));
                 }

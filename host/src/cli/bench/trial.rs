@@ -152,6 +152,12 @@ impl<'a> Trials<'a> {
     fn step<'t>(&self, states: &mut [State], tokens: impl Iterator<Item = &'t [u32]>, want: Want) -> Result<Vec<u32>> {
         let mut inputs: Vec<Input> =
             states.iter_mut().zip(tokens).map(|(state, tokens)| Input { state, tokens, want }).collect();
+        // As a decoder without a sampler has it.
+        if want == Want::Last
+            && let Some(chosen) = self.lm.model.choose(&mut inputs)?
+        {
+            return Ok(chosen.into_iter().map(|(id, _)| id).collect());
+        }
         let rows = self.lm.model.step(&mut inputs)?;
         let likeliest = |rows: &Vec<Vec<f32>>| rows.last().map(|row| argmax(row) as u32);
         match want {

@@ -9,7 +9,25 @@ template <int D> constexpr int PIECES = 4 * (D / 32) ;
 // Shared memory: queries, then each warp's ring; in its place later what the warps add up.
 template <int D> constexpr int few_shared = 16 * (D + 32) * 2 + (WARPS * AHEAD * PIECES<D> * 512 > WARPS * 16 * (D + 4) * 4 ? WARPS * AHEAD * PIECES<D> * 512 : WARPS * 16 * (D + 4) * 4);
 
-template <int D> __device__ __forceinline__ void attend_few(const Seen &a, uint8_t *shared) {
+// A number in the shared memory of another block of the cluster, at the same place there as `at` is here.
+__device__ __forceinline__ float of_block(const float *at, int block) {
+    float x = 0;
+#if __CUDA_ARCH__ >= 900
+    uint32_t there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(uint32_t(__cvta_generic_to_shared(at))), "r"(block));
+    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(there) : "memory");
+#endif
+    return x;
+}
+// All threads of the cluster come here, and see what the others wrote before.
+__device__ __forceinline__ void cluster_sync() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+// CLUSTERED: the splits of a query are one cluster, whose blocks look into each other's shared memory, and no device memory is needed.
+template <int D, bool CLUSTERED> __device__ __forceinline__ void attend_few(const Seen &a, uint8_t *shared) {
     constexpr int STEPS = D / 32, HALVES = D / 64, QROW = D + 32, ROW = D + 4;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, c = lane % 4;
     const int group = a.heads / a.kv_heads, parts = (group + 15) / 16;
@@ -18,8 +36,9 @@ template <int D> __device__ __forceinline__ void attend_few(const Seen &a, uint8
     // Rows of queries lie half of all banks apart, so that the two that are read at once do not meet.
     __nv_bfloat16 *queries = reinterpret_cast<__nv_bfloat16 *>(shared);
     let_next_start();
-    wait_for_previous();
+    // Positions are older than any kernel that may still run: a step begins when the one before it has ended.
     const uint32_t position = a.positions[token];
+    const int old = int(a.positions[0] - a.first);
     const Span seen = span(a, position);
     const int base = seen.from / 16, blocks = (seen.to + 15) / 16 - base, each = (blocks + a.splits - 1) / a.splits;
     const int last = min(blocks, (split + 1) * each);
@@ -46,8 +65,15 @@ template <int D> __device__ __forceinline__ void attend_few(const Seen &a, uint8
         copies_end();
     };
     const int own = split * each + warp;
+    // So are the entries of earlier steps, but not those of this one.
+    const bool before = (base + min(own + (AHEAD - 1) * WARPS, last - 1)) * 16 + 16 <= old;
+    if (before)
 #pragma unroll
-    for (int s = 0; s < AHEAD; s++) ask(own + s * WARPS, s);
+        for (int s = 0; s < AHEAD; s++) ask(own + s * WARPS, s);
+    wait_for_previous();
+    if (!before)
+#pragma unroll
+        for (int s = 0; s < AHEAD; s++) ask(own + s * WARPS, s);
     for (int i = threadIdx.x; i < 16 * D / 8; i += blockDim.x) {
         int r = i / (D / 8), x = i % (D / 8) * 8;
         uint4 v = r < rows ? *reinterpret_cast<const uint4 *>(a.q + (size_t(token) * a.heads + head + r) * D + x) : make_uint4(0, 0, 0, 0);
@@ -145,6 +171,7 @@ template <int D> __device__ __forceinline__ void attend_few(const Seen &a, uint8
     };
     auto weight = [](float top, float peak) { return top == -INFINITY ? 0.f : power_of_two(top - peak); };
     // The block's own part, of its warps.
+    __shared__ float own_top[16], own_total[16];
     const size_t place = size_t(token) * gridDim.y + blockIdx.y;
     float *all = a.partial + place * a.splits * 16 * ROW;
     for (int i = threadIdx.x; i < rows * D; i += blockDim.x) {
@@ -160,6 +187,10 @@ template <int D> __device__ __forceinline__ void attend_few(const Seen &a, uint8
         }
         if (a.splits == 1) {
             finish(r, x, peak, sum, value);
+        } else if constexpr (CLUSTERED) {
+            // Nobody else reads here any more.
+            sums[r * ROW + x] = value;
+            if (x == 0) own_top[r] = peak, own_total[r] = sum;
         } else {
             float *to = all + (split * 16 + r) * ROW;
             to[x] = value;
@@ -167,6 +198,25 @@ template <int D> __device__ __forceinline__ void attend_few(const Seen &a, uint8
         }
     }
     if (a.splits == 1) return;
+    if constexpr (CLUSTERED) {
+        cluster_sync();
+        for (int i = split * blockDim.x + threadIdx.x; i < rows * D; i += a.splits * blockDim.x) {
+            const int r = i / D, x = i % D;
+            float tops[8], peak = -INFINITY, sum = 0, value = 0;
+#pragma unroll
+            for (int s = 0; s < 8; s++) tops[s] = s < a.splits ? of_block(own_top + r, s) : -INFINITY, peak = fmaxf(peak, tops[s]);
+#pragma unroll
+            for (int s = 0; s < 8; s++)
+                if (s < a.splits) {
+                    const float share = weight(tops[s], peak);
+                    sum += share * of_block(own_total + r, s), value += share * of_block(sums + r * ROW + x, s);
+                }
+            finish(r, x, peak, sum, value);
+        }
+        // Shared memory stays until everybody has read it.
+        cluster_sync();
+        return;
+    }
     // The block that comes last adds up all splits.
     __shared__ bool is_last;
     __syncthreads();
@@ -213,7 +263,11 @@ template <int D> __device__ __forceinline__ void attend_few(const Seen &a, uint8
 #define ATTEND_FEW(D)                                                                                                                      \
     extern "C" __global__ void __launch_bounds__(WARPS * 32) attend_few_##D(const __grid_constant__ Seen a) {                             \
         extern __shared__ __align__(16) uint8_t shared[];                                                                                  \
-        attend_few<D>(a, shared);                                                                                                          \
+        attend_few<D, false>(a, shared);                                                                                                   \
+    }                                                                                                                                      \
+    extern "C" __global__ void __launch_bounds__(WARPS * 32) attend_clustered_##D(const __grid_constant__ Seen a) {                        \
+        extern __shared__ __align__(16) uint8_t shared[];                                                                                  \
+        attend_few<D, true>(a, shared);                                                                                                    \
     }
 
 ATTEND_FEW(64)

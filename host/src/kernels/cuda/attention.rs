@@ -5,7 +5,7 @@
 use super::{
     attend::Seen,
     packed::aligned,
-    program::{Arg, Shape, function},
+    program::{Arg, Shape, function, has_clusters},
     step::{address, device_of, unwritten},
 };
 use candle_core::{CudaDevice, DType, Device, Result, Tensor, cuda_backend::DeviceId};
@@ -18,6 +18,8 @@ use std::{
 const MANY: usize = 17;
 /// Blocks that a step's attention is spread over, and the most that can share a query.
 const BLOCKS: [usize; 2] = [128, 64];
+/// Blocks that can be a cluster, and up to which capacity of a cache they do.
+const CLUSTER: [usize; 2] = [8, 8192];
 /// Queries times groups of heads that `attend_few` can count.
 const COUNTERS: usize = 1 << 16;
 
@@ -71,8 +73,10 @@ pub fn attend(seen: &Seen<'_>) -> Result<Option<Tensor>> {
     let optional = |t: Option<&Tensor>| t.map_or(Ok(0), address);
     let few = tokens < MANY;
     let splits = (BLOCKS[0] / (parts * tokens)).min(capacity.div_ceil(64)).clamp(1, BLOCKS[1]);
+    let clustered = few && (splits <= CLUSTER[0] || capacity <= CLUSTER[1]) && has_clusters(device)?;
+    let splits = if clustered { splits.min(CLUSTER[0]) } else { splits };
     // A row has its peak and sum behind its lanes.
-    let partial = match few && splits > 1 {
+    let partial = match few && splits > 1 && !clustered {
         true => Some(unwritten(&[tokens * parts * splits * 16 * (d + 4)], DType::F32, device)?),
         false => None,
     };
@@ -100,12 +104,15 @@ pub fn attend(seen: &Seen<'_>) -> Result<Option<Tensor>> {
         capacity: capacity as u32,
         unused: 0,
     };
-    let (file, name) = match (few, d) {
-        (true, 64) => ("attend_few", "attend_few_64"),
-        (true, 128) => ("attend_few", "attend_few_128"),
-        (true, _) => ("attend_few", "attend_few_256"),
-        (false, 64) => ("attend_many", "attend_many_64"),
-        (false, _) => ("attend_many", "attend_many_128"),
+    let (file, name) = match (few, clustered, d) {
+        (true, false, 64) => ("attend_few", "attend_few_64"),
+        (true, false, 128) => ("attend_few", "attend_few_128"),
+        (true, false, _) => ("attend_few", "attend_few_256"),
+        (true, true, 64) => ("attend_few", "attend_clustered_64"),
+        (true, true, 128) => ("attend_few", "attend_clustered_128"),
+        (true, true, _) => ("attend_few", "attend_clustered_256"),
+        (false, _, 64) => ("attend_many", "attend_many_64"),
+        (false, ..) => ("attend_many", "attend_many_128"),
     };
     let shape = match few {
         true => {
@@ -121,7 +128,7 @@ pub fn attend(seen: &Seen<'_>) -> Result<Option<Tensor>> {
         return Ok(None);
     }
     // SAFETY: as attention.cuh says; the cache holds keys up to the last query's position, and counters are 0 between launches.
-    unsafe { kernel.launch(device, shape, &[Arg::of(&args)])? };
+    unsafe { kernel.launch_clustered(device, shape, if clustered { splits as u32 } else { 1 }, &[Arg::of(&args)])? };
     y.to_dtype(seen.q.dtype()).map(Some)
 }
 

@@ -19,6 +19,9 @@ struct Experts {
     uint32_t *places;                                     // [experts + 1 + blocks], starts of experts, then each block's expert
     int tokens, k, experts, identity, dim, hidden, hidden_tiles, dim_tiles, scaled_input, blocks;
     Joint joint;
+    Normed normed;                // of x, for few tokens
+    const __nv_bfloat16 *residual; // [tokens, dim], joins what few tokens give; or none
+    float *squares;                // [tokens, dim_tiles], of what comes out then; or none
 };
 
 __device__ __forceinline__ float of_all(const float *partial, int warps, int stride, int i) {
@@ -35,20 +38,30 @@ template <int P, int GROUP, bool GATED, int S> __device__ __forceinline__ void u
     wait_for_previous();
     const uint32_t expert = a.chosen[choice];
     if (expert >= a.experts) return;
-    const float factor = a.scaled_input ? a.weights[choice] : 1.f;
+    float factor = a.scaled_input ? a.weights[choice] : 1.f;
     Packed of[RT];
     int rows[RT];
 #pragma unroll
     for (int r = 0; r < RT; r++) of[r] = GATED && r == 0 ? a.gate : a.up, rows[r] = expert * a.hidden_tiles + tile;
     const __nv_bfloat16 *x[1] = {a.x + size_t(choice / a.k) * a.dim};
     float y[RT][1][4] = {};
-    product<P, GROUP, RT, 1, S>(of, rows, x, a.dim, warp, warps, shared + warp * ring_bytes<P, GROUP, RT, 1, S>, y, [] {});
+    __shared__ float normal;
+    uint8_t *behind = shared + warps * ring_bytes<P, GROUP, RT, 1, S>;
+    Normed own = a.normed;
+    own.squares += size_t(choice / a.k) * own.parts;
+    auto ready = [&] {
+        if (own.weight) fetch_squares(own, uint32_t(__cvta_generic_to_shared(behind)), 1);
+    };
+    product<P, GROUP, RT, 1, S>(of, rows, x, a.dim, warp, warps, shared + warp * ring_bytes<P, GROUP, RT, 1, S>, y, ready, own.weight);
+    if (own.weight) copies_end(), copies_wait<0>();
     __syncthreads();
+    if (own.weight && warp == 0) normal = norm_factor(own, reinterpret_cast<const float *>(behind), 0, a.dim);
     float *partial = reinterpret_cast<float *>(shared);
     put<RT, 1>(y, partial);
     __syncthreads();
     const int row = tile * 16 + threadIdx.x;
     if (threadIdx.x >= 16 || row >= a.hidden) return;
+    if (own.weight) factor *= normal;
     const size_t bias = size_t(expert) * a.hidden + row;
     float gate = factor * of_all(partial, warps, RT * 128, threadIdx.x), up = GATED ? factor * of_all(partial, warps, RT * 128, 128 + threadIdx.x) : gate;
     if (GATED && a.gate_bias) gate += to_float(a.gate_bias[bias]);
@@ -93,7 +106,15 @@ template <int P, int GROUP, int S> __device__ __forceinline__ void down_few(cons
             y += weight * to_float(a.x[size_t(token) * a.dim + row]);
         }
     }
-    a.y[size_t(token) * a.dim + row] = __float2bfloat16(y);
+    if (a.residual) y += to_float(a.residual[size_t(token) * a.dim + row]);
+    const __nv_bfloat16 kept = __float2bfloat16(y);
+    a.y[size_t(token) * a.dim + row] = kept;
+    if (a.squares) {
+        float square = to_float(kept) * to_float(kept);
+#pragma unroll
+        for (int step = 8; step > 0; step /= 2) square += __shfl_xor_sync(0xFFFFu, square, step);
+        if (threadIdx.x == 0) a.squares[size_t(token) * a.dim_tiles + tile] = square;
+    }
 }
 
 constexpr int TOKENS = 32;
@@ -216,3 +237,4 @@ EXPERTS(byte_32, BYTE, 32)
 EXPERTS(byte_64, BYTE, 64)
 EXPERTS(byte_128, BYTE, 128)
 EXPERTS(mx4_32, MX4, 32)
+EXPERTS(plain_128, PLAIN, 128)

@@ -3,7 +3,8 @@
 
 use super::{
     norm::joint,
-    packed::{Joint, Layout, Packed, Packing, Tiles, aligned, by_layout},
+    packed::{Layout, Packed, Packing, Tiles, aligned, by_layout},
+    product::{Joint, Normed, Norming},
     program::{Arg, Shape, function},
     step::{address, device_of, unwritten},
 };
@@ -37,6 +38,21 @@ impl Projection {
         }
         Ok(Tiles::place(matrices, device)?.map(|tiles| Projection { tiles, bias, rows }))
     }
+}
+
+/// Tokens and their experts.
+#[derive(Clone)]
+pub struct Routed {
+    /// `[tokens, dim]`, bf16
+    pub x: Tensor,
+    /// Of x, where choices are few and none of them is x itself.
+    pub norm: Option<Norming>,
+    /// `[tokens, k]`
+    pub chosen: Tensor,
+    /// `[tokens, k]`
+    pub weights: Tensor,
+    /// What they do.
+    pub kind: Kind,
 }
 
 /// The experts of a layer.
@@ -79,6 +95,9 @@ struct Args {
     blocks: u32,
     joint: Joint,
     unused: u32,
+    normed: Normed,
+    residual: u64,
+    squares: u64,
 }
 
 impl Stacked {
@@ -90,22 +109,35 @@ impl Stacked {
 
     /// x `[tokens, dim]`, chosen and weights `[tokens, k]` -> the weighted sum `[tokens, dim]`, in bf16.
     pub fn forward(&self, x: &Tensor, chosen: &Tensor, weights: &Tensor, kind: Kind) -> Result<Tensor> {
+        let x = aligned(&x.to_dtype(DType::BF16)?)?;
+        let y = unwritten(x.dims(), DType::BF16, device_of(&x)?)?;
+        let routed = Routed { x, norm: None, chosen: chosen.clone(), weights: weights.clone(), kind };
+        self.run(&routed, &y, None, None)?;
+        Ok(y)
+    }
+
+    /// The same to y `[tokens, dim]`. For less than [`MANY`] choices a residual of y's shape can join it, and the sums of the squares of
+    /// what comes out be written, `[tokens, dim / 16]`.
+    pub fn run(&self, routed: &Routed, y: &Tensor, residual: Option<&Tensor>, squares: Option<&Tensor>) -> Result<()> {
+        let Routed { x, norm, chosen, weights, kind } = routed;
         let ((tokens, dim), k) = (x.dims2()?, chosen.dim(1)?);
         let (device, hidden, choices) = (device_of(x)?, self.up.rows, tokens * k);
         if tokens > 65535 || choices > 1 << 21 || k == 0 {
             bail!("{tokens} tokens through {k} experts each: too many for a step; lower --prefill-step-size")
         }
-        let x = aligned(&x.to_dtype(DType::BF16)?)?;
+        let x = aligned(x)?;
         let chosen = chosen.to_dtype(DType::U32)?.contiguous()?;
         let weights = weights.to_dtype(DType::F32)?.contiguous()?;
         let many = choices >= MANY;
+        if many && (norm.is_some() || residual.is_some() || squares.is_some()) {
+            bail!("{choices} choices of experts with a norm or a residual")
+        }
         let blocks = if many { choices / TOGETHER + self.experts } else { 0 };
         let room = |dims: &[usize], dtype, wanted: bool| wanted.then(|| unwritten(dims, dtype, device)).transpose();
         let inner = unwritten(&[choices, hidden], DType::BF16, device)?;
         let outer = room(&[choices, dim], DType::BF16, many)?;
         let sorted = room(&[choices], DType::U32, many)?;
         let places = room(&[self.experts + 1 + blocks], DType::U32, many)?;
-        let y = unwritten(&[tokens, dim], DType::BF16, device)?;
         let at = |t: &Option<Tensor>| t.as_ref().map_or(Ok(0), address);
         let (up, down) = (&self.up, &self.down);
         let args = Args {
@@ -118,7 +150,7 @@ impl Stacked {
             weights: address(&weights)?,
             inner: address(&inner)?,
             outer: at(&outer)?,
-            y: address(&y)?,
+            y: address(y)?,
             sorted: at(&sorted)?,
             places: at(&places)?,
             tokens: tokens as u32,
@@ -133,22 +165,23 @@ impl Stacked {
             blocks: blocks as u32,
             joint: joint(kind.activation),
             unused: 0,
+            normed: norm.as_ref().map_or(Ok(Normed::default()), Norming::normed)?,
+            residual: residual.map_or(Ok(0), address)?,
+            squares: squares.map_or(Ok(0), address)?,
         };
         let layout = up.tiles.layout;
+        // What a token's norm needs, behind the rings.
+        let behind = norm.as_ref().map_or(0, |norm| norm.shared() / tokens.max(1));
         let start = |name, grid: [usize; 2], warps: usize, own: usize| {
             let kernel = function(device, "experts", name)?;
-            let warps = if own == 0 { warps } else { warps.min(kernel.most_shared / own).max(1) };
+            let most = kernel.most_shared.saturating_sub(behind);
+            let warps = if own == 0 { warps } else { warps.min(most / own).max(1) };
             let grid = [grid[0] as u32, grid[1] as u32, 1];
-            let shape = Shape { grid, block: 32 * warps as u32, shared: (warps * own) as u32, early: true };
+            let shape = Shape { grid, block: 32 * warps as u32, shared: (warps * own + behind) as u32, early: true };
             // SAFETY: as experts.cu says; every tensor above has the shape that is written there.
             unsafe { kernel.launch(device, shape, &[Arg::of(&args)]) }
         };
-        if many {
-            self.run_many(start, layout, &args)?;
-        } else {
-            self.run_few(start, layout, &args)?;
-        }
-        Ok(y)
+        if many { self.run_many(start, layout, &args) } else { self.run_few(start, layout, &args) }
     }
 
     fn run_few(

@@ -5,11 +5,14 @@ pub mod attention;
 pub mod experts;
 pub mod norm;
 pub mod packed;
+pub mod product;
 pub mod program;
 mod regroup;
+pub mod rows;
 mod scratch;
 pub mod step;
 pub mod sum;
+pub mod turn;
 
 pub use scratch::keeping;
 pub mod together;

@@ -1,7 +1,8 @@
 //! `norm.cu` from Rust: norms of rows in one launch, and what stands between the projections of a feed-forward block.
 
 use super::{
-    packed::{Joint, aligned},
+    packed::aligned,
+    product::Joint,
     program::{Arg, Shape, function},
     step::{address, device_of, unwritten},
 };
@@ -23,6 +24,19 @@ struct Args {
     eps: f32,
 }
 
+/// Whether rows of this width can be normalized.
+pub fn covers(dim: usize) -> bool {
+    dim > 0 && dim.is_multiple_of(8) && dim <= 16384
+}
+
+/// RMSNorm of x `[.., dim]`, bf16, into y; weight `[dim]` in f32.
+pub fn into(x: &Tensor, weight: Option<&Tensor>, eps: f32, y: &Tensor) -> Result<()> {
+    match normed(x, None, [weight, None], eps, false, Some(y))? {
+        Some(_) => Ok(()),
+        None => candle_core::bail!("no norm of {:?} of {:?} on the GPU", x.dims(), x.dtype()),
+    }
+}
+
 /// RMSNorm, or LayerNorm if `centred`, over the last axis of x, with weight and bias in f32; `None` where the kernel cannot. With `residual`
 /// it is added to x first, and the sum comes back beside the norm of it.
 pub fn norm(
@@ -32,12 +46,22 @@ pub fn norm(
     eps: f32,
     centred: bool,
 ) -> Result<Option<[Tensor; 2]>> {
+    normed(x, residual, [weight, bias], eps, centred, None)
+}
+
+fn normed(
+    x: &Tensor,
+    residual: Option<&Tensor>,
+    [weight, bias]: [Option<&Tensor>; 2],
+    eps: f32,
+    centred: bool,
+    y: Option<&Tensor>,
+) -> Result<Option<[Tensor; 2]>> {
     let dim = x.dim(D::Minus1)?;
     let plain = |t: &Tensor| t.dtype() == DType::F32 && t.elem_count() == dim;
     if !matches!(x.device(), Device::Cuda(_))
         || x.dtype() != DType::BF16
-        || !dim.is_multiple_of(8)
-        || dim > 16384
+        || !covers(dim)
         || !weight.into_iter().chain(bias).all(plain)
         || residual.is_some_and(|r| r.dims() != x.dims() || r.dtype() != x.dtype())
     {
@@ -47,7 +71,7 @@ pub fn norm(
     let optional = |t: Option<&Tensor>| t.map(aligned).transpose();
     let (weight, bias) = (optional(weight)?, optional(bias)?);
     let rows = x.elem_count() / dim;
-    let y = unwritten(x.dims(), DType::BF16, device)?;
+    let y = y.map_or_else(|| unwritten(x.dims(), DType::BF16, device), |y| Ok(y.clone()))?;
     let sum = if residual.is_some() { unwritten(x.dims(), DType::BF16, device)? } else { x.clone() };
     let place = |t: &Option<Tensor>| t.as_ref().map_or(Ok(0), address);
     let args = Args {

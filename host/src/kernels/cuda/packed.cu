@@ -1,25 +1,12 @@
 // y = x W^T for a few tokens, W packed: the matmul of decoding, which must run as fast as the weights arrive. A block has some rows of
 // tiles; its warps share the columns and add up at the end.
-#include "packed.cuh"
+#include "one.cuh"
 
-// One of up to three matrices that share their input.
-struct Mat {
-    Packed w;
-    const __nv_bfloat16 *bias, *residual;
-    __nv_bfloat16 *y;
-    int rows, tiles, y_stride, unused;
-};
-
-// Bytes as Rust writes them (packed.rs).
-struct Matmul {
-    Mat mats[3];
-    const __nv_bfloat16 *x;
-    int tokens, cols, x_stride;
-    Joint joint;
-};
-
+// A block's shared memory: rings, and later, in their place, what its warps add up; behind them the squares of a norm.
+//
 // RT rows of tiles a block, NT * 8 tokens at most, S tiles of each row on their way at once. GATED: row of tiles i of the
 // first two matrices, the gate and what it lets through. Otherwise the rows of tiles of all matrices follow one another.
+template <int P, int GROUP, int RT, int NT, int S> constexpr int shared_of_warp = ring_bytes<P, GROUP, RT, NT, S> > RT * NT * 512 ? ring_bytes<P, GROUP, RT, NT, S> : RT * NT * 512;
 template <int P, int GROUP, int RT, int NT, int S, bool GATED>
 __device__ __forceinline__ void packed_matmul(const Matmul &a, uint8_t *shared) {
     const int warp = threadIdx.x / 32, warps = blockDim.x / 32, g = threadIdx.x % 32 / 4;
@@ -39,22 +26,34 @@ __device__ __forceinline__ void packed_matmul(const Matmul &a, uint8_t *shared) 
     for (int n = 0; n < NT; n++) x[n] = a.x + size_t(min(n * 8 + g, a.tokens - 1)) * a.x_stride;
     let_next_start();
     float y[RT][NT][4] = {};
-    product<P, GROUP, RT, NT, S>(of, rows, x, a.cols, warp, warps, shared + warp * ring_bytes<P, GROUP, RT, NT, S>, y, wait_for_previous);
+    __shared__ float factors[8];
+    const bool normed = NT == 1 && a.normed.weight;
+    uint8_t *behind = shared + warps * shared_of_warp<P, GROUP, RT, NT, S>;
+    auto ready = [&] {
+        wait_for_previous();
+        if (normed) fetch_squares(a.normed, uint32_t(__cvta_generic_to_shared(behind)), a.tokens);
+    };
+    product<P, GROUP, RT, NT, S>(of, rows, x, a.cols, warp, warps, shared + warp * ring_bytes<P, GROUP, RT, NT, S>, y, ready, a.normed.weight);
+    if (normed) copies_end(), copies_wait<0>();
     __syncthreads();
+    if (normed)
+        for (int t = warp; t < a.tokens; t += warps) factors[t] = norm_factor(a.normed, reinterpret_cast<const float *>(behind), t, a.cols);
     float *partial = reinterpret_cast<float *>(shared);
     put<RT, NT>(y, partial);
     __syncthreads();
     const Mat &m = a.mats[which];
     for (int i = threadIdx.x; i < OWN * NT * 128; i += blockDim.x) {
         int r = i / (NT * 128), token = i / 16 % (NT * 8), row = (first + r) * 16 + i % 16;
-        if (token >= a.tokens || row >= m.rows) continue;
+        const bool there = token < a.tokens && row < m.rows;
+        if (!a.squares && !there) continue;
         auto total = [&](int r) {
             float sum = 0;
             for (int w = 0; w < warps; w++) sum += partial[(w * RT + r) * NT * 128 + i % (NT * 128)];
-            return sum;
+            return normed ? sum * factors[token & 7] : sum;
         };
         float out = 0;
-        if constexpr (GATED) {
+        if (!there) {
+        } else if constexpr (GATED) {
             float gate = total(2 * r), up = total(2 * r + 1);
             if (a.mats[0].bias) gate += to_float(a.mats[0].bias[row]);
             if (a.mats[1].bias) up += to_float(a.mats[1].bias[row]);
@@ -64,12 +63,17 @@ __device__ __forceinline__ void packed_matmul(const Matmul &a, uint8_t *shared) 
             if (m.bias) out += to_float(m.bias[row]);
             if (m.residual) out += to_float(m.residual[size_t(token) * m.y_stride + row]);
         }
-        m.y[size_t(token) * m.y_stride + row] = __float2bfloat16(out);
+        const __nv_bfloat16 kept = __float2bfloat16(out);
+        if (there) m.y[size_t(token) * m.y_stride + row] = kept;
+        if (a.squares) {
+            // Threads of a warp come here together: 16 of them have a row of tiles.
+            float square = to_float(kept) * to_float(kept);
+#pragma unroll
+            for (int step = 8; step > 0; step /= 2) square += __shfl_xor_sync(~0u, square, step);
+            if (i % 16 == 0 && there) a.squares[size_t(token) * m.tiles + first + r] = square;
+        }
     }
 }
-
-// A block's shared memory: rings, and later, in their place, what its warps add up.
-template <int P, int GROUP, int RT, int NT, int S> constexpr int shared_of_warp = ring_bytes<P, GROUP, RT, NT, S> > RT * NT * 512 ? ring_bytes<P, GROUP, RT, NT, S> : RT * NT * 512;
 
 #define PACKED(NAME, P, GROUP, RT, NT, S, GATED)                                                                                     \
     extern "C" __global__ void __launch_bounds__(NT > 1 ? 256 : 512) NAME(const __grid_constant__ Matmul a) {                                            \
@@ -92,3 +96,4 @@ FOR_FORMAT(byte_32, BYTE, 32)
 FOR_FORMAT(byte_64, BYTE, 64)
 FOR_FORMAT(byte_128, BYTE, 128)
 FOR_FORMAT(mx4_32, MX4, 32)
+FOR_FORMAT(plain_128, PLAIN, 128)

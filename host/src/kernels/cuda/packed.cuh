@@ -9,9 +9,30 @@
 // Tiles of a matrix.
 struct Packed {
     const uint8_t *data, *scales;
-    // Whether scales and biases are f16; bf16 otherwise.
+    // Whether scales and biases are f16; bf16 otherwise. Of a PLAIN matrix, how many rows it has.
     long long half;
 };
+
+// An RMSNorm of the activations that nobody has computed yet. Its factor is one for all columns, so it is applied to the product; whoever
+// wrote the activations left the sums of their squares, one for each 16 columns.
+struct Normed {
+    const __nv_bfloat16 *weight; // none: no norm
+    const float *squares;        // [tokens, parts]
+    int parts;
+    float eps;
+};
+// Shared memory for them, behind everything else.
+__device__ __forceinline__ void fetch_squares(const Normed &n, uint32_t to, int tokens) {
+    for (int i = threadIdx.x * 4; i < tokens * n.parts; i += blockDim.x * 4) copy16(to + i * 4, n.squares + i);
+}
+// Of a token, by a whole warp; the factor is known to all its lanes.
+__device__ __forceinline__ float norm_factor(const Normed &n, const float *squares, int token, int cols) {
+    float sum = 0;
+    for (int i = threadIdx.x % 32; i < n.parts; i += 32) sum += squares[token * n.parts + i];
+#pragma unroll
+    for (int i = 16; i > 0; i /= 2) sum += __shfl_xor_sync(~0u, sum, i);
+    return rsqrtf(sum / cols + n.eps);
+}
 
 // Columns come in multiples of eight.
 __device__ __forceinline__ uint4 activations(const __nv_bfloat16 *x, int column, int cols) {
@@ -19,13 +40,23 @@ __device__ __forceinline__ uint4 activations(const __nv_bfloat16 *x, int column,
 }
 
 // What a lane needs of a tile, as 16-byte pieces: its weights, then its scales.
-template <int P, int GROUP> constexpr int scale_words = P == MX4 ? 2 : 2 * (TILE_COLS / GROUP);
+template <int P, int GROUP> constexpr int scale_words = P == PLAIN ? 0 : P == MX4 ? 2 : 2 * (TILE_COLS / GROUP);
 template <int P, int GROUP> constexpr int tile_pieces = 2 * pieces<P>() + (scale_words<P, GROUP> + 3) / 4;
 // And of a step of RT tiles, with the activations where they are too many for registers.
 template <int P, int GROUP, int RT, int NT> constexpr int step_pieces = RT * tile_pieces<P, GROUP> + (NT > 1 ? 4 * NT : 0);
 
 // Shared memory that a warp needs for `product`.
 template <int P, int GROUP, int RT, int NT, int S> constexpr int ring_bytes = S * step_pieces<P, GROUP, RT, NT> * 512;
+
+// Bf16 pairs times others.
+__device__ __forceinline__ uint4 times(const uint4 &a, const uint4 &b) {
+    uint4 r;
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(r.x) : "r"(a.x), "r"(b.x));
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(r.y) : "r"(a.y), "r"(b.y));
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(r.z) : "r"(a.z), "r"(b.z));
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(r.w) : "r"(a.w), "r"(b.w));
+    return r;
+}
 
 // Starts copying a lane's pieces of a tile to `to`, 512 bytes apart. A lane reads only what it has copied itself, so that no barrier is
 // needed.
@@ -41,6 +72,13 @@ template <int P, int GROUP> __device__ __forceinline__ void fetch(uint32_t to, c
 
 // d[n] += a row pair's packed words of columns 32 j.., times the activations.
 template <int P, int NT> __device__ __forceinline__ void multiply(const uint32_t (&lower)[pieces<P>()], const uint32_t (&upper)[pieces<P>()], const uint4 (&x)[NT], float (&d)[NT][4]) {
+    if constexpr (P == PLAIN) {
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+            mma(d[n], lower[0], upper[0], lower[1], upper[1], x[n].x, x[n].y);
+            mma(d[n], lower[2], upper[2], lower[3], upper[3], x[n].z, x[n].w);
+        }
+    } else
 #pragma unroll
     for (int i = 0; i < pieces<P>(); i++) {
         uint32_t lo[4], hi[4];
@@ -59,9 +97,10 @@ template <int P, int NT> __device__ __forceinline__ void multiply(const uint32_t
 
 // y[r] += rows of tiles `rows[r]` of `of[r]`, times the activations at `x[n]` (this lane's row of each eight). A warp takes every
 // `warps`th block of columns from `warp` on; S of them are on their way at once, through `ring`, this warp's shared memory. `ready` is
-// called when the first weights have been asked for, and before any activation is.
+// called when the first weights have been asked for, and before any activation is. Up to eight vectors may be multiplied with a norm's
+// `weight` first.
 template <int P, int GROUP, int RT, int NT, int S, class Ready>
-__device__ __forceinline__ void product(const Packed (&of)[RT], const int (&rows)[RT], const __nv_bfloat16 *const (&x)[NT], int cols, int warp, int warps, uint8_t *ring, float (&y)[RT][NT][4], Ready ready) {
+__device__ __forceinline__ void product(const Packed (&of)[RT], const int (&rows)[RT], const __nv_bfloat16 *const (&x)[NT], int cols, int warp, int warps, uint8_t *ring, float (&y)[RT][NT][4], Ready ready, const __nv_bfloat16 *weight = nullptr) {
     constexpr int GROUPS = TILE_COLS / GROUP, WORDS = 4 / GROUPS, PIECES = tile_pieces<P, GROUP>, Q = pieces<P>(), STEP = step_pieces<P, GROUP, RT, NT>;
     const int lane = threadIdx.x % 32, c = lane % 4, blocks = (cols + TILE_COLS - 1) / TILE_COLS;
     const uint4 *shared = reinterpret_cast<const uint4 *>(ring) + lane;
@@ -69,14 +108,31 @@ __device__ __forceinline__ void product(const Packed (&of)[RT], const int (&rows
     const uint8_t *q_from[RT], *s_from[RT];
 #pragma unroll
     for (int r = 0; r < RT; r++) {
-        const size_t tile = size_t(rows[r]) * blocks + warp;
-        q_from[r] = of[r].data + tile * (1024 * Q) + lane * 16;
-        s_from[r] = of[r].scales + tile * scale_bytes<P, GROUP>() + (lane / 4) * (scale_bytes<P, GROUP>() / 8);
+        if constexpr (P == PLAIN) {
+            // Rows g and g + 8, which may be behind the last.
+            const int most = int(of[r].half) - 1, row = rows[r] * TILE_ROWS + lane / 4;
+            q_from[r] = of[r].data + size_t(min(row, most)) * cols * 2;
+            s_from[r] = of[r].data + size_t(min(row + 8, most)) * cols * 2;
+        } else {
+            const size_t tile = size_t(rows[r]) * blocks + warp;
+            q_from[r] = of[r].data + tile * (1024 * Q) + lane * 16;
+            s_from[r] = of[r].scales + tile * scale_bytes<P, GROUP>() + (lane / 4) * (scale_bytes<P, GROUP>() / 8);
+        }
     }
     auto ask = [&](int block, int stage) {
         if (block < blocks)
 #pragma unroll
             for (int r = 0; r < RT; r++) {
+                if constexpr (P == PLAIN) {
+#pragma unroll
+                    for (int j = 0; j < 4; j++) {
+                        const int column = block * TILE_COLS + 8 * c + 32 * j;
+                        const bool there = column < cols;
+                        const uint32_t at = to + (stage * STEP + r * PIECES + j) * 512;
+                        copy16_if(at, q_from[r] + (there ? column * 2 : 0), there), copy16_if(at + 4 * 512, s_from[r] + (there ? column * 2 : 0), there);
+                    }
+                    continue;
+                }
                 fetch<P, GROUP>(to + (stage * STEP + r * PIECES) * 512, q_from[r], s_from[r]);
                 q_from[r] += warps * (1024 * Q), s_from[r] += warps * scale_bytes<P, GROUP>();
             }
@@ -103,16 +159,25 @@ __device__ __forceinline__ void product(const Packed (&of)[RT], const int (&rows
     ready();
 #pragma unroll
     for (int s = 0; s < S; s++) ask_x(warp + s * warps, s);
-    uint4 next[4];
-    if constexpr (NT == 1)
+    // Where registers are short, a norm's weights are not asked for ahead.
+    constexpr bool LATE = P == BYTE || GROUP == 32;
+    uint4 next[4], factors[4];
+    auto ask_next = [&](int block) {
 #pragma unroll
-        for (int j = 0; j < 4; j++) next[j] = activations(x[0], warp * TILE_COLS + 8 * c + 32 * j, cols);
+        for (int j = 0; j < 4; j++) {
+            next[j] = activations(x[0], block * TILE_COLS + 8 * c + 32 * j, cols);
+            if (weight && !LATE) factors[j] = activations(weight, block * TILE_COLS + 8 * c + 32 * j, cols);
+        }
+    };
+    if constexpr (NT == 1) ask_next(warp);
     int stage = 0;
     for (int block = warp; block < blocks; block += warps) {
         uint4 b[4][NT];
-        if constexpr (NT == 1)
+        if constexpr (NT == 1) {
 #pragma unroll
-            for (int j = 0; j < 4; j++) b[j][0] = next[j], next[j] = activations(x[0], (block + warps) * TILE_COLS + 8 * c + 32 * j, cols);
+            for (int j = 0; j < 4; j++) b[j][0] = weight ? times(next[j], LATE ? activations(weight, block * TILE_COLS + 8 * c + 32 * j, cols) : factors[j]) : next[j];
+            ask_next(block + warps);
+        }
         copies_wait<S - 1>();
         uint4 q[RT][PIECES];
 #pragma unroll
@@ -129,7 +194,7 @@ __device__ __forceinline__ void product(const Packed (&of)[RT], const int (&rows
 #pragma unroll
                     for (int n = 0; n < NT; n++) b[j][n] = shared[(stage * STEP + RT * PIECES + j * NT + n) * 32];
                 const uint4(&now)[NT] = b[j];
-                if constexpr (P != MX4) {
+                if constexpr (P != MX4 && P != PLAIN) {
                     constexpr uint32_t one = 0x3F803F80u;
 #pragma unroll
                     for (int n = 0; n < NT; n++) mma(sums[n], one, one, one, one, now[n].x, now[n].y), mma(sums[n], one, one, one, one, now[n].z, now[n].w);
@@ -146,6 +211,12 @@ __device__ __forceinline__ void product(const Packed (&of)[RT], const int (&rows
             }
 #pragma unroll
             for (int r = 0; r < RT; r++) {
+                if constexpr (P == PLAIN) {
+#pragma unroll
+                    for (int n = 0; n < NT; n++)
+#pragma unroll
+                        for (int i = 0; i < 4; i++) y[r][n][i] += d[r][n][i];
+                } else {
                 float2 low, high;
                 if constexpr (P == MX4) {
                     low = make_float2(e8m0((scale(r, 0) >> (8 * group)) & 255), 0), high = make_float2(e8m0((scale(r, 1) >> (8 * group)) & 255), 0);
@@ -160,6 +231,7 @@ __device__ __forceinline__ void product(const Packed (&of)[RT], const int (&rows
                         y[r][n][i] = fmaf(low.x, d[r][n][i], y[r][n][i]), y[r][n][2 + i] = fmaf(high.x, d[r][n][2 + i], y[r][n][2 + i]);
                         if (P != MX4) y[r][n][i] = fmaf(low.y, sums[n][i], y[r][n][i]), y[r][n][2 + i] = fmaf(high.y, sums[n][i], y[r][n][2 + i]);
                     }
+                }
             }
         }
         ask(block + S * warps, stage);

@@ -2,21 +2,20 @@
 //! and lookups unpack rows. All of it takes and gives bf16.
 
 use super::{
+    product::{MOST_NORMED, Product, outputs},
     program::{Arg, Shape, function},
     regroup::{Regrouped, regrouped},
     step::{address, device_of, unwritten},
     together::Together,
 };
-use crate::kernels::cpu::Matrix;
+use crate::kernels::cpu::{Float, Format, Matrix};
 use candle_core::{CudaDevice, DType, Device, Result, Tensor, bail};
 use std::sync::Arc;
 
 /// Columns and rows of a tile.
-const TILE: [usize; 2] = [128, 16];
+pub(super) const TILE: [usize; 2] = [128, 16];
 /// Up to so many tokens the packed weights are read once more for each 32 tokens, beyond they are unpacked.
-pub(super) const FEW: usize = 96;
-/// Steps of a warp that are on their way at once, as packed.cu compiles them.
-pub const AHEAD: usize = 2;
+const FEW: usize = 96;
 
 /// How weights are packed in tiles, as tiles.cuh numbers it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,6 +26,8 @@ pub enum Packing {
     Byte = 1,
     /// E2M1, an E8M0 scale for 32.
     Mx4 = 2,
+    /// Not at all: bf16, row by row.
+    Plain = 3,
 }
 
 /// What kernels are compiled for.
@@ -42,15 +43,16 @@ pub struct Layout {
 
 /// Names of kernels of a family, by layout.
 macro_rules! by_layout {
-    ($layout:expr, $family:literal) => {
+    ($layout:expr, $($family:literal),+) => {
         match ($layout.packing, $layout.group) {
-            (Packing::Nibble, 32) => concat!($family, "_nibble_32"),
-            (Packing::Nibble, 64) => concat!($family, "_nibble_64"),
-            (Packing::Nibble, _) => concat!($family, "_nibble_128"),
-            (Packing::Byte, 32) => concat!($family, "_byte_32"),
-            (Packing::Byte, 64) => concat!($family, "_byte_64"),
-            (Packing::Byte, _) => concat!($family, "_byte_128"),
-            (Packing::Mx4, _) => concat!($family, "_mx4_32"),
+            (Packing::Nibble, 32) => concat!($($family),+, "_nibble_32"),
+            (Packing::Nibble, 64) => concat!($($family),+, "_nibble_64"),
+            (Packing::Nibble, _) => concat!($($family),+, "_nibble_128"),
+            (Packing::Byte, 32) => concat!($($family),+, "_byte_32"),
+            (Packing::Byte, 64) => concat!($($family),+, "_byte_64"),
+            (Packing::Byte, _) => concat!($($family),+, "_byte_128"),
+            (Packing::Mx4, _) => concat!($($family),+, "_mx4_32"),
+            (Packing::Plain, _) => concat!($($family),+, "_plain_128"),
         }
     };
 }
@@ -58,11 +60,24 @@ pub(super) use by_layout;
 
 impl Layout {
     fn pieces(self) -> usize {
-        if self.packing == Packing::Byte { 2 } else { 1 }
+        match self.packing {
+            Packing::Plain => 4,
+            Packing::Byte => 2,
+            Packing::Nibble | Packing::Mx4 => 1,
+        }
     }
 
     fn scale_words(self) -> usize {
-        if self.packing == Packing::Mx4 { 2 } else { 2 * (TILE[0] / self.group) }
+        match self.packing {
+            Packing::Plain => 0,
+            Packing::Mx4 => 2,
+            Packing::Nibble | Packing::Byte => 2 * (TILE[0] / self.group),
+        }
+    }
+
+    /// Up to so many tokens the weights are multiplied as they lie here.
+    fn few(self) -> usize {
+        if self.packing == Packing::Plain { MOST_NORMED } else { FEW }
     }
 
     /// Bytes of shared memory that a warp takes for `rows` of tiles and `eights` of tokens, as packed.cuh counts them.
@@ -85,7 +100,7 @@ pub struct Tiles {
     data: Tensor,
     scales: Tensor,
     /// The matrices of the same input that it is multiplied with, and its place among them.
-    pub(super) together: Option<(Arc<Together>, usize)>,
+    pub together: Option<(Arc<Together>, usize)>,
 }
 
 /// packed.cuh's `Packed`.
@@ -97,54 +112,6 @@ pub struct Packed {
     half: u64,
 }
 
-/// packed.cuh's `Joint`.
-#[repr(C)]
-#[derive(Clone, Copy, Default)]
-pub struct Joint {
-    /// Which.
-    pub kind: u32,
-    /// Its first number.
-    pub alpha: f32,
-    /// Its second.
-    pub limit: f32,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy, Default)]
-struct Mat {
-    w: Packed,
-    bias: u64,
-    residual: u64,
-    y: u64,
-    rows: u32,
-    tiles: u32,
-    y_stride: u32,
-    unused: u32,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy, Default)]
-struct Matmul {
-    mats: [Mat; 3],
-    x: u64,
-    tokens: u32,
-    cols: u32,
-    x_stride: u32,
-    joint: Joint,
-}
-
-/// How many rows of tiles a block takes, and how many warps: few rows are spread over as many multiprocessors as there are.
-fn spread(tiles: usize, eights: usize) -> (usize, usize) {
-    match (tiles, eights) {
-        (..=160, 1) => (1, 16),
-        (..=300, 1) => (2, 16),
-        (..=1000, 1) => (2, 8),
-        (_, 1) => (2, 4),
-        (..=600, _) => (2, 8),
-        _ => (2, 4),
-    }
-}
-
 impl Tiles {
     /// Brings matrices to the GPU as one, one below the other, if there are kernels for their format: an upload for each, and kernels that
     /// rearrange it there.
@@ -152,6 +119,9 @@ impl Tiles {
         let (Device::Cuda(cuda), Some(matrix)) = (device, matrices.first()) else { return Ok(None) };
         let (rows, cols) = (matrix.rows(), matrix.cols());
         let alike = |m: &Matrix| m.rows() == rows && m.stacks_on(matrix);
+        if let Format::Dense(_) = matrix.format() {
+            return plain(matrices, device);
+        }
         let Some(layout) = regrouped(matrix).map(|source| source.layout) else { return Ok(None) };
         if !(matrices.len() == 1 || rows.is_multiple_of(TILE[1]) && matrices.iter().all(alike)) {
             return Ok(None);
@@ -170,32 +140,40 @@ impl Tiles {
 
     /// For a kernel's arguments.
     pub fn packed(&self) -> Result<Packed> {
-        Ok(Packed { data: address(&self.data)?, scales: address(&self.scales)?, half: self.layout.half.into() })
+        let half = if self.layout.packing == Packing::Plain { self.rows as u64 } else { self.layout.half.into() };
+        Ok(Packed { data: address(&self.data)?, scales: address(&self.scales)?, half })
     }
 
     /// x `[.., cols]` -> `x · Wᵀ (+ bias [rows])` `[.., rows]`, in bf16 whatever x is.
     pub fn matmul(&self, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
         let tokens = x.elem_count() / self.cols.max(1);
-        if tokens > FEW {
+        if tokens > self.layout.few() {
             let flat = x.to_dtype(DType::BF16)?.reshape((tokens, self.cols))?;
             let y = flat.matmul(&self.dense()?.t()?)?.reshape(dims_with(x, self.rows))?;
             return bias.map_or(Ok(y.clone()), |bias| y.broadcast_add(&bias.to_dtype(DType::BF16)?));
         }
         match &self.together {
             Some((together, place)) => together.output(x, *place),
-            None => multiply(&[(self, bias)], x)?.pop().ok_or_else(|| candle_core::Error::msg("no product")),
+            None => {
+                let y = outputs(&[self], x)?;
+                Product { matrices: &[(self, bias)], x, y: &y, norm: None, residual: None, squares: None }.run()?;
+                y.into_iter().next().ok_or_else(|| candle_core::Error::msg("no product"))
+            }
         }
     }
 
     /// `[rows, cols]` in bf16.
     pub fn dense(&self) -> Result<Tensor> {
+        if self.layout.packing == Packing::Plain {
+            return Ok(self.data.clone());
+        }
         let device = device_of(&self.data)?;
         let y = unwritten(&[self.rows, self.cols], DType::BF16, device)?;
         let grid = [self.cols.div_ceil(TILE[0]) as u32, self.rows.div_ceil(TILE[1]) as u32, 1];
         let name = match self.layout.packing {
             Packing::Nibble => "unpack_nibble",
             Packing::Byte => "unpack_byte",
-            Packing::Mx4 => "unpack_mx4",
+            Packing::Mx4 | Packing::Plain => "unpack_mx4",
         };
         self.unpack(device, name, None, &y, Shape { grid, block: 256, shared: 0, early: false })?;
         Ok(y)
@@ -203,6 +181,9 @@ impl Tiles {
 
     /// Rows by id: `[ids]`, u32 -> `[ids, cols]` in bf16. An id that is no row gives zeros.
     pub fn gather(&self, ids: &Tensor) -> Result<Tensor> {
+        if self.layout.packing == Packing::Plain {
+            return self.data.index_select(ids, 0);
+        }
         let (ids, device) = (ids.to_dtype(DType::U32)?.contiguous()?, device_of(&self.data)?);
         let count = ids.elem_count();
         if count > 65535 {
@@ -212,7 +193,7 @@ impl Tiles {
         let name = match self.layout.packing {
             Packing::Nibble => "gather_nibble",
             Packing::Byte => "gather_byte",
-            Packing::Mx4 => "gather_mx4",
+            Packing::Mx4 | Packing::Plain => "gather_mx4",
         };
         let grid = [self.cols.div_ceil(TILE[0]) as u32, count as u32, 1];
         self.unpack(device, name, Some(address(&ids)?), &y, Shape { grid, block: 16, shared: 0, early: true })?;
@@ -236,7 +217,7 @@ impl Tiles {
     }
 }
 
-fn dims_with(x: &Tensor, last: usize) -> Vec<usize> {
+pub(super) fn dims_with(x: &Tensor, last: usize) -> Vec<usize> {
     let mut dims = x.dims().to_vec();
     if let Some(width) = dims.last_mut() {
         *width = last;
@@ -244,56 +225,32 @@ fn dims_with(x: &Tensor, last: usize) -> Vec<usize> {
     dims
 }
 
-/// x, few tokens, times up to three matrices in one launch for each 32 tokens; they are of one layout and width.
-pub(super) fn multiply(matrices: &[(&Tiles, Option<&Tensor>)], x: &Tensor) -> Result<Vec<Tensor>> {
-    let Some(&(Tiles { layout, cols, .. }, _)) = matrices.first() else { return Ok(Vec::new()) };
-    let (tokens, device) = (x.elem_count() / (*cols).max(1), device_of(x)?);
-    let x = aligned(&x.to_dtype(DType::BF16)?)?;
-    let (mut mats, mut outputs, mut held) = ([Mat::default(); 3], Vec::new(), Vec::new());
-    for ((tiles, bias), mat) in matrices.iter().zip(&mut mats) {
-        let bias = bias.map(|bias| aligned(&bias.to_dtype(DType::BF16)?)).transpose()?;
-        let y = unwritten(&dims_with(&x, tiles.rows), DType::BF16, device)?;
-        let rows = tiles.rows as u32;
-        *mat = Mat {
-            w: tiles.packed()?,
-            bias: bias.as_ref().map_or(Ok(0), address)?,
-            y: address(&y)?,
-            rows,
-            tiles: rows.div_ceil(TILE[1] as u32),
-            y_stride: rows,
-            ..Mat::default()
-        };
-        outputs.push(y);
-        held.push(bias);
+/// bf16 matrices as one; rows are read 16 bytes at a time.
+fn plain(matrices: &[Matrix], device: &Device) -> Result<Option<Tiles>> {
+    let Some(first) = matrices.first() else { return Ok(None) };
+    let (rows, cols) = (first.rows(), first.cols());
+    let alike = |m: &Matrix| m.rows() == rows && m.cols() == cols && matches!(m.format(), Format::Dense(_));
+    let whole = matrices.len() == 1 || rows.is_multiple_of(TILE[1]);
+    if rows == 0 || !cols.is_multiple_of(8) || !whole || !matrices.iter().all(alike) {
+        return Ok(None);
     }
-    let all: usize = mats.iter().map(|mat| mat.tiles as usize).sum();
-    for first in (0..tokens).step_by(32) {
-        let count = (tokens - first).min(32);
-        let eights = count.div_ceil(8).next_power_of_two();
-        let (rows, warps) = spread(all, eights);
-        let name = match (rows, eights) {
-            (1, _) => by_layout!(layout, "matmul_1x8"),
-            (_, 1) => by_layout!(layout, "matmul_2x8"),
-            (_, 2) => by_layout!(layout, "matmul_2x16"),
-            _ => by_layout!(layout, "matmul_2x32"),
-        };
-        let kernel = function(device, "packed", name)?;
-        let own = layout.shared(rows, eights, AHEAD);
-        let warps = warps.min(kernel.most_shared / own).max(1);
-        let work = Matmul {
-            mats: mats.map(|mat| Mat { y: mat.y + (first as u64) * u64::from(mat.rows) * 2, ..mat }),
-            x: address(&x)? + (first * cols * 2) as u64,
-            tokens: count as u32,
-            cols: *cols as u32,
-            x_stride: *cols as u32,
-            joint: Joint::default(),
-        };
-        let grid = [mats.iter().map(|mat| mat.tiles.div_ceil(rows as u32)).sum(), 1, 1];
-        let shape = Shape { grid, block: 32 * warps as u32, shared: (warps * own) as u32, early: true };
-        // SAFETY: as packed.cu says; x and y hold the tokens' rows, and start at multiples of 16 bytes.
-        unsafe { kernel.launch(device, shape, &[Arg::of(&work)])? };
+    let mut parts = Vec::with_capacity(matrices.len());
+    for matrix in matrices {
+        let bytes = &*matrix.parts()[0];
+        parts.push(match matrix.format() {
+            Format::Dense(Float::BF16) if !matrix.has_column_order() && bytes.len() == 2 * rows * cols => {
+                Tensor::from_raw_buffer(bytes, DType::BF16, &[rows, cols], device)?
+            }
+            _ => {
+                let mut numbers = vec![0.0; rows * cols];
+                matrix.dequantize_rows(0..rows, &mut numbers);
+                Tensor::from_vec(numbers, (rows, cols), &Device::Cpu)?.to_dtype(DType::BF16)?.to_device(device)?
+            }
+        });
     }
-    Ok(outputs)
+    let data = if parts.len() == 1 { parts.remove(0) } else { Tensor::cat(&parts, 0)? };
+    let layout = Layout { packing: Packing::Plain, group: TILE[0], half: false };
+    Ok(Some(Tiles { layout, rows: rows * matrices.len(), cols, scales: data.clone(), data, together: None }))
 }
 
 /// Writes a matrix's tiles and their scales to where `to` says.

@@ -118,12 +118,33 @@ fn more_shared(device: &CudaDevice, function: sys::CUfunction) -> Result<usize> 
     Ok(bytes.max(0) as usize)
 }
 
+/// Whether blocks can look into each other's shared memory.
+pub fn has_clusters(device: &CudaDevice) -> Result<bool> {
+    let major = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR;
+    Ok(device.cuda_stream().context().attribute(major).w()? >= 9)
+}
+
 impl Kernel {
     /// Puts the kernel into the device's stream.
     ///
     /// # Safety
     /// The arguments must be what the kernel takes, and every address must hold as much as the kernel reads or writes there.
     pub unsafe fn launch(&self, device: &CudaDevice, shape: Shape, args: &[Arg<'_>]) -> Result<()> {
+        // SAFETY: as above.
+        unsafe { self.launch_clustered(device, shape, 1, args) }
+    }
+
+    /// The same in clusters of so many blocks, neighbours along the grid's first axis, on a GPU that [`has_clusters`].
+    ///
+    /// # Safety
+    /// As above.
+    pub unsafe fn launch_clustered(
+        &self,
+        device: &CudaDevice,
+        shape: Shape,
+        cluster: u32,
+        args: &[Arg<'_>],
+    ) -> Result<()> {
         let mut params: smallvec::SmallVec<[*mut c_void; 24]> = smallvec::SmallVec::new();
         for arg in args {
             params.push(match arg {
@@ -138,9 +159,20 @@ impl Kernel {
             return Ok(());
         }
         // SAFETY: all zeros is a valid attribute.
-        let mut early: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
-        early.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
-        early.value.programmaticStreamSerializationAllowed = 1;
+        let mut attributes: [sys::CUlaunchAttribute; 2] = unsafe { std::mem::zeroed() };
+        let mut count = 0;
+        if shape.early {
+            attributes[0].id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+            attributes[0].value.programmaticStreamSerializationAllowed = 1;
+            count = 1;
+        }
+        if cluster > 1 {
+            attributes[count].id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+            attributes[count].value.clusterDim.x = cluster;
+            attributes[count].value.clusterDim.y = 1;
+            attributes[count].value.clusterDim.z = 1;
+            count += 1;
+        }
         let stream = device.cuda_stream();
         let [x, y, z] = shape.grid;
         let config = sys::CUlaunchConfig {
@@ -152,8 +184,8 @@ impl Kernel {
             blockDimZ: 1,
             sharedMemBytes: shape.shared,
             hStream: stream.cu_stream(),
-            attrs: &mut early,
-            numAttrs: u32::from(shape.early),
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: count as u32,
         };
         stream.context().bind_to_thread().w()?;
         // SAFETY: the parameters outlive the call, which copies them; what they mean is the caller's promise.

@@ -2,6 +2,7 @@
 // step (positions, ids) is read from device memory, so that a recorded step can be replayed with other values there.
 
 #include "floats.cuh"
+#include "tiles.cuh"
 #include <cstdint>
 
 namespace {
@@ -87,23 +88,31 @@ ROPE(f32, float)
 ROPE(f16, __half)
 ROPE(bf16, __nv_bfloat16)
 
-// logits [rows, width] -> parts [rows, gridDim.x]: what each block saw of its row.
-extern "C" __global__ void top_parts(const float *logits, Top *parts, uint32_t width) {
-    const float *row = logits + (size_t)blockIdx.y * width;
+// logits [rows, width] -> parts [rows, gridDim.x]: what each block saw of its row; and the logits to `kept`, in f32.
+template <typename T> __device__ void look(const T *logits, float *kept, Top *parts, uint32_t width) {
+    const T *row = logits + (size_t)blockIdx.y * width;
     Top top = nothing();
+    let_next_start();
+    wait_for_previous();
+#pragma unroll 4
     for (uint32_t i = blockIdx.x * blockDim.x + threadIdx.x; i < width; i += gridDim.x * blockDim.x) {
-        const float x = row[i];
+        const float x = wide(row[i]);
+        kept[(size_t)blockIdx.y * width + i] = x;
         if (!(x < INFINITY)) top.broken = 1;
         else if (x > -INFINITY) top = join(top, {x, 1.0f, i, 0});
     }
     top = join_block(top);
     if (threadIdx.x == 0) parts[blockIdx.y * gridDim.x + blockIdx.x] = top;
 }
+extern "C" __global__ void look_f32(const float *logits, float *kept, Top *parts, uint32_t width) { look(logits, kept, parts, width); }
+extern "C" __global__ void look_f16(const __half *logits, float *kept, Top *parts, uint32_t width) { look(logits, kept, parts, width); }
+extern "C" __global__ void look_bf16(const __nv_bfloat16 *logits, float *kept, Top *parts, uint32_t width) { look(logits, kept, parts, width); }
 
 // parts [rows, count] -> the chosen ids [rows], where the next step reads them, and for the host id, log-probability and soundness
 // [rows, 3]; positions move on by one.
 extern "C" __global__ void choose_top(const Top *parts, uint32_t *ids, uint32_t *positions, uint32_t *told, uint32_t count) {
     Top top = nothing();
+    wait_for_previous();
     for (uint32_t i = threadIdx.x; i < count; i += blockDim.x) top = join(top, parts[blockIdx.x * count + i]);
     top = join_block(top);
     if (threadIdx.x == 0) {

@@ -85,21 +85,33 @@ pub fn rope(
     every: usize,
     turn: Turn,
 ) -> Result<Tensor> {
+    let y = unwritten(x.dims(), x.dtype(), device_of(x)?)?;
+    rope_into(x, positions, (frequencies, amplitude), every, turn, &y)?;
+    Ok(y)
+}
+
+/// The same to y.
+pub fn rope_into(
+    x: &Tensor,
+    positions: &Tensor,
+    (frequencies, amplitude): (&Tensor, f32),
+    every: usize,
+    turn: Turn,
+    y: &Tensor,
+) -> Result<()> {
     let (_, heads, head_dim) = x.dims3()?;
     let (x, device) = (x.contiguous()?, device_of(x)?);
-    let y = unwritten(x.dims(), x.dtype(), device)?;
     let kernel = function(device, "step", named(["rope_f32", "rope_f16", "rope_bf16"], x.dtype())?)?;
     let dims = 2 * frequencies.elem_count();
     let first = if turn.last { head_dim - dims } else { 0 };
     let numbers = [heads, head_dim, dims, first, usize::from(turn.neighbours), every.max(1)];
     let mut args = vec![Arg::Ptr(address(&x)?), Arg::Ptr(address(positions)?)];
-    args.extend([Arg::Ptr(address(frequencies)?), Arg::Ptr(address(&y)?)]);
+    args.extend([Arg::Ptr(address(frequencies)?), Arg::Ptr(address(y)?)]);
     args.extend(numbers.map(|n| Arg::U32(n as u32)));
     args.extend([Arg::F32(amplitude), Arg::F32(if turn.back { -1.0 } else { 1.0 })]);
     let threads = (head_dim / 2).next_multiple_of(32).clamp(32, 256);
     // SAFETY: as step.cu says; one position a token.
-    unsafe { kernel.launch(device, flat((x.elem_count() / head_dim.max(1)) as u32, threads as u32), &args)? };
-    Ok(y)
+    unsafe { kernel.launch(device, flat((x.elem_count() / head_dim.max(1)) as u32, threads as u32), &args) }
 }
 
 /// Writes rows `[tokens, heads, dim]` into `cache` `[capacity, heads, dim]`, each behind as many others as its position says, where
@@ -159,21 +171,25 @@ pub fn topk(scores: &Tensor, k: usize) -> Result<Option<(Tensor, Tensor)>> {
 }
 
 /// Blocks that look at a row of logits.
-const LOOKING: usize = 48;
+const LOOKING: usize = 128;
 
-/// Chooses the largest of each row of `logits` `[rows, vocab]`, f32: its id goes to `ids` `[rows]`, where `positions` moves on by one, and
+/// Chooses the largest of each row of `logits` `[rows, vocab]`, which go to `kept` in f32: its id goes to `ids` `[rows]`, where `positions` moves on by one, and
 /// with its log-probability and whether the row was sound to `told` `[rows, 3]`.
-pub fn choose(logits: &Tensor, ids: &Tensor, positions: &Tensor, told: &Tensor) -> Result<()> {
+pub fn choose(logits: &Tensor, kept: &Tensor, ids: &Tensor, positions: &Tensor, told: &Tensor) -> Result<()> {
     let (rows, width) = logits.dims2()?;
-    let device = device_of(logits)?;
+    let (logits, device) = (logits.contiguous()?, device_of(logits)?);
     let parts = unwritten(&[rows, LOOKING, 4], DType::F32, device)?;
-    let look = Shape { grid: [LOOKING as u32, rows as u32, 1], block: 256, shared: 0, early: false };
-    let args = [Arg::Ptr(address(logits)?), Arg::Ptr(address(&parts)?), Arg::U32(width as u32)];
-    // SAFETY: as step.cu says.
-    unsafe { function(device, "step", "top_parts")?.launch(device, look, &args)? };
+    let look = Shape { grid: [LOOKING as u32, rows as u32, 1], block: 256, shared: 0, early: true };
+    let [from, kept, to] = [address(&logits)?, address(kept)?, address(&parts)?].map(Arg::Ptr);
+    let name = named(["look_f32", "look_f16", "look_bf16"], logits.dtype())?;
+    // SAFETY: as step.cu says; `kept` is as large as the logits.
+    unsafe { function(device, "step", name)?.launch(device, look, &[from, kept, to, Arg::U32(width as u32)])? };
     let [ids, positions, told] = [address(ids)?, address(positions)?, address(told)?];
     let args =
         [Arg::Ptr(address(&parts)?), Arg::Ptr(ids), Arg::Ptr(positions), Arg::Ptr(told), Arg::U32(LOOKING as u32)];
     // SAFETY: as step.cu says.
-    unsafe { function(device, "step", "choose_top")?.launch(device, flat(rows as u32, 64), &args) }
+    unsafe {
+        let shape = Shape { early: true, ..flat(rows as u32, 128) };
+        function(device, "step", "choose_top")?.launch(device, shape, &args)
+    }
 }

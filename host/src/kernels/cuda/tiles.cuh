@@ -11,15 +11,16 @@
 
 constexpr int TILE_ROWS = 16, TILE_COLS = 128;
 
-// How weights are packed in a tile. Two, three and four bits are stored as NIBBLE, more as BYTE.
-enum Packing { NIBBLE = 0, BYTE = 1, MX4 = 2 };
+// How weights are packed in a tile. Two, three and four bits are stored as NIBBLE, more as BYTE. PLAIN ones are bf16 and in no tiles, but row
+// by row as a checkpoint has them, so that cuBLAS can read them too.
+enum Packing { NIBBLE = 0, BYTE = 1, MX4 = 2, PLAIN = 3 };
 
 // 16-byte pieces of a tile that one lane holds of one of its two rows.
-template <int P> __device__ __host__ constexpr int pieces() { return P == BYTE ? 2 : 1; }
+template <int P> __device__ __host__ constexpr int pieces() { return P == PLAIN ? 4 : P == BYTE ? 2 : 1; }
 
 // Bytes of scales of a tile: bf16 or f16 pairs of scale and bias for each row and group, or one E8M0 byte.
 template <int P, int GROUP> __device__ __host__ constexpr int scale_bytes() {
-    return TILE_ROWS * (TILE_COLS / GROUP) * (P == MX4 ? 1 : 4);
+    return P == PLAIN ? 0 : TILE_ROWS * (TILE_COLS / GROUP) * (P == MX4 ? 1 : 4);
 }
 
 // Lets the next kernel of the stream start loading its weights; its `wait` below holds it until this one has finished.
@@ -46,6 +47,10 @@ __device__ __forceinline__ void mma(float (&d)[4], uint32_t a0, uint32_t a1, uin
 // Copies to shared memory that go on while the thread does something else; they are waited for in the order of `copies_end`.
 __device__ __forceinline__ void copy16(uint32_t to, const void *from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+// Zeros unless `there`.
+__device__ __forceinline__ void copy16_if(uint32_t to, const void *from, bool there) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
 }
 __device__ __forceinline__ void copy8(uint32_t to, const void *from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(from) : "memory");

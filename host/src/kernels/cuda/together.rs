@@ -1,7 +1,10 @@
 //! Linear layers that are given the same input, as a plugin's `linears` declares them, in one launch: whichever is asked for first computes
 //! all of them, and the others find their output there. An input is known by its tensor's id.
 
-use super::packed::{Tiles, multiply};
+use super::{
+    packed::Tiles,
+    product::{Product, outputs},
+};
 use crate::layers::{Layer, weight::Weight};
 use candle_core::{Result, Tensor, TensorId};
 use plugin_api::abi::Slot;
@@ -22,6 +25,17 @@ struct Ready {
 }
 
 impl Together {
+    /// With their biases.
+    pub fn matrices(&self) -> Vec<(&Tiles, Option<&Tensor>)> {
+        self.members.iter().map(|(tiles, bias)| (tiles, bias.as_ref())).collect()
+    }
+
+    /// What the members write for x.
+    pub fn outputs(&self, x: &Tensor) -> Result<Vec<Tensor>> {
+        let tiles: Vec<&Tiles> = self.members.iter().map(|(tiles, _)| tiles).collect();
+        outputs(&tiles, x)
+    }
+
     /// The output of a member for x `[.., cols]`.
     pub fn output(&self, x: &Tensor, place: usize) -> Result<Tensor> {
         let mut ready = self.ready.lock().unwrap_or_else(PoisonError::into_inner);
@@ -30,10 +44,12 @@ impl Together {
         {
             return Ok(output);
         }
-        let members: Vec<_> = self.members.iter().map(|(tiles, bias)| (tiles, bias.as_ref())).collect();
-        let mut outputs: Vec<_> = multiply(&members, x)?.into_iter().map(Some).collect();
+        let y = self.outputs(x)?;
+        let matrices = self.matrices();
+        Product { matrices: &matrices, x, y: &y, norm: None, residual: None, squares: None }.run()?;
+        let mut outputs: Vec<_> = y.into_iter().map(Some).collect();
         let Some(output) = outputs.get_mut(place).and_then(Option::take) else {
-            candle_core::bail!("matrix {place} of {}", members.len())
+            candle_core::bail!("matrix {place} of {}", matrices.len())
         };
         *ready = Some(Ready { of: x.id(), outputs });
         Ok(output)

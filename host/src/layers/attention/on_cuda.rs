@@ -7,6 +7,7 @@ use crate::{
     kernels::cuda::{
         attend::{self, Seen},
         attention,
+        turn::{self, Joined, Turned},
     },
     ops::{
         attending::{memory, remembered},
@@ -17,6 +18,54 @@ use candle_core::{DType, Result, Tensor};
 
 /// Queries of a sequence up to which the kernel for any width is faster than a matrix of scores.
 const FEW: usize = 16;
+
+/// Attention of one sequence's queries and keys that are still to be turned, with which they and the values go through one launch; none, and
+/// nothing done, where there is no kernel for it.
+pub fn attend_turned(
+    cache: usize,
+    [q, k]: [&Turned; 2],
+    v: &Tensor,
+    how: &Scores,
+    part: &mut Part,
+    place: &Placement,
+    places: &Places,
+) -> Result<Option<Tensor>> {
+    let plain = how.selection.is_none() && how.blocks.is_none() && how.pooled.is_none() && how.lanes.is_none();
+    let ((tokens, _, d), offset) = (q.x.dims3()?, part.state.offset);
+    let (_, heads, e) = v.dims3()?;
+    let kv = remembered(part, cache)?;
+    let sight = kv.sight(how.window, how.chunk);
+    let fast = attention::covers(place.dtype, d, e, false, sight.keep > 0, tokens) && v.dtype() == place.dtype;
+    if !(plain && fast && kv.every == 1 && turn::covers(q, k)) {
+        return Ok(None);
+    }
+    let wide = |t: &Option<Tensor>| t.as_ref().map(|t| t.to_dtype(DType::F32)?.contiguous()).transpose();
+    let (sinks, slopes) = (wide(&how.sinks)?, wide(&how.slopes)?);
+    let kv = memory(part, cache)?;
+    kv.shaped([heads, k.x.dim(2)?, heads, e])?;
+    kv.append_by([Some(&k.x), Some(v)], offset, |tables, origin| match tables {
+        [Some(keys), Some(values)] => turn::turn(q, k, v, &Joined { keys, values, origin }, &places.positions),
+        _ => candle_core::bail!("the cache holds no tensors"),
+    })?;
+    let origin = kv.origin(offset + tokens)?;
+    let Some(keys) = kv.keys.whole() else { candle_core::bail!("the cache is empty") };
+    let seen = Seen {
+        q: &q.y,
+        keys,
+        values: kv.values.whole(),
+        lanes: 0,
+        positions: &places.positions,
+        origin,
+        window: sight.window,
+        chunk: sight.chunk,
+        keep: sight.keep,
+        scale: how.scale,
+        softcap: how.softcap,
+        sinks: sinks.as_ref(),
+        slopes: slopes.as_ref(),
+    };
+    attend::attend(&seen).map(Some)
+}
 
 /// As [`super::attend`], where all of it can be done so; else nothing has changed.
 pub fn attend(

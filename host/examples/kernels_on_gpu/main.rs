@@ -1,6 +1,8 @@
 //! Whether the kernels for NVIDIA's GPUs compute what scalar loops do, on random numbers in odd shapes; for a machine with a GPU, where
 //! tests do not run: `cargo run --release --features cuda --example kernels_on_gpu`. A line for each case; fails if one is off.
 
+mod fused;
+
 use candle_core::{DType, Device, Result, Tensor};
 use dylm::{
     device::{DeviceChoice, DtypeChoice, Placement},
@@ -64,7 +66,7 @@ impl Checks {
     fn packed(&mut self, format: Format, rows: usize, cols: usize) -> Result<(Matrix, Vec<f32>)> {
         let numbers: Vec<f32> = (0..rows * cols).map(|_| self.random.number() * 0.5).collect();
         let matrix = match format {
-            Format::Affine { .. } | Format::Mxfp4 => Matrix::quantize(&numbers, rows, cols, format),
+            Format::Affine { .. } | Format::Mxfp4 | Format::Dense(_) => Matrix::quantize(&numbers, rows, cols, format),
             // Nobody here makes GGUF's blocks: any bytes are some, if scale and minimum are numbers.
             _ => {
                 let (weights, size) = format.block();
@@ -86,7 +88,15 @@ impl Checks {
     }
 
     fn matrices(&mut self) -> Result<()> {
-        let mut formats = vec![Format::Mxfp4, Format::Q4_0, Format::Q4_1, Format::Q5_0, Format::Q5_1, Format::Q8_0];
+        let mut formats = vec![
+            Format::Dense(Float::BF16),
+            Format::Mxfp4,
+            Format::Q4_0,
+            Format::Q4_1,
+            Format::Q5_0,
+            Format::Q5_1,
+            Format::Q8_0,
+        ];
         for bits in [2, 3, 4, 5, 6, 8] {
             for (group, scales) in [(32, Float::BF16), (64, Float::F16), (64, Float::BF16), (128, Float::BF16)] {
                 formats.push(Format::Affine { bits, group, scales });
@@ -148,9 +158,12 @@ impl Checks {
 
     fn experts(&mut self) -> Result<()> {
         let (dim, hidden, count) = (320, 192, 9);
-        for (format, k) in
-            [(Format::Affine { bits: 4, group: 64, scales: Float::BF16 }, 3), (Format::Mxfp4, 1), (Format::Q8_0, 4)]
-        {
+        for (format, k) in [
+            (Format::Affine { bits: 4, group: 64, scales: Float::BF16 }, 3),
+            (Format::Mxfp4, 1),
+            (Format::Q8_0, 4),
+            (Format::Dense(Float::BF16), 2),
+        ] {
             let mut all = Vec::new();
             let mut numbers = Vec::new();
             for [rows, cols] in [[hidden, dim], [hidden, dim], [dim, hidden]] {
@@ -281,6 +294,8 @@ fn main() -> ExitCode {
         let device = Placement::new(DeviceChoice::Cuda, DtypeChoice::Bfloat16, DType::BF16)?.device;
         let mut checks = Checks { device, random: Random(17), failed: 0 };
         checks.matrices()?;
+        checks.products()?;
+        checks.turns()?;
         checks.norms()?;
         checks.experts()?;
         checks.attention()?;

@@ -1,0 +1,29 @@
+// y = x W^T for one token (one.cuh). A block has some rows of tiles; its warps share the columns and add up at the end.
+#include "one.cuh"
+
+#define ONE(NAME, P, GROUP, HALF, RT, S, GATED, THREADS)                                                                                   \
+    extern "C" __global__ void __launch_bounds__(THREADS) NAME(const __grid_constant__ Matmul a) {                                        \
+        extern __shared__ __align__(16) uint8_t shared[];                                                                                  \
+        matmul_of_one<P, GROUP, HALF, RT, S, GATED>(a, shared);                                                                            \
+    }
+
+// One or two rows of tiles a block, or a gate's and those that it lets through.
+#define FOR_FORMAT(NAME, P, GROUP, HALF)                                                                                                   \
+    ONE(one_1_##NAME, P, GROUP, HALF, 1, 2, false, 512)                                                                                    \
+    ONE(one_2_##NAME, P, GROUP, HALF, 2, 2, false, 512)                                                                                    \
+    ONE(one_gated_##NAME, P, GROUP, HALF, 2, 2, true, 512)
+
+FOR_FORMAT(nibble_32, NIBBLE, 32, false)
+FOR_FORMAT(nibble_64, NIBBLE, 64, false)
+FOR_FORMAT(nibble_128, NIBBLE, 128, false)
+FOR_FORMAT(byte_32, BYTE, 32, false)
+FOR_FORMAT(byte_64, BYTE, 64, false)
+FOR_FORMAT(byte_128, BYTE, 128, false)
+FOR_FORMAT(half_nibble_32, NIBBLE, 32, true)
+FOR_FORMAT(half_nibble_64, NIBBLE, 64, true)
+FOR_FORMAT(half_nibble_128, NIBBLE, 128, true)
+FOR_FORMAT(half_byte_32, BYTE, 32, true)
+FOR_FORMAT(half_byte_64, BYTE, 64, true)
+FOR_FORMAT(half_byte_128, BYTE, 128, true)
+FOR_FORMAT(mx4_32, MX4, 32, false)
+FOR_FORMAT(plain_128, PLAIN, 128, false)
