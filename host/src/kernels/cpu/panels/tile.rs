@@ -109,13 +109,11 @@ impl Product<'_> {
                     }
                     step += 1;
                 }
-                let (from, steps) =
-                    (strips.scales.add(g * beside), strips.steps.wrapping_add((g >> shared) * 2 * LANES));
-                let (b_from, b_steps) =
-                    (strips.biases.wrapping_add(g * beside), strips.bias_steps.wrapping_add((g >> shared) * 2 * LANES));
+                let (at, step_at) = (g * beside, (g >> shared) * 2 * LANES);
                 for k in 0..P {
-                    let scale =
-                        scales(layout.scale, false, from.add(k * strips.pitch), steps.wrapping_add(k * strips.pitch));
+                    let (at, step_at) = (k * strips.pitch + at, k * strips.pitch + step_at);
+                    let from = strips.scales.add(at);
+                    let scale = scales(layout.scale, false, from, strips.steps.wrapping_add(step_at));
                     for i in 0..T {
                         let sum = if N::BYTES == 1 {
                             of[k][i][0]
@@ -126,12 +124,8 @@ impl Product<'_> {
                         sums[k][i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, sums[k][i]);
                     }
                     if layout.biased {
-                        let bias = scales(
-                            layout.scale,
-                            true,
-                            b_from.wrapping_add(k * strips.pitch),
-                            b_steps.wrapping_add(k * strips.pitch),
-                        );
+                        let from = strips.biases.add(at);
+                        let bias = scales(layout.scale, true, from, strips.bias_steps.wrapping_add(step_at));
                         for i in 0..T {
                             sums[k][i] =
                                 _mm512_fmadd_ps(bias, _mm512_set1_ps((*tokens[i].beside.add(g)).sum), sums[k][i]);
