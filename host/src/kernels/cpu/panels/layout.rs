@@ -129,6 +129,7 @@ impl Layout {
     }
 
     /// Signed bytes for each number of an activation: weights of more than four bits are worth a second one.
+    #[cfg(target_arch = "x86_64")]
     pub(super) fn planes(&self) -> usize {
         if self.bits > 4 { 2 } else { 1 }
     }
