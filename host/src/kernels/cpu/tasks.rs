@@ -21,6 +21,8 @@ pub(super) fn in_tasks<S: Default>(
 }
 
 /// The same for rows that come from memory and are read once: threads read neighbours, in tasks that are short enough to be helped with.
+// Products elsewhere have no streams yet.
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
 pub(super) fn in_streams<S: Default>(
     rows: usize,
     products: usize,
