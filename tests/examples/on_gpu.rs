@@ -101,7 +101,7 @@ fn check(entry: &Path, dtype: DtypeChoice, devices: &[usize]) -> Result<(String,
     let (bound, far) = match dtype {
         DtypeChoice::Float32 => (expected.bound.max(1e-4), far),
         _ => {
-            let exact = On::new(folder.path(), DeviceChoice::Cpu, DtypeChoice::Float32)?.rows(
+            let exact = On::new(folder.path(), DeviceChoice::Cpu, DtypeChoice::Float32, &[])?.rows(
                 &expected.prompt,
                 &steps,
                 Want::All,
