@@ -59,7 +59,7 @@ def main():
             one = batch == "1"
             short = bench(dylm, folder, 512 if one else 128, 128, batch)
             long = bench(dylm, folder, 2048, 16, batch)["prompt_tps"] if one else None
-            decode, peak = short["generation_tps"], short["peak_memory"]
+            decode, peak = short["generation_tps"], short["peak_memory_bytes"] / 1e9
             rate = f"{decode * bytes_of_a_token(folder) / 1e9:.0f}" if one else ""
             prefill = [f"{short['prompt_tps']:.0f}", f"{long:.0f}"] if one else ["", ""]
             print(f"{shape:<16}{kind:<8}{batch:>8}{decode:>10.1f}{rate:>8}{prefill[0]:>15}{prefill[1]:>16}{peak:>9.2f}", flush=True)
