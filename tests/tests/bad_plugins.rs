@@ -153,7 +153,8 @@ fn a_step_that_panics_half_way_leaves_the_sequence_as_it_was() {
     let (good, broken) = (model(""), model("panic after attention, later"));
     let (good, broken) = (load(good.path(), plugins.path()).unwrap(), load(broken.path(), plugins.path()).unwrap());
     let step = |lm: &LanguageModel, state: &mut dylm::cache::State, tokens: &[u32]| {
-        lm.model.step(&mut [Input { state, tokens, want: Want::Last }])
+        // All rows are wanted, so that no step is compiled and each calls the plugin.
+        lm.model.step(&mut [Input { state, tokens, want: Want::All }])
     };
     let mut expected = good.model.state(&Default::default()).unwrap();
     let mut state = broken.model.state(&Default::default()).unwrap();
@@ -163,6 +164,25 @@ fn a_step_that_panics_half_way_leaves_the_sequence_as_it_was() {
     assert!(error.contains("a deliberate panic in call 2"), "{error}");
     assert_eq!(step(&good, &mut expected, &[8]).unwrap(), step(&broken, &mut state, &[8]).unwrap());
     assert_eq!(step(&good, &mut expected, &[9]).unwrap(), step(&broken, &mut state, &[9]).unwrap());
+}
+
+#[test]
+fn a_panic_while_a_step_is_taken_down_for_later_makes_it_run_op_by_op() {
+    let plugins = install(&bad());
+    let (good, broken) = (model(""), model("panic after attention, later"));
+    let (good, broken) = (load(good.path(), plugins.path()).unwrap(), load(broken.path(), plugins.path()).unwrap());
+    let step = |lm: &LanguageModel, state: &mut dylm::cache::State, tokens: &[u32]| {
+        lm.model.step(&mut [Input { state, tokens, want: Want::Last }])
+    };
+    let mut expected = good.model.state(&Default::default()).unwrap();
+    let mut state = broken.model.state(&Default::default()).unwrap();
+    for tokens in [&[5, 6, 7][..], &[8], &[9]] {
+        assert_eq!(step(&good, &mut expected, tokens).unwrap(), step(&broken, &mut state, tokens).unwrap());
+    }
+    assert_eq!(good.model.not_replayed(), None);
+    // The dry run was call 0, the prompt call 1.
+    let why = broken.model.not_replayed().unwrap();
+    assert!(why.contains("a deliberate panic in call 2"), "{why}");
 }
 
 #[test]

@@ -111,8 +111,10 @@ impl Engine<'_> {
         let chosen = given("rows", made, chosen);
         let made = self.object.head(&call, chosen)?;
         let logits = take(cell, made, "head", count)?;
-        given("logits", made, logits.clone());
         self.tell(cell);
+        if self.notes.is_some() {
+            given("logits", made, logits.clone());
+        }
         if let (Some(to), Some(notes)) = (self.notes, cell.borrow_mut().notes.take()) {
             *to.borrow_mut() = notes.ops;
         }
