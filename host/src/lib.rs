@@ -26,7 +26,8 @@
 //! The journey of one request, which is also the order in which to read: `load` ([`source`], [`config`], [`plugin::registry`],
 //! [`plugin::library`]) -> [`model`] (the plugin describes itself against [`weights::plan`]; [`weights::load`] makes [`layers`]) ->
 //! [`tokenizer`] -> [`generate()`] ([`decode`], [`cache`], [`sampler`], [`detokenize`], [`stop`]). The op table between host and plugin is in
-//! `ops`, its other side in the crate `plugin-api`.
+//! `ops`, its other side in the crate `plugin-api`; what a step of one token asks for is taken down in `compiled` (CPU) or `replay` (CUDA),
+//! and shared out over devices in `parallel`.
 
 pub mod adapter;
 pub mod cache;

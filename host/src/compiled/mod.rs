@@ -1,6 +1,6 @@
 //! A step of one token a sequence, compiled for the CPU: the ops that a plugin calls, noted once on shapes alone, become a list of kernels
-//! over buffers that are there from the start. Then a step needs neither the plugin nor candle nor an allocation, and what a layer costs
-//! beside its products falls from a hundred microseconds to a few.
+//! over buffers that are there from the start. Then a step needs neither the plugin nor candle's tensors, and what a layer costs beside its
+//! products falls from a hundred microseconds to a few.
 //!
 //! Plugins promise that `forward` asks for the same ops whenever the shapes are the same; the bits are those of the step op by op. A model
 //! with an op that has no kernel here runs op by op as before; [`Model::not_replayed`] says which op.
