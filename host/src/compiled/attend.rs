@@ -48,19 +48,10 @@ impl Lowering {
         for (i, _) in joins.iter().enumerate().filter(|(_, joins)| **joins) {
             reads.push(self.input(said, 2 + i)?);
         }
-        if joins[0] {
-            let of = |i: usize| match *self.dims(said, i)? {
-                [_, heads, dim] => Ok([heads, dim]),
-                _ => Err("attend to keys without heads".to_owned()),
-            };
-            let [kv_heads, k] = of(2)?;
-            let e = if joins[1] { of(3)?[1] } else { 0 };
-            self.caches.insert(cache, [kv_heads, k, kv_heads, e]);
-        }
         for handle in [spec.sinks, spec.slopes].into_iter().filter(|handle| *handle != Handle::NONE) {
             reads.push(self.find(handle)?.made.ok_or("sinks of ids")?);
         }
-        let shape = *self.caches.get(&cache).ok_or("attend to a cache that this step does not feed")?;
+        let shape = *self.shapes.get(&(cache as u32)).ok_or("attend to a cache that this step does not feed")?;
         let some = |n: u64| (n > 0).then_some(n as usize);
         let attending = Attending {
             cache,

@@ -11,7 +11,10 @@ use crate::{
     kernels::cpu::Turn,
     layers::{Layer, experts::Activation, slices::with_f32, weight::Weight},
     model::Model,
-    ops::noting::{Noted, Word},
+    ops::{
+        noting::{Noted, Word},
+        running::CacheShapes,
+    },
     weights::plan::Wanted,
 };
 use candle_core::{DType, Tensor};
@@ -38,8 +41,8 @@ pub(super) struct Lowering {
     products: HashMap<usize, usize>,
     angles: Vec<(Slot, usize)>,
     logits: Option<usize>,
-    /// What caches hold of a token, by their numbers.
-    pub(super) caches: HashMap<usize, [usize; 4]>,
+    /// What the caches that the step feeds hold of a token.
+    pub(super) shapes: CacheShapes,
 }
 
 /// What an op was told.
@@ -76,12 +79,12 @@ impl Model {
     /// The step for so many sequences, or which op stands in the way.
     pub(super) fn compile(&self, sequences: usize) -> Lowered<Compiled> {
         let (notes, shapes) = self.note(sequences).map_err(|e| e.to_string())?;
-        let mut lowering = Lowering::default();
+        let mut lowering = Lowering { shapes, ..Lowering::default() };
         for noted in &notes {
             lowering.lower(self, noted)?;
         }
         let logits = lowering.logits.ok_or("the head gave nothing")?;
-        let Lowering { made, steps, angles, .. } = lowering;
+        let Lowering { made, steps, angles, shapes, .. } = lowering;
         let (steps, buffers, logits) = share_out(steps, made, logits);
         Ok(Compiled { steps, buffers, angles, logits, shapes })
     }

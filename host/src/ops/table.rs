@@ -3,7 +3,7 @@
 
 use super::{
     call::{build, run, with_running},
-    noting::Argument,
+    noting::{Argument, Word},
     scanning::scan,
     value::{Outcome, Value, fault},
 };
@@ -175,38 +175,19 @@ extern "C" fn release(ctx: Ctx, x: Handle, at: At) {
 
 extern "C" fn topk(ctx: Ctx, x: Handle, k: u64, at: At) -> Pair {
     let mut indices = Err(fault!("no indices"));
-    let first = run(
-        ctx,
-        "topk",
-        None,
-        at,
-        |said| {
-            x.say(said);
-            k.say(said);
-        },
-        |r| {
-            let (values, chosen) = r.topk(x, k as usize)?;
-            indices = Ok(chosen);
-            Ok(values)
-        },
-    );
-    let second = run(
-        ctx,
-        "topk",
-        None,
-        at,
-        |said| {
-            x.say(said);
-            k.say(said);
-            // The second of the two.
-            1u64.say(said);
-        },
-        |r| match indices {
-            Ok(chosen) => Ok(chosen),
-            // The values say what went wrong.
-            Err(_) => r.arena.get(first).and_then(|v| v.dims().map(|_| v.clone())),
-        },
-    );
+    let said = |said: &mut Vec<Word>| (x.say(said), k.say(said)).0;
+    let first = run(ctx, "topk", None, at, said, |r| {
+        let (values, chosen) = r.topk(x, k as usize)?;
+        indices = Ok(chosen);
+        Ok(values)
+    });
+    // That this is the second of the two is one word more.
+    let again = |words: &mut Vec<Word>| (said(words), 1u64.say(words)).0;
+    let second = run(ctx, "topk", None, at, again, |r| match indices {
+        Ok(chosen) => Ok(chosen),
+        // The values say what went wrong.
+        Err(_) => r.arena.get(first).and_then(|v| v.dims().map(|_| v.clone())),
+    });
     Pair { first, second }
 }
 

@@ -39,7 +39,8 @@ impl Moving {
     fn go(&self) -> std::io::Result<()> {
         let mut room = Room::new(self.from.len())?;
         for (i, piece) in room.chunks_mut(LEAST).enumerate() {
-            let from = self.from.slice(i * LEAST..i * LEAST + piece.len()).unwrap_or_else(|| self.from.clone());
+            let from = self.from.slice(i * LEAST..i * LEAST + piece.len());
+            let from = from.ok_or(std::io::ErrorKind::InvalidInput)?;
             cpu::copy(&from, piece);
             // Before all is moved, so that no large matrix is there twice; whoever reads it meanwhile gets its pages from the file again.
             from.let_go();
@@ -77,7 +78,7 @@ pub fn some() {
         return;
     }
     let left: usize = queue.iter().filter_map(Weak::upgrade).map(|moving| moving.from.len()).sum();
-    // Pages of files count as free, so what lies in them already is left out of what is asked for only by the copies' own rise.
+    // Pages of files count as free, as they will be once they are let go: what is asked for is room for the copies.
     if machine::memory().is_none_or(|memory| (memory.free as usize) < left + left / 4) {
         queue.clear();
         return;
