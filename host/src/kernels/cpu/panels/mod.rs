@@ -21,7 +21,7 @@ mod tile;
 
 use super::{format::Format, matrix::Matrix};
 use crate::weights::bytes::Bytes;
-use layout::Layout;
+use layout::{Blocks, Layout};
 #[cfg(target_arch = "x86_64")]
 pub(super) use product::multiply;
 
@@ -34,7 +34,8 @@ pub struct Panels {
     layout: Layout,
     rows: usize,
     cols: usize,
-    /// For each panel and kind of strip: for each piece of a row's strip, those of all lanes.
+    blocks: Blocks,
+    /// For each panel, block and kind of strip: for each piece of a row's strip, those of all lanes.
     bytes: Bytes,
     /// A factor for each row of all panels, empty in most formats.
     factors: Vec<f32>,

@@ -3,7 +3,7 @@
 
 use super::{
     LANES, Panels,
-    layout::{Layout, Order, Panel, SUPER, Scale, Steps},
+    layout::{BIAS_STEPS, BIASES, HIGH, LOW, Layout, Order, SCALES, STEPS, STRIPS, SUPER, Scale, Steps},
     opened::Strips,
 };
 use crate::{
@@ -16,36 +16,40 @@ use crate::{
 };
 use rayon::prelude::*;
 
-/// Piece i of a row to lane `lane` of piece i of a panel, or back.
-fn scatter<const SIZE: usize>(row: &[u8], panel: &mut [u8], lane: usize) {
-    for (piece, lanes) in row.as_chunks::<SIZE>().0.iter().zip(panel.chunks_exact_mut(SIZE * LANES)) {
-        lanes[SIZE * lane..SIZE * (lane + 1)].copy_from_slice(piece);
+/// Piece i of each row's strip to that row's lane of piece i of a panel's.
+fn scatter<const SIZE: usize>(rows: &[[&[u8]; STRIPS]], kind: usize, from: usize, to: &mut [u8]) {
+    let (to, _) = to.as_chunks_mut::<SIZE>();
+    for (lane, row) in rows.iter().enumerate() {
+        let (pieces, _) = row[kind][from..].as_chunks::<SIZE>();
+        for (piece, lanes) in pieces.iter().zip(to.chunks_exact_mut(LANES)) {
+            lanes[lane] = *piece;
+        }
     }
 }
 
-fn gather(size: usize, panel: &[u8], lane: usize) -> Vec<u8> {
-    panel.chunks_exact(size * LANES).flat_map(|lanes| &lanes[size * lane..size * (lane + 1)]).copied().collect()
+fn gather(size: usize, panel: &[u8], lane: usize) -> impl Iterator<Item = u8> {
+    panel.chunks_exact(size * LANES).flat_map(move |lanes| &lanes[size * lane..size * (lane + 1)]).copied()
 }
 
 impl Panels {
     /// `None` where there is no memory for it: then rows may stay as they are.
     pub(super) fn pack(layout: Layout, matrix: &Matrix) -> Option<Self> {
         let (rows, cols) = (matrix.rows(), matrix.cols());
-        let (sizes, pieces) = (layout.row_bytes(cols), layout.pieces());
-        let panel = sizes.iter().sum::<usize>() * LANES;
-        let mut room = Room::new(rows.div_ceil(LANES) * panel).ok()?;
-        room.par_chunks_exact_mut(panel).enumerate().for_each_init(Strips::default, |strips, (p, panel)| {
-            for lane in 0..LANES.min(rows - p * LANES) {
-                let mut panel = &mut *panel;
-                let row = strips.of(&layout, matrix.row_parts(p * LANES + lane));
-                for ((strip, size), piece) in row.into_iter().zip(sizes).zip(pieces) {
-                    let (lanes, rest) = panel.split_at_mut(size * LANES);
+        let (blocks, pieces) = (layout.blocks(cols), layout.pieces());
+        let mut room = Room::new(rows.div_ceil(LANES) * blocks.count * blocks.bytes).ok()?;
+        let panels = room.par_chunks_exact_mut(blocks.count * blocks.bytes).enumerate();
+        panels.for_each_init(<[Strips; LANES]>::default, |strips, (p, panel)| {
+            let strips = strips.iter_mut().zip(p * LANES..rows);
+            let rows: Vec<_> = strips.map(|(strips, row)| strips.of(&layout, matrix.row_parts(row))).collect();
+            for (b, mut block) in panel.chunks_exact_mut(blocks.bytes).enumerate() {
+                for (kind, (size, piece)) in blocks.strips.into_iter().zip(pieces).enumerate() {
+                    let (lanes, rest) = block.split_at_mut(size * LANES);
                     match piece {
-                        1 => scatter::<1>(strip, lanes, lane),
-                        2 => scatter::<2>(strip, lanes, lane),
-                        _ => scatter::<4>(strip, lanes, lane),
+                        1 => scatter::<1>(&rows, kind, b * size, lanes),
+                        2 => scatter::<2>(&rows, kind, b * size, lanes),
+                        _ => scatter::<4>(&rows, kind, b * size, lanes),
                     }
-                    panel = rest;
+                    block = rest;
                 }
             }
         });
@@ -57,30 +61,30 @@ impl Panels {
             _ => Vec::new(),
         };
         matrix.parts().iter().for_each(Bytes::let_go);
-        Some(Self { layout, rows, cols, bytes: room.into(), factors })
-    }
-
-    /// From one panel to the next.
-    pub(super) fn panel_bytes(&self) -> usize {
-        self.layout.row_bytes(self.cols).iter().sum::<usize>() * LANES
+        Some(Self { layout, rows, cols, blocks, bytes: room.into(), factors })
     }
 
     /// Sixteen rows.
-    pub(super) fn panel(&self, p: usize) -> Panel<'_> {
-        Panel::new(&self.layout, self.cols, &self.bytes[p * self.panel_bytes()..])
+    pub(super) fn panel(&self, p: usize) -> &[u8] {
+        let size = self.blocks.count * self.blocks.bytes;
+        &self.bytes[p * size..][..size]
     }
 
     fn row(&self, row: usize, out: &mut [f32]) {
-        let (layout, lane) = (&self.layout, row % LANES);
-        let panel = self.panel(row / LANES);
+        let (layout, lane, pieces) = (&self.layout, row % LANES, self.layout.pieces());
         let low_bits = layout.bits - layout.high;
-        let mut all = numbers(&gather(4, panel.low, lane), layout.order, low_bits);
-        for (low, high) in all.iter_mut().zip(numbers(&gather(4, panel.high, lane), layout.order, layout.high)) {
+        let [low, high, scales, biases, steps, bias_steps] =
+            [LOW, HIGH, SCALES, BIASES, STEPS, BIAS_STEPS].map(|kind| {
+                let (at, size) = (self.blocks.at[kind], self.blocks.strips[kind] * LANES);
+                let blocks = self.panel(row / LANES).chunks_exact(self.blocks.bytes);
+                blocks.flat_map(|block| gather(pieces[kind], &block[at..at + size], lane)).collect::<Vec<u8>>()
+            });
+        let size = layout.scale.size();
+        let biases = if biases.is_empty() { &scales } else { &biases };
+        let mut all = numbers(&low, layout.order, low_bits);
+        for (low, high) in all.iter_mut().zip(numbers(&high, layout.order, layout.high)) {
             *low |= high << low_bits;
         }
-        let [_, _, size, ..] = layout.pieces();
-        let (scales, biases) = (gather(size, panel.scales, lane), gather(size, panel.biases, lane));
-        let (steps, bias_steps) = (gather(2, panel.steps, lane), gather(2, panel.bias_steps, lane));
         let factor = self.factors.get(row).copied().unwrap_or(1.0);
         let groups = out.chunks_exact_mut(layout.group).zip(all.chunks_exact(layout.group));
         for (g, (out, numbers)) in groups.enumerate() {

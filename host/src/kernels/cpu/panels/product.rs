@@ -3,10 +3,10 @@
 
 use super::{
     LANES, Panels,
-    layout::Panel,
+    layout::{HIGH, LOW},
     numbers::{Bytes, E2m1, Five, Nibbles, Numbers, Quarters, Six, Three},
     rounded::Rounded,
-    tile::{Product, Strips},
+    tile::{Opened, Product},
 };
 use crate::kernels::cpu::{
     ahead,
@@ -93,32 +93,17 @@ struct Line([u8; 64]);
 impl Product<'_> {
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
     unsafe fn few<N: Numbers>(self, numbers: N, range: Range<usize>) {
-        let mut p = range.start;
-        while p < range.end {
-            let left = range.end - p;
+        for p in range {
             // SAFETY: passed on to the caller.
             unsafe {
-                p += match (self.tokens, left) {
-                    // One stream is what memory gives fastest, but where numbers must be taken out it is not memory that is waited for.
-                    (1, 4..) if N::VECTORS > 1 => self.packed::<N, 4, 1>(numbers, p),
-                    (1, _) => self.packed::<N, 1, 1>(numbers, p),
-                    (2, 2..) => self.packed::<N, 2, 2>(numbers, p),
-                    (2, _) => self.packed::<N, 1, 2>(numbers, p),
-                    (3, 2..) => self.packed::<N, 2, 3>(numbers, p),
-                    (3, _) => self.packed::<N, 1, 3>(numbers, p),
-                    (_, 2..) => self.packed::<N, 2, 4>(numbers, p),
-                    (_, _) => self.packed::<N, 1, 4>(numbers, p),
+                match self.tokens {
+                    1 => self.tile::<N, 1, 1>(numbers, None, p, 0),
+                    2 => self.tile::<N, 1, 2>(numbers, None, p, 0),
+                    3 => self.tile::<N, 1, 3>(numbers, None, p, 0),
+                    _ => self.tile::<N, 1, 4>(numbers, None, p, 0),
                 };
             }
         }
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-    unsafe fn packed<N: Numbers, const P: usize, const T: usize>(&self, numbers: N, p: usize) -> usize {
-        // SAFETY: whole panels, and as many tokens as there are.
-        unsafe { self.tile::<N, P, T>(numbers, self.strips(p), p, 0, P * self.panels.panel_bytes()) };
-        P
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
@@ -146,23 +131,26 @@ impl Product<'_> {
         p: usize,
         scratch: &mut Vec<Line>,
     ) -> usize {
-        let mut strips = self.strips(p);
-        let lines = self.panels.cols / 4;
+        let (blocks, lines) = (&self.panels.blocks, self.panels.cols / 4);
+        let mut opened = None;
         if N::VECTORS > 1 {
             scratch.resize(P * lines, Line([0; 64]));
             for (k, lines) in scratch.chunks_exact_mut(lines).enumerate() {
-                let Panel { low, high, .. } = self.panels.panel(p + k);
-                for (step, lines) in lines.chunks_exact_mut(N::VECTORS).enumerate() {
-                    // SAFETY: steps of the panel's columns; lines of 64 bytes.
-                    unsafe {
-                        let (low, high) = (low.as_ptr().add(step * N::LOW), high.as_ptr().add(N::high(step)));
-                        for (line, vector) in lines.iter_mut().zip(numbers.vectors(low, high, step)) {
-                            _mm512_store_si512(line.0.as_mut_ptr().cast(), vector);
+                let of_block = self.panels.panel(p + k).chunks_exact(blocks.bytes);
+                for (lines, block) in lines.chunks_exact_mut(lines.len() / blocks.count).zip(of_block) {
+                    for (step, lines) in lines.chunks_exact_mut(N::VECTORS).enumerate() {
+                        // SAFETY: steps of the block's columns; lines of 64 bytes.
+                        unsafe {
+                            let low = block.as_ptr().add(blocks.at[LOW] + step * N::LOW);
+                            let high = block.as_ptr().add(blocks.at[HIGH] + N::high(step));
+                            for (line, vector) in lines.iter_mut().zip(numbers.vectors(low, high, step)) {
+                                _mm512_store_si512(line.0.as_mut_ptr().cast(), vector);
+                            }
                         }
                     }
                 }
             }
-            strips = Strips { low: scratch.as_ptr().cast(), low_pitch: 64 * lines, ..strips };
+            opened = Some(Opened { numbers: scratch.as_ptr().cast(), pitch: 64 * lines });
         }
         let bytes = Bytes::<BYTES>;
         let mut t = 0;
@@ -170,10 +158,10 @@ impl Product<'_> {
         unsafe {
             while t < self.tokens {
                 t += match (self.tokens - t, BYTES) {
-                    (6.., 1) => self.tile::<_, P, 6>(bytes, strips, p, t, 0),
-                    (4.., _) => self.tile::<_, P, 4>(bytes, strips, p, t, 0),
-                    (2.., _) => self.tile::<_, P, 2>(bytes, strips, p, t, 0),
-                    (_, _) => self.tile::<_, P, 1>(bytes, strips, p, t, 0),
+                    (6.., 1) => self.tile::<_, P, 6>(bytes, opened, p, t),
+                    (4.., _) => self.tile::<_, P, 4>(bytes, opened, p, t),
+                    (2.., _) => self.tile::<_, P, 2>(bytes, opened, p, t),
+                    (_, _) => self.tile::<_, P, 1>(bytes, opened, p, t),
                 };
             }
         }

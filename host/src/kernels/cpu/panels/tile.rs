@@ -3,7 +3,7 @@
 
 use super::{
     LANES, Panels,
-    layout::SUPER,
+    layout::{BIAS_STEPS, BIASES, HIGH, LOW, SCALES, STEPS},
     numbers::Numbers,
     rounded::{Rounded, Token},
     scales::scales,
@@ -20,117 +20,64 @@ pub(super) struct Product<'a> {
     pub(super) out: Output,
 }
 
-/// Where a panel's strips begin, and how far it is to the next panel's.
+/// Where numbers lie that have been taken out of their panels, `pitch` bytes a panel.
 #[derive(Clone, Copy)]
-pub(super) struct Strips {
-    pub(super) low: *const u8,
-    /// Low bits may have been taken elsewhere.
-    pub(super) low_pitch: usize,
-    pub(super) high: *const u8,
-    pub(super) scales: *const u8,
-    pub(super) biases: *const u8,
-    pub(super) steps: *const u8,
-    pub(super) bias_steps: *const u8,
+pub(super) struct Opened {
+    pub(super) numbers: *const u8,
     pub(super) pitch: usize,
 }
 
 impl Product<'_> {
-    /// Of panel `p` and those after it.
-    pub(super) fn strips(&self, p: usize) -> Strips {
-        let (panel, pitch) = (self.panels.panel(p), self.panels.panel_bytes());
-        Strips {
-            low: panel.low.as_ptr(),
-            low_pitch: pitch,
-            high: panel.high.as_ptr(),
-            scales: panel.scales.as_ptr(),
-            biases: panel.biases.as_ptr(),
-            steps: panel.steps.as_ptr(),
-            bias_steps: panel.bias_steps.as_ptr(),
-            pitch,
-        }
-    }
-
-    /// `P` panels from panel `p` on with `T` tokens from token `t` on; says how many tokens. What lies `ahead` bytes further is fetched from
-    /// memory meanwhile: panels are too short for the processor to see a stream in them.
+    /// `P` panels from panel `p` on with `T` tokens from token `t` on; says how many tokens. A single panel is read as the one stream that it
+    /// is, and nothing is fetched ahead: the processor does that better.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
     pub(super) unsafe fn tile<N: Numbers, const P: usize, const T: usize>(
         &self,
         numbers: N,
-        strips: Strips,
+        opened: Option<Opened>,
         p: usize,
         t: usize,
-        ahead: usize,
     ) -> usize {
-        let layout = &self.panels.layout;
+        let (layout, blocks) = (&self.panels.layout, &self.panels.blocks);
         let tokens: [Token; T] = std::array::from_fn(|i| self.rounded.token(t + i));
-        let pitch = self.rounded.pitch();
-        let steps_of = layout.group / N::COLUMNS;
-        // Of the group, to that of its 256 columns.
-        let shared = (SUPER / layout.group).trailing_zeros();
+        let steps = layout.group / N::COLUMNS;
         let beside = layout.scale.size() * LANES;
         // SAFETY: sizes of panels and of rounded tokens follow from the same layout and columns.
         unsafe {
+            let panels: [*const u8; P] = std::array::from_fn(|k| self.panels.panel(p + k).as_ptr());
+            let lows: [*const u8; P] = std::array::from_fn(|k| match opened {
+                Some(opened) => opened.numbers.add(k * opened.pitch),
+                None => panels[k].add(blocks.at[LOW]),
+            });
+            let low_bytes = if opened.is_some() { blocks.groups * steps * N::LOW } else { blocks.bytes };
             let mut sums = [[_mm512_setzero_ps(); T]; P];
-            let (mut step, mut column) = (0, 0);
-            for g in 0..self.panels.cols / layout.group {
-                // The first byte's sums, and the second's.
-                let mut of = [[[_mm512_setzero_si512(); 2]; T]; P];
-                for i in 0..T {
-                    let offset = _mm512_set1_epi32((*tokens[i].beside.add(g)).offset);
+            let mut g = 0;
+            for block in 0..blocks.count {
+                let bases: [*const u8; P] = std::array::from_fn(|k| panels[k].add(block * blocks.bytes));
+                for group in 0..blocks.groups {
+                    let of = self.group::<N, P, T>(numbers, tokens, g, |k, step| {
+                        let low = lows[k].add(block * low_bytes + (group * steps + step) * N::LOW);
+                        let high = bases[k].add(blocks.at[HIGH] + N::high(group * steps + step));
+                        (low, high, group * steps + step)
+                    });
                     for k in 0..P {
-                        of[k][i][N::BYTES - 1] = offset;
-                    }
-                }
-                for _ in 0..steps_of {
-                    let mut weights = [[_mm512_setzero_si512(); 8]; P];
-                    for k in 0..P {
-                        let low = strips.low.add(k * strips.low_pitch + step * N::LOW);
-                        let high = strips.high.add(k * strips.pitch + N::high(step));
-                        for line in (0..N::LOW).step_by(64) {
-                            _mm_prefetch::<_MM_HINT_T0>(low.wrapping_add(line + ahead).cast());
-                        }
-                        if N::high(2) > 0 {
-                            _mm_prefetch::<_MM_HINT_T0>(high.wrapping_add(ahead).cast());
-                        }
-                        weights[k] = numbers.vectors(low, high, step);
-                    }
-                    for v in 0..N::VECTORS {
+                        let strip = |kind: usize| bases[k].add(blocks.at[kind]);
+                        let scale = scales(layout.scale, false, strip(SCALES).add(group * beside), strip(STEPS));
                         for i in 0..T {
-                            for byte in 0..N::BYTES {
-                                let four = tokens[i].bytes.add(byte * pitch + column).cast::<i32>();
-                                let four = _mm512_set1_epi32(four.read_unaligned());
-                                for k in 0..P {
-                                    of[k][i][byte] = _mm512_dpbusd_epi32(of[k][i][byte], weights[k][v], four);
-                                }
+                            let scale = _mm512_mul_ps(scale, _mm512_set1_ps((*tokens[i].beside.add(g)).step));
+                            sums[k][i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(of[k][i]), scale, sums[k][i]);
+                        }
+                        if layout.biased {
+                            let from = strip(BIASES).add(group * beside);
+                            let bias = scales(layout.scale, true, from, strip(BIAS_STEPS));
+                            for i in 0..T {
+                                let sum = _mm512_set1_ps((*tokens[i].beside.add(g)).sum);
+                                sums[k][i] = _mm512_fmadd_ps(bias, sum, sums[k][i]);
                             }
                         }
-                        column += 4;
                     }
-                    step += 1;
-                }
-                let (at, step_at) = (g * beside, (g >> shared) * 2 * LANES);
-                for k in 0..P {
-                    let (at, step_at) = (k * strips.pitch + at, k * strips.pitch + step_at);
-                    let from = strips.scales.add(at);
-                    let scale = scales(layout.scale, false, from, strips.steps.wrapping_add(step_at));
-                    for i in 0..T {
-                        let sum = if N::BYTES == 1 {
-                            of[k][i][0]
-                        } else {
-                            _mm512_add_epi32(_mm512_slli_epi32::<8>(of[k][i][0]), of[k][i][1])
-                        };
-                        let scale = _mm512_mul_ps(scale, _mm512_set1_ps((*tokens[i].beside.add(g)).step));
-                        sums[k][i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, sums[k][i]);
-                    }
-                    if layout.biased {
-                        let from = strips.biases.add(at);
-                        let bias = scales(layout.scale, true, from, strips.bias_steps.wrapping_add(step_at));
-                        for i in 0..T {
-                            sums[k][i] =
-                                _mm512_fmadd_ps(bias, _mm512_set1_ps((*tokens[i].beside.add(g)).sum), sums[k][i]);
-                        }
-                    }
+                    g += 1;
                 }
             }
             for k in 0..P {
@@ -147,5 +94,62 @@ impl Product<'_> {
             }
         }
         T
+    }
+
+    /// The products of group `g`, added up. `at` says where a panel's step of the group begins, and which of its block it is.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+    unsafe fn group<N: Numbers, const P: usize, const T: usize>(
+        &self,
+        numbers: N,
+        tokens: [Token; T],
+        g: usize,
+        at: impl Fn(usize, usize) -> (*const u8, *const u8, usize),
+    ) -> [[__m512i; T]; P] {
+        let (group, pitch) = (self.panels.layout.group, self.rounded.pitch());
+        // The first byte's sums, and the second's; or two halves of the only byte's, which need not wait for each other.
+        let mut of = [[[_mm512_setzero_si512(); 2]; T]; P];
+        // SAFETY: passed on to the caller.
+        unsafe {
+            for i in 0..T {
+                let offset = _mm512_set1_epi32((*tokens[i].beside.add(g)).offset);
+                for k in 0..P {
+                    of[k][i][N::BYTES - 1] = offset;
+                }
+            }
+            let mut column = g * group;
+            for step in 0..group / N::COLUMNS {
+                let mut weights = [[_mm512_setzero_si512(); 8]; P];
+                for k in 0..P {
+                    let (low, high, step) = at(k, step);
+                    weights[k] = numbers.vectors(low, high, step);
+                }
+                for v in 0..N::VECTORS {
+                    for i in 0..T {
+                        for byte in 0..N::BYTES {
+                            let four = tokens[i].bytes.add(byte * pitch + column).cast::<i32>();
+                            let four = _mm512_set1_epi32(four.read_unaligned());
+                            let half = if N::BYTES == 1 && P * T == 1 { v % 2 } else { byte };
+                            for k in 0..P {
+                                of[k][i][half] = _mm512_dpbusd_epi32(of[k][i][half], weights[k][v], four);
+                            }
+                        }
+                    }
+                    column += 4;
+                }
+            }
+        }
+        let mut sums = [[_mm512_setzero_si512(); T]; P];
+        for k in 0..P {
+            for i in 0..T {
+                let [first, second] = of[k][i];
+                sums[k][i] = match N::BYTES {
+                    1 if P * T > 1 => first,
+                    1 => _mm512_add_epi32(first, second),
+                    _ => _mm512_add_epi32(_mm512_slli_epi32::<8>(first), second),
+                };
+            }
+        }
+        sums
     }
 }
