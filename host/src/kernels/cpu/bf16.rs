@@ -18,8 +18,6 @@ const LANES: usize = 32;
 const FEW: usize = 4;
 /// Tokens that are worth a task of their own to be rounded.
 const ROUNDED: usize = 16;
-/// How many weights further on memory is asked for what comes next: rows are too short for the processor to see streams in them.
-const AHEAD: usize = 2048;
 /// Bytes of weights that stay in a core's second-level cache while tokens pass.
 const CACHED: usize = 1 << 19;
 
@@ -56,7 +54,6 @@ pub(super) fn multiply(of: &mut [(&Matrix, &mut [f32])], x: &[f32]) {
             cols,
             stride,
             tokens,
-            ahead: if tokens <= FEW { AHEAD } else { 0 },
         }
     };
     let products: Vec<Product> = of.iter_mut().map(product).collect();
@@ -101,8 +98,6 @@ struct Product {
     /// From one token to the next in `x`.
     stride: usize,
     tokens: usize,
-    /// [`AHEAD`], or 0 where weights are in cache already.
-    ahead: usize,
 }
 
 // SAFETY: read-only memory that outlives the product, and an output of which threads write disjoint rows.
@@ -116,10 +111,10 @@ impl Product {
             // SAFETY: passed on to the caller.
             unsafe {
                 r += match (self.tokens, range.end - r) {
-                    (1, 4..) => self.four(r),
-                    (2, 4..) => self.tile::<4, 2>(r, 0),
-                    (3, 4..) => self.tile::<4, 3>(r, 0),
-                    (4, 4..) => self.tile::<4, 4>(r, 0),
+                    (1, 4..) => self.four::<1>(r),
+                    (2, 4..) => self.four::<2>(r),
+                    (3, 4..) => self.four::<3>(r),
+                    (4, 4..) => self.four::<4>(r),
                     (1, _) => self.tile::<1, 1>(r, 0),
                     (2, _) => self.tile::<1, 2>(r, 0),
                     (3, _) => self.tile::<1, 3>(r, 0),
@@ -129,30 +124,37 @@ impl Product {
         }
     }
 
-    /// Four rows with one token, one row after the other: memory gives one stream half as much again as four side by side.
+    /// Four rows with `T` tokens, one row after the other: memory gives one stream half as much again as four side by side, and more yet where
+    /// nothing is fetched ahead that the processor foresees by itself.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-    unsafe fn four(self, r: usize) -> usize {
-        let mut sums = [_mm512_setzero_ps(); 4];
+    unsafe fn four<const T: usize>(self, r: usize) -> usize {
+        let mut sums = [[_mm512_setzero_ps(); 4]; T];
         let whole = self.cols / LANES * LANES;
-        // SAFETY: rows of the matrix; what lies beyond the last column is masked away.
+        // SAFETY: rows of the matrix and tokens of `x`; what lies beyond the last column is masked away.
         unsafe {
-            for (i, sum) in sums.iter_mut().enumerate() {
+            let tokens: [*const u16; T] = std::array::from_fn(|k| self.x.add(k * self.stride));
+            for i in 0..4 {
                 let row = self.weights.add((r + i) * self.cols);
                 for c in (0..whole).step_by(LANES) {
-                    let at = row.add(c);
-                    _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(self.ahead).cast());
-                    let (w, x) = (_mm512_loadu_si512(at.cast()), _mm512_loadu_si512(self.x.add(c).cast()));
-                    *sum = _mm512_dpbf16_ps(*sum, halves(w), halves(x));
+                    let w = halves(_mm512_loadu_si512(row.add(c).cast()));
+                    for k in 0..T {
+                        let x = halves(_mm512_loadu_si512(tokens[k].add(c).cast()));
+                        sums[k][i] = _mm512_dpbf16_ps(sums[k][i], w, x);
+                    }
                 }
                 if whole < self.cols {
                     let mask = u32::MAX >> (LANES - (self.cols - whole));
-                    let w = _mm512_maskz_loadu_epi16(mask, row.add(whole).cast());
-                    let x = _mm512_maskz_loadu_epi16(mask, self.x.add(whole).cast());
-                    *sum = _mm512_dpbf16_ps(*sum, halves(w), halves(x));
+                    let w = halves(_mm512_maskz_loadu_epi16(mask, row.add(whole).cast()));
+                    for k in 0..T {
+                        let x = halves(_mm512_maskz_loadu_epi16(mask, tokens[k].add(whole).cast()));
+                        sums[k][i] = _mm512_dpbf16_ps(sums[k][i], w, x);
+                    }
                 }
             }
-            _mm_storeu_ps(self.out.pointer().add(r), added_up(sums));
+            for k in 0..T {
+                _mm_storeu_ps(self.out.pointer().add(k * self.rows + r), added_up(sums[k]));
+            }
         }
         4
     }
@@ -198,11 +200,7 @@ impl Product {
             let whole = self.cols / LANES * LANES;
             let mut c = 0;
             while c < whole {
-                let weights: [__m512bh; R] = std::array::from_fn(|i| {
-                    let at = rows[i].add(c);
-                    _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(self.ahead).cast());
-                    halves(_mm512_loadu_si512(at.cast()))
-                });
+                let weights: [__m512bh; R] = std::array::from_fn(|i| halves(_mm512_loadu_si512(rows[i].add(c).cast())));
                 for k in 0..T {
                     let x = halves(_mm512_loadu_si512(tokens[k].add(c).cast()));
                     for i in 0..R {
