@@ -17,7 +17,7 @@ use crate::{
     template::{ChatOptions, Message},
 };
 use clap::Args;
-use std::{path::PathBuf, process::ExitCode};
+use std::{mem::ManuallyDrop, path::PathBuf, process::ExitCode};
 
 /// Flags of `dylm generate`.
 #[derive(Args)]
@@ -74,7 +74,8 @@ impl Generate {
     pub fn run(&self) -> Done {
         let prompt = text_or_stdin(&self.prompt)?;
         let saved = open_cache(self.prompt_cache_file.as_deref())?;
-        let mut lm = self.model.load(model_of(self.model.model.as_deref(), saved.as_ref())?)?;
+        // The process ends with the text: what it holds need not be taken apart first, which takes as long as several tokens.
+        let mut lm = ManuallyDrop::new(self.model.load(model_of(self.model.model.as_deref(), saved.as_ref())?)?);
         self.conversation.set_template(&mut lm.tokenizer)?;
         let draft = self.draft_model.as_deref().map(|spec| self.load_draft(spec)).transpose()?;
         let opening = Opening::new(&self.conversation, saved.as_ref())?;

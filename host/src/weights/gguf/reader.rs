@@ -2,6 +2,7 @@
 //! is left of the file before it is used. Arrays of numbers stay where they are in the file and are decoded when asked for.
 
 use crate::weights::bytes::Bytes;
+use std::ops::Range;
 
 // Far above any vocabulary (2^18) or merge table (2^19) in use.
 const ARRAY_CAP: u64 = 1 << 22;
@@ -161,13 +162,15 @@ impl Value {
 /// Reads a mapped file from its start. Errors are the second half of a sentence.
 pub(super) struct Reader<'a> {
     file: &'a Bytes,
+    /// The same, found once: a vocabulary is a hundred thousand strings.
+    bytes: &'a [u8],
     at: usize,
     strings: usize,
 }
 
 impl<'a> Reader<'a> {
     pub(super) fn new(file: &'a Bytes) -> Self {
-        Self { file, at: 0, strings: 0 }
+        Self { file, bytes: file, at: 0, strings: 0 }
     }
 
     /// How far the header was read.
@@ -177,26 +180,30 @@ impl<'a> Reader<'a> {
 
     /// Bytes that follow.
     pub(super) fn left(&self) -> u64 {
-        (self.file.len() - self.at) as u64
+        (self.bytes.len() - self.at) as u64
     }
 
-    fn take(&mut self, len: u64) -> Result<Bytes, String> {
+    fn take(&mut self, len: u64) -> Result<Range<usize>, String> {
         if len > self.left() {
-            return Err(format!("cut short within its header ({} bytes): download it again", self.file.len()));
+            return Err(format!("cut short within its header ({} bytes): download it again", self.bytes.len()));
         }
-        let end = self.at + len as usize;
-        let bytes = self.file.slice(self.at..end).ok_or("cut short: download it again")?;
-        self.at = end;
-        Ok(bytes)
+        let start = self.at;
+        self.at += len as usize;
+        Ok(start..self.at)
+    }
+
+    fn read(&mut self, len: u64) -> Result<&'a [u8], String> {
+        let range = self.take(len)?;
+        self.bytes.get(range).ok_or_else(|| "cut short: download it again".to_owned())
     }
 
     pub(super) fn u32(&mut self) -> Result<u32, String> {
-        let bytes = self.take(4)?;
+        let bytes = self.read(4)?;
         Ok(bytes.first_chunk().map_or(0, |b| u32::from_le_bytes(*b)))
     }
 
     pub(super) fn u64(&mut self) -> Result<u64, String> {
-        let bytes = self.take(8)?;
+        let bytes = self.read(8)?;
         Ok(bytes.first_chunk().map_or(0, |b| u64::from_le_bytes(*b)))
     }
 
@@ -205,7 +212,7 @@ impl<'a> Reader<'a> {
         if len > cap {
             return Err(format!("a string of {len} bytes in its header: the file is damaged"));
         }
-        Ok(String::from_utf8_lossy(&self.take(len)?).into_owned())
+        Ok(String::from_utf8_lossy(self.read(len)?).into_owned())
     }
 
     /// A key or a tensor's name.
@@ -224,12 +231,14 @@ impl<'a> Reader<'a> {
                 code => {
                     let kind = Scalar::from_code(code).ok_or_else(|| format!("unknown value type {code}"))?;
                     let count = self.count(kind.size() as u64)?;
-                    Ok(Value::Numbers(Numbers { kind, bytes: self.take(count * kind.size() as u64)? }))
+                    let range = self.take(count * kind.size() as u64)?;
+                    let bytes = self.file.slice(range).ok_or("cut short: download it again")?;
+                    Ok(Value::Numbers(Numbers { kind, bytes }))
                 }
             },
             code => {
                 let kind = Scalar::from_code(code).ok_or_else(|| format!("unknown value type {code}"))?;
-                Ok(kind.decode(&self.take(kind.size() as u64)?))
+                Ok(kind.decode(self.read(kind.size() as u64)?))
             }
         }
     }

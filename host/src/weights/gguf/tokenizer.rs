@@ -1,4 +1,5 @@
-//! GGUF's vocabulary -> the tokenizer.json that the model was converted from, built in memory and handed to `tokenizers`.
+//! GGUF's vocabulary -> the tokenizer that the model was converted from. What is short is written as the tokenizer.json would have it and
+//! read by `tokenizers`; vocabulary and merges, which are not, are handed over as they are.
 //! Two kinds exist: `gpt2`, byte-level BPE with its merges, and `llama`, SentencePiece, whose file has scores instead of merges;
 //! those are turned into merges by the rule that transformers uses, best score first.
 
@@ -6,7 +7,10 @@ use super::{Gguf, Value, pre_tokenizer};
 use crate::error::{Error, Result};
 use serde_json::{Map, Value as Json, json};
 use std::{cmp::Reverse, collections::HashMap, str::FromStr};
-use tokenizers::Tokenizer;
+use tokenizers::{
+    AddedToken, Tokenizer,
+    models::bpe::{BPE, BpeBuilder, Merges, Vocab},
+};
 
 // tokenizer.ggml.token_type
 const NORMAL: u64 = 1;
@@ -16,7 +20,7 @@ const USER_DEFINED: u64 = 4;
 
 pub(super) fn tokenizer(gguf: &Gguf) -> Result<(Tokenizer, Json)> {
     let vocabulary = Vocabulary::of(gguf)?;
-    let (mut json, add_bos) = match gguf.metadata.get("tokenizer.ggml.model").and_then(Value::as_str) {
+    let (model, mut json, add_bos) = match gguf.metadata.get("tokenizer.ggml.model").and_then(Value::as_str) {
         Some("gpt2") => byte_level_bpe(gguf, &vocabulary)?,
         Some("llama") => sentencepiece_bpe(gguf, &vocabulary)?,
         other => {
@@ -25,9 +29,17 @@ pub(super) fn tokenizer(gguf: &Gguf) -> Result<(Tokenizer, Json)> {
         }
     };
     let config = tokenizer_config(gguf, &vocabulary, add_bos);
-    json["added_tokens"] = vocabulary.added_tokens();
+    json["version"] = "1.0".into();
+    json["model"] = json!({"type": "BPE", "vocab": {}, "merges": []});
     json["post_processor"] = post_processor(gguf, &vocabulary, &config);
-    let tokenizer = Tokenizer::from_str(&json.to_string())
+    let whole = || -> tokenizers::Result<Tokenizer> {
+        let mut tokenizer = Tokenizer::from_str(&json.to_string())?;
+        tokenizer.with_model(model.build()?);
+        tokenizer.add_tokens(vocabulary.added_tokens())?;
+        Ok(tokenizer)
+    };
+    let whole = whole();
+    let tokenizer = whole
         .map_err(|e| wrong(gguf, format!("its tokenizer cannot be built ({e}): take the model's tokenizer.json")))?;
     Ok((tokenizer, config))
 }
@@ -84,28 +96,25 @@ impl<'a> Vocabulary<'a> {
     }
 
     // Token -> id; of tokens that come twice the first is meant.
-    fn ids(&self) -> Map<String, Json> {
-        let mut ids = Map::new();
-        for (id, token) in self.tokens.iter().enumerate() {
-            ids.entry(token).or_insert_with(|| id.into());
+    fn ids(&self) -> Vocab {
+        let mut ids = Vocab::with_capacity(self.tokens.len());
+        for (id, token) in (0..).zip(self.tokens) {
+            ids.entry(token.clone()).or_insert(id);
         }
         ids
     }
 
-    fn added_tokens(&self) -> Json {
+    fn added_tokens(&self) -> Vec<AddedToken> {
         let added = self.tokens.iter().enumerate().filter_map(|(id, token)| {
             let kind = self.kind(id);
             let added = matches!(kind, UNKNOWN | CONTROL | USER_DEFINED) && !token.is_empty();
-            added.then(|| {
-                json!({"id": id, "content": token, "single_word": false, "lstrip": false, "rstrip": false,
-                       "normalized": false, "special": kind != USER_DEFINED})
-            })
+            added.then(|| AddedToken::from(token.clone(), kind != USER_DEFINED).normalized(false))
         });
         added.collect()
     }
 }
 
-fn byte_level_bpe(gguf: &Gguf, vocabulary: &Vocabulary) -> Result<(Json, bool)> {
+fn byte_level_bpe(gguf: &Gguf, vocabulary: &Vocabulary) -> Result<(BpeBuilder, Json, bool)> {
     let name = match gguf.metadata.get("tokenizer.ggml.pre").and_then(Value::as_str) {
         Some(name) => name,
         // Files from before 2024-05 do not say.
@@ -128,21 +137,19 @@ fn byte_level_bpe(gguf: &Gguf, vocabulary: &Vocabulary) -> Result<(Json, bool)> 
     for merge in merges {
         // The first character is never the separator, even where it is a space.
         let cut = merge.char_indices().skip(1).find(|(_, c)| *c == ' ').map(|(at, _)| at);
-        let pair = cut.map(|at| json!([&merge[..at], &merge[at + 1..]]));
+        let pair = cut.map(|at| (merge[..at].to_owned(), merge[at + 1..].to_owned()));
         pairs.push(pair.ok_or_else(|| wrong(gguf, format!("tokenizer.ggml.merges: {merge:?} is not a pair")))?);
     }
     let json = json!({
-        "version": "1.0",
         "normalizer": rules.normalizer,
         "pre_tokenizer": rules.pre_tokenizer,
         "decoder": {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true},
-        "model": {"type": "BPE", "fuse_unk": false, "byte_fallback": false, "ignore_merges": rules.ignore_merges,
-                  "vocab": vocabulary.ids(), "merges": pairs},
     });
-    Ok((json, rules.add_bos))
+    let model = BPE::builder().vocab_and_merges(vocabulary.ids(), pairs).ignore_merges(rules.ignore_merges);
+    Ok((model, json, rules.add_bos))
 }
 
-fn sentencepiece_bpe(gguf: &Gguf, vocabulary: &Vocabulary) -> Result<(Json, bool)> {
+fn sentencepiece_bpe(gguf: &Gguf, vocabulary: &Vocabulary) -> Result<(BpeBuilder, Json, bool)> {
     let scores = gguf.metadata.get("tokenizer.ggml.scores").and_then(Value::as_numbers);
     let scores: Vec<f64> =
         scores.map(|list| list.iter().map(|x| x.as_f64().unwrap_or(0.0)).collect()).unwrap_or_default();
@@ -167,18 +174,18 @@ fn sentencepiece_bpe(gguf: &Gguf, vocabulary: &Vocabulary) -> Result<(Json, bool
         decoders.push(json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}));
     }
     let json = json!({
-        "version": "1.0",
         "normalizer": {"type": "Sequence", "normalizers": normalizers},
         "pre_tokenizer": null,
         "decoder": {"type": "Sequence", "decoders": decoders},
-        "model": {"type": "BPE", "unk_token": unknown, "fuse_unk": true, "byte_fallback": true, "ignore_merges": false,
-                  "vocab": vocabulary.ids(), "merges": merges_from_scores(vocabulary, &scores)},
     });
-    Ok((json, true))
+    let merges = merges_from_scores(vocabulary, &scores);
+    let model = BPE::builder().vocab_and_merges(vocabulary.ids(), merges).fuse_unk(true).byte_fallback(true);
+    let model = if let Some(unknown) = unknown { model.unk_token(unknown.to_owned()) } else { model };
+    Ok((model, json, true))
 }
 
 // Every way to make a token of two others is a merge as good as the token's score.
-fn merges_from_scores(vocabulary: &Vocabulary, scores: &[f64]) -> Vec<Json> {
+fn merges_from_scores(vocabulary: &Vocabulary, scores: &[f64]) -> Merges {
     let plain = |id: &usize| matches!(vocabulary.kind(*id), NORMAL | USER_DEFINED);
     let pieces = || vocabulary.tokens.iter().enumerate().filter(|(id, _)| plain(id));
     let ids: HashMap<&str, usize> = pieces().map(|(id, token)| (token.as_str(), id)).collect();
@@ -197,7 +204,8 @@ fn merges_from_scores(vocabulary: &Vocabulary, scores: &[f64]) -> Vec<Json> {
     let lengths: Vec<Reverse<usize>> = vocabulary.tokens.iter().map(|token| Reverse(token.chars().count())).collect();
     let by_length = |(left, right): (usize, usize)| (lengths[left], lengths[right]);
     merges.sort_by(|a, b| b.0.total_cmp(&a.0).then_with(|| by_length(a.1).cmp(&by_length(b.1))));
-    merges.into_iter().map(|(_, (left, right))| json!([vocabulary.tokens[left], vocabulary.tokens[right]])).collect()
+    let text = |id: usize| vocabulary.tokens[id].clone();
+    merges.into_iter().map(|(_, (left, right))| (text(left), text(right))).collect()
 }
 
 // The keys of tokenizer_config.json that generation reads.

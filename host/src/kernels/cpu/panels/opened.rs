@@ -25,9 +25,9 @@ impl Strips {
             _ if layout.order == Order::InTurns && !layout.is_signed() => {
                 return [data, &[], scales, if layout.biased { biases } else { &[] }, &[], &[]];
             }
-            Format::Q4_0 => self.blocks::<18>(data, |to, block| to.plain(layout, block, [0, 2])),
-            Format::Q8_0 => self.blocks::<34>(data, |to, block| to.plain(layout, block, [0, 2])),
-            Format::Q4_1 => self.blocks::<20>(data, |to, block| to.plain(layout, block, [2, 4])),
+            Format::Q4_0 => self.plain::<18, 16>(layout, data),
+            Format::Q8_0 => self.plain::<34, 32>(layout, data),
+            Format::Q4_1 => self.plain::<20, 16>(layout, data),
             Format::Q5_0 => self.blocks::<22>(data, |to, block| to.fives(layout, block, [0, 2])),
             Format::Q5_1 => self.blocks::<24>(data, |to, block| to.fives(layout, block, [2, 4])),
             Format::Q2K => self.blocks(data, Self::q2_k),
@@ -43,17 +43,20 @@ impl Strips {
         data.as_chunks().0.iter().for_each(|block| each(self, block));
     }
 
-    /// A scale, a bias that ends where the numbers before it do, and numbers as they are.
-    fn plain(&mut self, layout: &Layout, block: &[u8], [bias, numbers]: [usize; 2]) {
+    /// Blocks of a scale, a bias if there is room for one, and numbers as they are.
+    fn plain<const SIZE: usize, const NUMBERS: usize>(&mut self, layout: &Layout, data: &[u8]) {
         let [low, _, scales, biases, ..] = &mut self.0;
-        low.extend(&block[numbers..]);
-        if layout.is_signed() {
-            let from = low.len() - (block.len() - numbers);
-            low[from..].iter_mut().for_each(|byte| *byte ^= 0x80);
-        }
-        scales.extend(&block[..2]);
-        if layout.biased {
-            biases.extend(&block[bias..numbers]);
+        let (blocks, _) = data.as_chunks::<SIZE>();
+        low.resize(blocks.len() * NUMBERS, 0);
+        let sign = if layout.is_signed() { 0x80 } else { 0 };
+        for (to, block) in low.as_chunks_mut::<NUMBERS>().0.iter_mut().zip(blocks) {
+            for (to, byte) in to.iter_mut().zip(&block[SIZE - NUMBERS..]) {
+                *to = byte ^ sign;
+            }
+            scales.extend([block[0], block[1]]);
+            if layout.biased {
+                biases.extend([block[2], block[3]]);
+            }
         }
     }
 
