@@ -16,27 +16,23 @@ use crate::{
 };
 use rayon::prelude::*;
 
-/// Piece i of each row's strip, from byte `from` on, to that row's lane of piece i of a panel's: a transposition, four pieces of four rows at a
-/// time where there are so many.
+/// Piece i of each row's strip, from byte `from` on, to that row's lane of piece i of a panel's.
 fn scatter<const SIZE: usize>(rows: &[[&[u8]; STRIPS]], kind: usize, from: usize, to: &mut [u8]) {
     let (to, _) = to.as_chunks_mut::<SIZE>();
     let pieces = to.len() / LANES;
-    let strip = |lane: usize| rows[lane][kind][from..].as_chunks::<SIZE>().0;
-    for first in (0..rows.len()).step_by(4) {
-        if let (0, true) = (pieces % 4, first + 4 <= rows.len()) {
-            let [a, b, c, d] = [0, 1, 2, 3].map(|i| strip(first + i)[..pieces].as_chunks::<4>().0);
-            for (i, lanes) in to.chunks_exact_mut(4 * LANES).enumerate() {
-                for piece in 0..4 {
-                    let four = [a[i][piece], b[i][piece], c[i][piece], d[i][piece]];
-                    lanes[piece * LANES + first..][..4].copy_from_slice(&four);
-                }
+    if let Ok(rows) = <&[[&[u8]; STRIPS]; LANES]>::try_from(rows) {
+        let rows = rows.each_ref().map(|row| &row[kind][from..].as_chunks::<SIZE>().0[..pieces]);
+        for (i, lanes) in to.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
+            for lane in 0..LANES {
+                lanes[lane] = rows[lane][i];
             }
-            continue;
         }
-        for lane in first..rows.len().min(first + 4) {
-            for (piece, lanes) in strip(lane).iter().zip(to.chunks_exact_mut(LANES)) {
-                lanes[lane] = *piece;
-            }
+        return;
+    }
+    for (lane, row) in rows.iter().enumerate() {
+        let (pieces, _) = row[kind][from..].as_chunks::<SIZE>();
+        for (piece, lanes) in pieces.iter().zip(to.chunks_exact_mut(LANES)) {
+            lanes[lane] = *piece;
         }
     }
 }
