@@ -2,7 +2,7 @@
 //! without the instructions there are no panels, and the tests of these have nothing to hold.
 
 use super::{Random, back, formats, random};
-use dylm::kernels::cpu::{Float, Format, Panels};
+use dylm::kernels::cpu::{Float, Format, Isa, Panels};
 
 /// Columns whose activations share a step, and the largest error of one relative to the largest of them.
 fn rounding(format: Format) -> (usize, f64) {
@@ -78,6 +78,30 @@ fn products_in_panels_are_off_by_the_rounding_of_activations_alone() {
                         "{format:?} [{rows}, {cols}], token {t} of {tokens}: off by {error}, within {bound}"
                     );
                 }
+            }
+        }
+    }
+}
+
+#[test]
+fn products_in_panels_have_the_same_bits_with_every_instruction_set() {
+    let mut r = Random(73);
+    for format in panels() {
+        for (rows, blocks, tokens) in
+            [(16, 1, 1), (37, 3, 2), (70, 5, 3), (129, 7, 4), (33, 4, 5), (16, 6, 13), (50, 2, 23)]
+        {
+            let m = random(format, rows, format.block().0 * blocks, &mut r);
+            let (p, x) = (Panels::new(&m).unwrap(), r.floats(tokens * m.cols()));
+            let x: Vec<f32> = x.into_iter().map(|x| x * x * x).collect();
+            let on = |isa| {
+                let mut out = vec![f32::NAN; tokens * rows];
+                p.matmul_on(isa, &x, &mut out);
+                out
+            };
+            let plain = on(Isa::Portable);
+            for isa in Isa::available() {
+                let same = on(isa).iter().zip(&plain).all(|(a, b)| a.to_bits() == b.to_bits());
+                assert!(same, "{format:?} [{rows}, {}] x {tokens} tokens, {isa:?}", m.cols());
             }
         }
     }

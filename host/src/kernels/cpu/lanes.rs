@@ -16,14 +16,20 @@ pub enum Isa {
     Vnni,
     /// 16 lanes: AVX-512 F, BW, DQ, VL.
     Avx512,
+    /// AVX2 with AVX-VNNI: packed whole numbers are multiplied as they are, eight lanes of them.
+    AvxVnni,
     /// 8 lanes: AVX2, FMA, F16C.
     Avx2,
-    /// 8 lanes of plain Rust, which the compiler turns into NEON on ARM and SSE2 on old x86.
+    /// NEON with the dot product (ARMv8.2): packed whole numbers are multiplied as they are.
+    Dot,
+    /// NEON, as every 64-bit ARM has it.
+    Neon,
+    /// 8 lanes of plain Rust, which the compiler turns into SSE2 on old x86.
     Portable,
 }
 
 impl Isa {
-    /// The best one of this machine. `DYLM_ISA=avx512|avx2|portable` lowers it, for comparisons.
+    /// The best one of this machine. `DYLM_ISA=avx512|avxvnni|avx2|neon|portable` lowers it, for comparisons.
     pub fn best() -> Isa {
         static BEST: OnceLock<Isa> = OnceLock::new();
         *BEST.get_or_init(|| {
@@ -54,9 +60,19 @@ impl Isa {
             if avx2 && avx512 {
                 all.push(Isa::Avx512);
             }
+            if avx2 && is_x86_feature_detected!("avxvnni") {
+                all.push(Isa::AvxVnni);
+            }
             if avx2 {
                 all.push(Isa::Avx2);
             }
+        }
+        #[cfg(target_arch = "aarch64")]
+        {
+            if std::arch::is_aarch64_feature_detected!("dotprod") {
+                all.push(Isa::Dot);
+            }
+            all.push(Isa::Neon);
         }
         all.push(Isa::Portable);
         all
@@ -190,7 +206,7 @@ pub unsafe fn dispatch<J: Job>(isa: Isa, job: J) -> J::Out {
             #[cfg(target_arch = "x86_64")]
             Isa::Vnni | Isa::Avx512 => x86::run_avx512(job),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => x86::run_avx2(job),
+            Isa::AvxVnni | Isa::Avx2 => x86::run_avx2(job),
             _ => job.run::<Portable>(),
         }
     }

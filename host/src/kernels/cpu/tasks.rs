@@ -21,8 +21,6 @@ pub(super) fn in_tasks<S: Default>(
 }
 
 /// The same for rows that come from memory and are read once: threads read neighbours, in tasks that are short enough to be helped with.
-// Products elsewhere have no streams yet.
-#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
 pub(super) fn in_streams<S: Default>(
     rows: usize,
     products: usize,
@@ -34,7 +32,6 @@ pub(super) fn in_streams<S: Default>(
 }
 
 /// Gives `f` the part of `range` that falls on each of several lists, which lie one behind the other: which list, and which of its rows.
-#[cfg(target_arch = "x86_64")]
 pub(super) fn by_list(
     range: Range<usize>,
     lengths: impl Iterator<Item = usize>,
@@ -64,7 +61,7 @@ impl Output {
     }
 }
 
-#[cfg(all(test, target_arch = "x86_64"))]
+#[cfg(test)]
 mod tests {
     use super::*;
 

@@ -1,9 +1,9 @@
 //! Several products of the same activations, as one where the weights are of one kind: activations are rounded once, and threads share the
 //! rows of all, so that they meet once. The bits are those of single products.
 
-use super::{Matrix, Panels, team::each_chunk};
 #[cfg(target_arch = "x86_64")]
-use super::{bf16, panels};
+use super::bf16;
+use super::{Matrix, Panels, panels, team::each_chunk};
 
 /// A matrix of weights.
 #[derive(Clone, Copy)]
@@ -22,7 +22,6 @@ pub fn multiply_all(of: Vec<(Factor<'_>, &mut [f32])>, x: &[f32]) {
     let mut rest = of.into_iter().peekable();
     while let Some((first, out)) = rest.next() {
         match first {
-            #[cfg(target_arch = "x86_64")]
             Factor::Panels(first) => {
                 let mut alike = vec![(checked(first, first.rows(), first.cols(), x, out), out)];
                 while let Some((Factor::Panels(next), out)) =
@@ -44,8 +43,6 @@ pub fn multiply_all(of: Vec<(Factor<'_>, &mut [f32])>, x: &[f32]) {
                 bf16::multiply(&mut alike, x);
             }
             Factor::Rows(m) => m.matmul(x, out),
-            #[cfg(not(target_arch = "x86_64"))]
-            Factor::Panels(m) => m.matmul(x, out),
         }
     }
 }
@@ -63,7 +60,6 @@ pub fn multiply_each(of: &[Matrix], x: &[f32], out: &mut [f32]) {
 }
 
 /// `of`, once lengths are known to fit.
-#[cfg(target_arch = "x86_64")]
 fn checked<'m, M: std::fmt::Debug>(of: &'m M, rows: usize, cols: usize, x: &[f32], out: &[f32]) -> &'m M {
     let tokens = x.len() / cols.max(1);
     assert!(

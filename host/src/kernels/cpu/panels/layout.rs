@@ -56,8 +56,6 @@ pub(super) const STEPS: usize = 4;
 pub(super) const BIAS_STEPS: usize = 5;
 
 /// A format as panels see it.
-// Other processors have no panels, and need not know what is in them.
-#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Layout {
     pub(super) format: Format,
@@ -148,7 +146,6 @@ impl Layout {
     }
 
     /// Signed bytes for each number of an activation: weights of more than four bits are worth a second one.
-    #[cfg(target_arch = "x86_64")]
     pub(super) fn planes(&self) -> usize {
         if self.bits > 4 { 2 } else { 1 }
     }
@@ -162,7 +159,6 @@ impl Layout {
 /// Sixteen rows: blocks of some columns, each with all its strips one after the other. So a panel is one stream of memory, which a processor
 /// foresees by itself: numbers and scales in strips of the whole panel are read at two thirds of the speed.
 #[derive(Clone, Copy, Debug)]
-#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
 pub(super) struct Blocks {
     pub(super) count: usize,
     /// Columns that share a scale, so many times.

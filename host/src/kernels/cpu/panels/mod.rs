@@ -1,28 +1,23 @@
 //! Packed whole numbers as the processor wants them: sixteen rows side by side, so that a vector holds four columns of each and one
-//! instruction (VNNI's `vpdpbusd`) adds four products to the sum of each row. Activations are rounded to whole steps of the largest in
+//! instruction (VNNI's `vpdpbusd`, NEON's `sdot`) adds four products to the sum of each row. Activations are rounded to whole steps of the largest in
 //! their group; sums within a group are exact, and scales meet them once a group.
 //!
 //! The error is that of the rounding: of each activation up to 1/254 of its group's largest where weights have at most four bits (their own
 //! error is ten times that), 1/65000 where they have more. A token's bits are the same alone, in a batch and on any number of threads.
 
 mod layout;
-#[cfg(target_arch = "x86_64")]
 mod numbers;
 mod opened;
 mod packing;
-#[cfg_attr(not(target_arch = "x86_64"), path = "elsewhere.rs")]
 mod product;
-#[cfg(target_arch = "x86_64")]
 mod rounded;
-#[cfg(target_arch = "x86_64")]
 mod scales;
-#[cfg(target_arch = "x86_64")]
+mod sixteen;
 mod tile;
 
 use super::{format::Format, matrix::Matrix};
 use crate::weights::bytes::Bytes;
 use layout::{Blocks, Layout};
-#[cfg(target_arch = "x86_64")]
 pub(super) use product::multiply;
 
 /// Rows that lie side by side: the 32-bit lanes of a vector.

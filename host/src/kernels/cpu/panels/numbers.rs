@@ -1,12 +1,15 @@
 //! Sixteen rows' numbers out of a step of their strips, as unsigned bytes: four columns a vector. Planes of bits are joined by shifts that are
 //! the same for all bytes, so bits that cross into a neighbour are masked away.
 
-use std::arch::x86_64::*;
+use super::sixteen::Sixteen;
+
+/// Times a byte: that byte four times.
+const EACH: i32 = 0x0101_0101;
 
 /// Takes numbers out of their strips, some columns of sixteen rows at a step.
 ///
 /// # Safety
-/// Asks for AVX-512 F, BW, and for strips that have the step.
+/// Asks for what [`Sixteen`] asks for, and for strips that have the step.
 pub(super) trait Numbers: Copy + Sync {
     /// Columns of a step, at most 32.
     const COLUMNS: usize;
@@ -16,27 +19,58 @@ pub(super) trait Numbers: Copy + Sync {
     const BYTES: usize;
     /// Bytes of a step in the strip of low bits.
     const LOW: usize;
+    /// Whether they are bytes as they lie there, so that nothing is gained by taking them out beforehand.
+    const WHOLE: bool = false;
     /// Where a step begins in the strip of high bits.
     #[inline(always)]
     fn high(_step: usize) -> usize {
         0
     }
     /// Of the returned vectors the first `VECTORS` count. `low` and `high` are where the step begins.
-    unsafe fn vectors(self, low: *const u8, high: *const u8, step: usize) -> [__m512i; 8];
+    unsafe fn vectors<S: Sixteen>(self, low: *const u8, high: *const u8, step: usize) -> [S::I; 8];
 }
 
-/// As they are: whole bytes.
+/// Eight bits each.
 #[derive(Clone, Copy)]
-pub(super) struct Bytes<const BYTES: usize>;
+pub(super) struct Eight;
 
-impl<const BYTES: usize> Numbers for Bytes<BYTES> {
-    const COLUMNS: usize = 4;
-    const BYTES: usize = BYTES;
-    const LOW: usize = 64;
+impl Numbers for Eight {
+    const COLUMNS: usize = 16;
+    const BYTES: usize = 2;
+    const LOW: usize = 256;
+    const WHOLE: bool = true;
     #[inline(always)]
-    unsafe fn vectors(self, low: *const u8, _: *const u8, _: usize) -> [__m512i; 8] {
+    unsafe fn vectors<S: Sixteen>(self, low: *const u8, _: *const u8, _: usize) -> [S::I; 8] {
         // SAFETY: the caller vouches, here and below.
-        unsafe { [_mm512_loadu_si512(low.cast()); 8] }
+        unsafe {
+            let [a, b, c, d] = four::<S>(low);
+            let d = S::eight(d);
+            [S::eight(a), S::eight(b), S::eight(c), d, d, d, d, d]
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn four<S: Sixteen>(low: *const u8) -> [S::I; 4] {
+    // SAFETY: as above.
+    unsafe { [S::load(low), S::load(low.add(64)), S::load(low.add(128)), S::load(low.add(192))] }
+}
+
+/// Numbers that have been taken out before.
+#[derive(Clone, Copy)]
+pub(super) struct Taken<const BYTES: usize>;
+
+impl<const BYTES: usize> Numbers for Taken<BYTES> {
+    const COLUMNS: usize = 16;
+    const BYTES: usize = BYTES;
+    const LOW: usize = 256;
+    #[inline(always)]
+    unsafe fn vectors<S: Sixteen>(self, low: *const u8, _: *const u8, _: usize) -> [S::I; 8] {
+        // SAFETY: as above.
+        unsafe {
+            let [a, b, c, d] = four::<S>(low);
+            [a, b, c, d, d, d, d, d]
+        }
     }
 }
 
@@ -46,13 +80,16 @@ pub(super) struct Quarters;
 
 /// The four pairs of bits of each byte.
 #[inline(always)]
-unsafe fn quarters(low: *const u8) -> [__m512i; 4] {
+unsafe fn quarters<S: Sixteen>(low: *const u8) -> [S::I; 4] {
     // SAFETY: as above.
     unsafe {
-        let (piece, mask) = (_mm512_loadu_si512(low.cast()), _mm512_set1_epi8(3));
-        let shifted =
-            [piece, _mm512_srli_epi16::<2>(piece), _mm512_srli_epi16::<4>(piece), _mm512_srli_epi16::<6>(piece)];
-        [0, 1, 2, 3].map(|i| _mm512_and_si512(shifted[i], mask))
+        let (piece, mask) = (S::load(low), S::splat(EACH * 3));
+        [
+            S::and(piece, mask),
+            S::and(S::shr16::<2>(piece), mask),
+            S::and(S::shr16::<4>(piece), mask),
+            S::and(S::shr16::<6>(piece), mask),
+        ]
     }
 }
 
@@ -61,10 +98,10 @@ impl Numbers for Quarters {
     const BYTES: usize = 1;
     const LOW: usize = 64;
     #[inline(always)]
-    unsafe fn vectors(self, low: *const u8, _: *const u8, _: usize) -> [__m512i; 8] {
+    unsafe fn vectors<S: Sixteen>(self, low: *const u8, _: *const u8, _: usize) -> [S::I; 8] {
         // SAFETY: as above.
         unsafe {
-            let [a, b, c, d] = quarters(low);
+            let [a, b, c, d] = quarters::<S>(low);
             [a, b, c, d, d, d, d, d]
         }
     }
@@ -83,28 +120,21 @@ impl Numbers for Three {
         step / 2 * 64
     }
     #[inline(always)]
-    unsafe fn vectors(self, low: *const u8, high: *const u8, step: usize) -> [__m512i; 8] {
+    unsafe fn vectors<S: Sixteen>(self, low: *const u8, high: *const u8, step: usize) -> [S::I; 8] {
         // SAFETY: as above.
         unsafe {
-            let [a, b, c, d] = quarters(low);
+            let [a, b, c, d] = quarters::<S>(low);
             // The lower or the upper four bits of each byte.
-            let high = _mm512_loadu_si512(high.cast());
-            let thirds = _mm512_srl_epi16(high, _mm_cvtsi32_si128((step % 2 * 4) as i32));
-            let third = _mm512_set1_epi8(4);
-            let a = or_masked(a, _mm512_slli_epi16::<2>(thirds), third);
-            let b = or_masked(b, _mm512_slli_epi16::<1>(thirds), third);
-            let c = or_masked(c, thirds, third);
-            let d = or_masked(d, _mm512_srli_epi16::<1>(thirds), third);
+            let high = S::load(high);
+            let thirds = S::shr16_by(high, (step % 2 * 4) as i32);
+            let third = S::splat(EACH * 4);
+            let a = S::or_masked(a, S::shl16::<2>(thirds), third);
+            let b = S::or_masked(b, S::shl16::<1>(thirds), third);
+            let c = S::or_masked(c, thirds, third);
+            let d = S::or_masked(d, S::shr16::<1>(thirds), third);
             [a, b, c, d, d, d, d, d]
         }
     }
-}
-
-/// a | b & mask
-#[inline(always)]
-unsafe fn or_masked(a: __m512i, b: __m512i, mask: __m512i) -> __m512i {
-    // SAFETY: as above.
-    unsafe { _mm512_ternarylogic_epi32::<0b1111_1000>(a, b, mask) }
 }
 
 /// Four bits each.
@@ -113,11 +143,11 @@ pub(super) struct Nibbles;
 
 /// The two halves of each byte.
 #[inline(always)]
-unsafe fn nibbles(low: *const u8) -> [__m512i; 2] {
+unsafe fn nibbles<S: Sixteen>(low: *const u8) -> [S::I; 2] {
     // SAFETY: as above.
     unsafe {
-        let (piece, mask) = (_mm512_loadu_si512(low.cast()), _mm512_set1_epi8(15));
-        [_mm512_and_si512(piece, mask), _mm512_and_si512(_mm512_srli_epi16::<4>(piece), mask)]
+        let (piece, mask) = (S::load(low), S::splat(EACH * 15));
+        [S::and(piece, mask), S::and(S::shr16::<4>(piece), mask)]
     }
 }
 
@@ -126,10 +156,10 @@ impl Numbers for Nibbles {
     const BYTES: usize = 1;
     const LOW: usize = 64;
     #[inline(always)]
-    unsafe fn vectors(self, low: *const u8, _: *const u8, _: usize) -> [__m512i; 8] {
+    unsafe fn vectors<S: Sixteen>(self, low: *const u8, _: *const u8, _: usize) -> [S::I; 8] {
         // SAFETY: as above.
         unsafe {
-            let [a, b] = nibbles(low);
+            let [a, b] = nibbles::<S>(low);
             [a, b, b, b, b, b, b, b]
         }
     }
@@ -144,12 +174,12 @@ impl Numbers for E2m1 {
     const BYTES: usize = 1;
     const LOW: usize = 64;
     #[inline(always)]
-    unsafe fn vectors(self, low: *const u8, _: *const u8, _: usize) -> [__m512i; 8] {
+    unsafe fn vectors<S: Sixteen>(self, low: *const u8, _: *const u8, _: usize) -> [S::I; 8] {
         // SAFETY: as above.
         unsafe {
-            let values = _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0);
-            let values = _mm512_broadcast_i32x4(values);
-            let [a, b] = nibbles(low).map(|halves| _mm512_shuffle_epi8(values, halves));
+            let values = S::quarters(&[12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0]);
+            let [a, b] = nibbles::<S>(low);
+            let (a, b) = (S::shuffle(values, a), S::shuffle(values, b));
             [a, b, b, b, b, b, b, b]
         }
     }
@@ -168,22 +198,22 @@ impl Numbers for Five {
         step * 64
     }
     #[inline(always)]
-    unsafe fn vectors(self, low: *const u8, high: *const u8, _: usize) -> [__m512i; 8] {
+    unsafe fn vectors<S: Sixteen>(self, low: *const u8, high: *const u8, _: usize) -> [S::I; 8] {
         // SAFETY: as above.
         unsafe {
-            let h = _mm512_loadu_si512(high.cast());
-            let fifth = _mm512_set1_epi8(16);
-            let ([a, b], [c, d]) = (nibbles(low), nibbles(low.add(64)));
-            let ([e, f], [g, i]) = (nibbles(low.add(128)), nibbles(low.add(192)));
+            let h = S::load(high);
+            let fifth = S::splat(EACH * 16);
+            let ([a, b], [c, d]) = (nibbles::<S>(low), nibbles::<S>(low.add(64)));
+            let ([e, f], [g, i]) = (nibbles::<S>(low.add(128)), nibbles::<S>(low.add(192)));
             [
-                or_masked(a, _mm512_slli_epi16::<4>(h), fifth),
-                or_masked(b, _mm512_slli_epi16::<3>(h), fifth),
-                or_masked(c, _mm512_slli_epi16::<2>(h), fifth),
-                or_masked(d, _mm512_slli_epi16::<1>(h), fifth),
-                or_masked(e, h, fifth),
-                or_masked(f, _mm512_srli_epi16::<1>(h), fifth),
-                or_masked(g, _mm512_srli_epi16::<2>(h), fifth),
-                or_masked(i, _mm512_srli_epi16::<3>(h), fifth),
+                S::or_masked(a, S::shl16::<4>(h), fifth),
+                S::or_masked(b, S::shl16::<3>(h), fifth),
+                S::or_masked(c, S::shl16::<2>(h), fifth),
+                S::or_masked(d, S::shl16::<1>(h), fifth),
+                S::or_masked(e, h, fifth),
+                S::or_masked(f, S::shr16::<1>(h), fifth),
+                S::or_masked(g, S::shr16::<2>(h), fifth),
+                S::or_masked(i, S::shr16::<3>(h), fifth),
             ]
         }
     }
@@ -202,16 +232,16 @@ impl Numbers for Six {
         step * 64
     }
     #[inline(always)]
-    unsafe fn vectors(self, low: *const u8, high: *const u8, _: usize) -> [__m512i; 8] {
+    unsafe fn vectors<S: Sixteen>(self, low: *const u8, high: *const u8, _: usize) -> [S::I; 8] {
         // SAFETY: as above.
         unsafe {
-            let h = _mm512_loadu_si512(high.cast());
-            let upper = _mm512_set1_epi8(48);
-            let ([a, b], [c, d]) = (nibbles(low), nibbles(low.add(64)));
-            let a = or_masked(a, _mm512_slli_epi16::<4>(h), upper);
-            let b = or_masked(b, _mm512_slli_epi16::<2>(h), upper);
-            let c = or_masked(c, h, upper);
-            let d = or_masked(d, _mm512_srli_epi16::<2>(h), upper);
+            let h = S::load(high);
+            let upper = S::splat(EACH * 48);
+            let ([a, b], [c, d]) = (nibbles::<S>(low), nibbles::<S>(low.add(64)));
+            let a = S::or_masked(a, S::shl16::<4>(h), upper);
+            let b = S::or_masked(b, S::shl16::<2>(h), upper);
+            let c = S::or_masked(c, h, upper);
+            let d = S::or_masked(d, S::shr16::<2>(h), upper);
             [a, b, c, d, d, d, d, d]
         }
     }

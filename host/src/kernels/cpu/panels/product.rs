@@ -4,23 +4,24 @@
 use super::{
     LANES, Panels,
     layout::{HIGH, LOW},
-    numbers::{Bytes, E2m1, Five, Nibbles, Numbers, Quarters, Six, Three},
+    numbers::{E2m1, Eight, Five, Nibbles, Numbers, Quarters, Six, Taken, Three},
     rounded::Rounded,
-    tile::{Opened, Product},
+    sixteen::{Job, Sixteen, dispatch, is_worth_while},
+    tile::{Opened, Product, Tile},
 };
 use crate::kernels::cpu::{
     ahead,
     lanes::Isa,
     tasks::{Output, by_list, in_streams, in_tasks},
 };
-use std::{arch::x86_64::*, ops::Range};
+use std::ops::Range;
 
 /// Up to this many tokens numbers are taken out in registers.
 const FEW: usize = 4;
 
 /// Whether this machine has the instructions.
 pub(super) fn runs_here() -> bool {
-    Isa::best() == Isa::Vnni
+    is_worth_while(Isa::best())
 }
 
 impl Panels {
@@ -29,6 +30,11 @@ impl Panels {
     /// # Panics
     /// If the lengths of `x` and `out` do not belong to the same number of tokens.
     pub fn matmul(&self, x: &[f32], out: &mut [f32]) {
+        self.matmul_on(Isa::best(), x, out);
+    }
+
+    /// The same with a chosen instruction set, one of [`Isa::available`]: the bits are the same with all of them.
+    pub fn matmul_on(&self, isa: Isa, x: &[f32], out: &mut [f32]) {
         let tokens = x.len() / self.cols;
         assert!(
             x.len() == tokens * self.cols && out.len() == tokens * self.rows,
@@ -36,7 +42,8 @@ impl Panels {
             x.len(),
             out.len()
         );
-        multiply(&mut [(self, out)], x);
+        assert!(isa == Isa::best() || Isa::available().contains(&isa), "this machine has no {isa:?}");
+        multiply_on(isa, &mut [(self, out)], x);
     }
 
     /// Whether activations are rounded for both in the same way.
@@ -47,15 +54,19 @@ impl Panels {
 
 /// out = x · Wᵀ for each of `of`, which [round](Panels::rounds_like) alike: `x` is `[tokens, cols]`, an `out` `[tokens, rows]`.
 pub(in crate::kernels::cpu) fn multiply(of: &mut [(&Panels, &mut [f32])], x: &[f32]) {
+    multiply_on(Isa::best(), of, x);
+}
+
+fn multiply_on(isa: Isa, of: &mut [(&Panels, &mut [f32])], x: &[f32]) {
     let Some(&(first, _)) = of.first() else { return };
     let tokens = x.len() / first.cols;
-    let rounded = Rounded::new(first, x);
+    let rounded = Rounded::new(isa, first, x);
     let mut products = Vec::with_capacity(of.len());
     for &mut (panels, ref mut out) in of {
         if tokens <= FEW {
             ahead::pass(&panels.bytes);
         }
-        products.push(Product { panels, rounded: &rounded, tokens, out: Output(out.as_mut_ptr()) });
+        products.push(Product { isa, panels, rounded: &rounded, tokens, out: Output(out.as_mut_ptr()) });
     }
     match (first.layout.bits, first.layout.e2m1) {
         (2, _) => run(&products, Quarters),
@@ -64,7 +75,7 @@ pub(in crate::kernels::cpu) fn multiply(of: &mut [(&Panels, &mut [f32])], x: &[f
         (6, _) => run(&products, Six),
         (4, false) => run(&products, Nibbles),
         (4, true) => run(&products, E2m1),
-        _ => run(&products, Bytes::<2>),
+        _ => run(&products, Eight),
     }
 }
 
@@ -75,12 +86,16 @@ fn run<N: Numbers>(products: &[Product], numbers: N) {
     if first.tokens <= FEW {
         in_streams(panels, size, 4, |(): &mut (), range| {
             // SAFETY: panels that there are; tasks write disjoint rows of the output; panels exist only where the machine has the instructions.
-            by_list(range, lengths(), |i, range| unsafe { products[i].few(numbers, range) });
+            by_list(range, lengths(), |i, range| unsafe {
+                dispatch(first.isa, Few { product: products[i], numbers, range })
+            });
         });
     } else {
         in_tasks(panels, size, 4, usize::MAX, |scratch, range| {
             // SAFETY: as above.
-            by_list(range, lengths(), |i, range| unsafe { products[i].many(numbers, range, scratch) });
+            by_list(range, lengths(), |i, range| unsafe {
+                dispatch(first.isa, Many { product: products[i], numbers, range, scratch });
+            });
         });
     }
 }
@@ -90,81 +105,112 @@ fn run<N: Numbers>(products: &[Product], numbers: N) {
 #[derive(Clone, Copy)]
 struct Line([u8; 64]);
 
-impl Product<'_> {
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-    unsafe fn few<N: Numbers>(self, numbers: N, range: Range<usize>) {
+/// Some panels with few tokens.
+struct Few<'a, N> {
+    product: Product<'a>,
+    numbers: N,
+    range: Range<usize>,
+}
+
+impl<N: Numbers> Job for Few<'_, N> {
+    type Out = ();
+    #[inline(always)]
+    unsafe fn run<S: Sixteen>(self) {
+        let Self { product, numbers, range } = self;
         for p in range {
             // SAFETY: passed on to the caller.
             unsafe {
-                match self.tokens {
-                    1 => self.tile::<N, 1, 1>(numbers, None, p, 0),
-                    2 => self.tile::<N, 1, 2>(numbers, None, p, 0),
-                    3 => self.tile::<N, 1, 3>(numbers, None, p, 0),
-                    _ => self.tile::<N, 1, 4>(numbers, None, p, 0),
+                match product.tokens {
+                    1 => S::run(Tile::<N, 1, 1> { product, numbers, opened: None, p, t: 0 }),
+                    2 => S::run(Tile::<N, 1, 2> { product, numbers, opened: None, p, t: 0 }),
+                    3 => S::run(Tile::<N, 1, 3> { product, numbers, opened: None, p, t: 0 }),
+                    _ => S::run(Tile::<N, 1, 4> { product, numbers, opened: None, p, t: 0 }),
                 };
             }
         }
     }
+}
 
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-    unsafe fn many<N: Numbers>(self, numbers: N, range: Range<usize>, scratch: &mut Vec<Line>) {
-        let mut p = range.start;
-        while p < range.end {
+/// Some panels with many tokens.
+struct Many<'a, N> {
+    product: Product<'a>,
+    numbers: N,
+    range: Range<usize>,
+    scratch: &'a mut Vec<Line>,
+}
+
+impl<N: Numbers> Job for Many<'_, N> {
+    type Out = ();
+    #[inline(always)]
+    unsafe fn run<S: Sixteen>(mut self) {
+        while !self.range.is_empty() {
             // SAFETY: passed on to the caller.
-            unsafe {
-                p += match (range.end - p >= 2, N::BYTES) {
-                    (true, 1) => self.column::<N, 1, 2>(numbers, p, scratch),
-                    (true, _) => self.column::<N, 2, 2>(numbers, p, scratch),
-                    (false, 1) => self.column::<N, 1, 1>(numbers, p, scratch),
-                    (false, _) => self.column::<N, 2, 1>(numbers, p, scratch),
-                };
-            }
+            self.range.start += unsafe {
+                match (S::WIDE && self.range.len() >= 2, N::BYTES) {
+                    (true, 1) => self.column::<S, 1, 2>(),
+                    (true, _) => self.column::<S, 2, 2>(),
+                    (false, 1) => self.column::<S, 1, 1>(),
+                    (false, _) => self.column::<S, 2, 1>(),
+                }
+            };
         }
     }
+}
 
-    /// Some panels with all tokens.
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-    unsafe fn column<N: Numbers, const BYTES: usize, const P: usize>(
-        &self,
-        numbers: N,
-        p: usize,
-        scratch: &mut Vec<Line>,
-    ) -> usize {
-        let (blocks, lines) = (&self.panels.blocks, self.panels.cols / 4);
-        let mut opened = None;
-        if N::VECTORS > 1 {
-            scratch.resize(P * lines, Line([0; 64]));
-            for (k, lines) in scratch.chunks_exact_mut(lines).enumerate() {
-                let of_block = self.panels.panel(p + k).chunks_exact(blocks.bytes);
-                for (lines, block) in lines.chunks_exact_mut(lines.len() / blocks.count).zip(of_block) {
-                    for (step, lines) in lines.chunks_exact_mut(N::VECTORS).enumerate() {
-                        // SAFETY: steps of the block's columns; lines of 64 bytes.
-                        unsafe {
-                            let low = block.as_ptr().add(blocks.at[LOW] + step * N::LOW);
-                            let high = block.as_ptr().add(blocks.at[HIGH] + N::high(step));
-                            for (line, vector) in lines.iter_mut().zip(numbers.vectors(low, high, step)) {
-                                _mm512_store_si512(line.0.as_mut_ptr().cast(), vector);
-                            }
+impl<N: Numbers> Many<'_, N> {
+    /// The next `P` panels with all tokens; says how many panels.
+    #[inline(always)]
+    unsafe fn column<S: Sixteen, const BYTES: usize, const P: usize>(&mut self) -> usize {
+        // SAFETY: passed on to the caller.
+        unsafe {
+            if N::WHOLE {
+                self.tokens::<S, N, P>(self.numbers, None);
+            } else {
+                let opened = self.opened::<S, P>();
+                self.tokens::<S, _, P>(Taken::<BYTES>, Some(opened));
+            }
+        }
+        P
+    }
+
+    /// Takes the numbers out of the next `P` panels.
+    #[inline(always)]
+    unsafe fn opened<S: Sixteen, const P: usize>(&mut self) -> Opened {
+        let panels = self.product.panels;
+        let (blocks, lines) = (&panels.blocks, panels.cols / 4);
+        self.scratch.resize(P * lines, Line([0; 64]));
+        for (k, lines) in self.scratch.chunks_exact_mut(lines).enumerate() {
+            let of_block = panels.panel(self.range.start + k).chunks_exact(blocks.bytes);
+            for (lines, block) in lines.chunks_exact_mut(lines.len() / blocks.count).zip(of_block) {
+                for (step, lines) in lines.chunks_exact_mut(N::VECTORS).enumerate() {
+                    // SAFETY: steps of the block's columns; lines of 64 bytes.
+                    unsafe {
+                        let low = block.as_ptr().add(blocks.at[LOW] + step * N::LOW);
+                        let high = block.as_ptr().add(blocks.at[HIGH] + N::high(step));
+                        for (line, vector) in lines.iter_mut().zip(self.numbers.vectors::<S>(low, high, step)) {
+                            S::store(line.0.as_mut_ptr(), vector);
                         }
                     }
                 }
             }
-            opened = Some(Opened { numbers: scratch.as_ptr().cast(), pitch: 64 * lines });
         }
-        let bytes = Bytes::<BYTES>;
+        Opened { numbers: self.scratch.as_ptr().cast(), pitch: 64 * lines }
+    }
+
+    #[inline(always)]
+    unsafe fn tokens<S: Sixteen, M: Numbers, const P: usize>(&self, numbers: M, opened: Option<Opened>) {
+        let (product, p) = (self.product, self.range.start);
         let mut t = 0;
-        // SAFETY: tokens that there are, panels as above.
+        // SAFETY: tokens that there are, and panels.
         unsafe {
-            while t < self.tokens {
-                t += match (self.tokens - t, BYTES) {
-                    (6.., 1) => self.tile::<_, P, 6>(bytes, opened, p, t),
-                    (4.., _) => self.tile::<_, P, 4>(bytes, opened, p, t),
-                    (2.., _) => self.tile::<_, P, 2>(bytes, opened, p, t),
-                    (_, _) => self.tile::<_, P, 1>(bytes, opened, p, t),
+            while t < product.tokens {
+                t += match (product.tokens - t, M::BYTES) {
+                    (6.., 1) if S::WIDE => S::run(Tile::<M, P, 6> { product, numbers, opened, p, t }),
+                    (4.., _) => S::run(Tile::<M, P, 4> { product, numbers, opened, p, t }),
+                    (2.., _) => S::run(Tile::<M, P, 2> { product, numbers, opened, p, t }),
+                    (_, _) => S::run(Tile::<M, P, 1> { product, numbers, opened, p, t }),
                 };
             }
         }
-        P
     }
 }

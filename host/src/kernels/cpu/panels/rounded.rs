@@ -4,16 +4,16 @@
 use super::{
     Panels,
     layout::{Layout, Order},
+    sixteen::{Job, Sixteen, dispatch},
 };
-use crate::kernels::cpu::team::each_chunk_of_two;
-use std::arch::x86_64::*;
+use crate::kernels::cpu::{lanes::Isa, team::each_chunk_of_two};
 
 /// Tokens that are worth a task of their own.
 const MANY: usize = 16;
 
 /// Some tokens.
 pub(super) struct Rounded {
-    /// For each token: the first bytes of all columns, then the second ones.
+    /// For each token: the first bytes of all columns, then the second ones; or both at once, where the processor wants 16-bit numbers.
     bytes: Vec<i8>,
     /// For each token and group.
     beside: Vec<Beside>,
@@ -42,8 +42,8 @@ pub(super) struct Token {
 }
 
 impl Rounded {
-    /// `x` is `[tokens, cols]`.
-    pub(super) fn new(panels: &Panels, x: &[f32]) -> Self {
+    /// `x` is `[tokens, cols]`; only products with the same instruction set can read what comes of it.
+    pub(super) fn new(isa: Isa, panels: &Panels, x: &[f32]) -> Self {
         let (layout, cols) = (panels.layout, panels.cols);
         let (tokens, groups, planes) = (x.len() / cols, cols / layout.group, layout.planes());
         let pitch = cols.next_multiple_of(64);
@@ -58,14 +58,8 @@ impl Rounded {
         each_chunk_of_two((&mut all.bytes, most), (&mut all.beside, beside), |i, bytes, beside| {
             let tokens = bytes.chunks_exact_mut(planes * pitch).zip(beside.chunks_exact_mut(groups));
             for ((bytes, beside), x) in tokens.zip(x.chunks_exact(cols).skip(i * MANY)) {
-                let line = Line { layout, x, beside };
-                // SAFETY: panels exist only where the machine has the instructions.
-                unsafe {
-                    match planes {
-                        1 => line.round::<1>(bytes, pitch),
-                        _ => line.round::<2>(bytes, pitch),
-                    }
-                }
+                // SAFETY: a token's room is as its layout wants it; who names an instruction set has it.
+                unsafe { dispatch(isa, Line { layout, x, beside, bytes, pitch }) };
             }
         });
         all
@@ -90,48 +84,66 @@ struct Line<'a> {
     layout: Layout,
     x: &'a [f32],
     beside: &'a mut [Beside],
+    bytes: &'a mut [i8],
+    pitch: usize,
+}
+
+impl Job for Line<'_> {
+    type Out = ();
+    #[inline(always)]
+    unsafe fn run<S: Sixteen>(self) {
+        // SAFETY: passed on to the caller.
+        unsafe {
+            match self.layout.planes() {
+                1 => self.round::<S, 1>(),
+                _ => self.round::<S, 2>(),
+            }
+        }
+    }
 }
 
 impl Line<'_> {
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-    unsafe fn round<const BYTES: usize>(self, bytes: &mut [i8], pitch: usize) {
+    #[inline(always)]
+    unsafe fn round<S: Sixteen, const BYTES: usize>(self) {
         // The first byte never overflows.
         let most = if BYTES == 1 { 127.0 } else { 127.0 * 256.0 };
-        let absolute = _mm512_set1_epi32(0x7fff_ffff);
         let layout = self.layout;
         let vectors = layout.group / 16;
+        // Where bytes of weights are signed, those of eight bits are 128 less.
+        let zero = if S::SIGNED && layout.bits == 8 { layout.zero - 128 } else { layout.zero };
         for (g, (x, beside)) in self.x.chunks_exact(layout.group).zip(self.beside).enumerate() {
             // SAFETY: a group is whole vectors of `x`, and there are as many bytes.
             unsafe {
-                let (mut peaks, mut strays) = (_mm512_setzero_ps(), _mm512_setzero_ps());
+                let (mut peaks, mut strays) = (S::splat_f32(0.0), S::splat_f32(0.0));
                 for v in 0..vectors {
-                    let x = _mm512_loadu_ps(x.as_ptr().add(16 * v));
-                    let magnitude = _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x), absolute));
-                    peaks = _mm512_max_ps(magnitude, peaks);
-                    strays = _mm512_fmadd_ps(x, _mm512_setzero_ps(), strays);
+                    let x = S::load_f32(x.as_ptr().add(16 * v));
+                    let magnitude = S::as_float(S::and(S::as_whole(x), S::splat(i32::MAX)));
+                    peaks = S::max(magnitude, peaks);
+                    strays = S::fma(x, S::splat_f32(0.0), strays);
                 }
-                let peak = _mm512_reduce_max_ps(peaks);
-                let per_step = _mm512_set1_ps(if peak > 0.0 { most / peak } else { 0.0 });
+                let peak = S::peak(peaks);
+                let per_step = S::splat_f32(if peak > 0.0 { most / peak } else { 0.0 });
                 // What is infinite or no number at all must not come out as a number: 0 times it is none.
-                let worth = peak / most + _mm512_reduce_add_ps(strays);
-                let mut total = _mm512_setzero_si512();
+                let worth = peak / most + S::sum(strays);
+                let mut total = S::splat(0);
                 for v in 0..vectors {
-                    let x = _mm512_loadu_ps(x.as_ptr().add(16 * v));
-                    let whole = _mm512_cvtps_epi32(_mm512_mul_ps(x, per_step));
-                    total = _mm512_add_epi32(total, whole);
-                    let to = bytes.as_mut_ptr().add(g * layout.group + 16 * v);
+                    let whole = S::to_whole(S::mul(S::load_f32(x.as_ptr().add(16 * v)), per_step));
+                    total = S::add(total, whole);
+                    let column = g * layout.group + 16 * v;
+                    let to = self.bytes.as_mut_ptr().add(column);
                     if BYTES == 1 {
-                        _mm_storeu_si128(to.cast(), _mm512_cvtepi32_epi8(whole));
+                        S::store_bytes(to, whole);
+                    } else if S::SHORTS {
+                        S::store_shorts(to.add(column), whole);
                     } else {
-                        let first = _mm512_srai_epi32::<8>(_mm512_add_epi32(whole, _mm512_set1_epi32(128)));
-                        _mm_storeu_si128(to.cast(), _mm512_cvtepi32_epi8(first));
+                        S::store_bytes(to, S::sar::<8>(S::add(whole, S::splat(128))));
                         // What the first byte leaves over are the last eight bits.
-                        _mm_storeu_si128(to.add(pitch).cast(), _mm512_cvtepi32_epi8(whole));
+                        S::store_bytes(to.add(self.pitch), whole);
                     }
                 }
-                let total = _mm512_reduce_add_epi32(total);
+                let total = S::total(total);
                 *beside = Beside {
-                    offset: total.wrapping_mul(-layout.zero),
+                    offset: total.wrapping_mul(-zero),
                     step: worth * layout.unit,
                     // Of what is multiplied, not of what was meant: then a rounding counts by the weight, not by its two parts, which are
                     // larger.
@@ -140,36 +152,26 @@ impl Line<'_> {
             }
         }
         // SAFETY: planes are whole vectors.
-        unsafe { turn(layout, bytes) };
+        unsafe { turn::<S>(layout, self.bytes) };
     }
 }
 
 /// Brings columns from their own order into that of the pieces.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-unsafe fn turn(layout: Layout, bytes: &mut [i8]) {
-    let (in_lanes, of_lanes): ([i8; 16], [i32; 16]) = match (layout.order, layout.bits) {
+#[inline(always)]
+unsafe fn turn<S: Sixteen>(layout: Layout, bytes: &mut [i8]) {
+    let turned = match (layout.order, layout.bits) {
         (_, 8) | (Order::Straight, _) => return,
-        (Order::Halves, _) => (
-            [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15],
-            [0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15],
-        ),
-        (Order::InTurns, 4) => (
-            [0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15],
-            [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15],
-        ),
-        (Order::InTurns, _) => (
-            [0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15],
-            [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15],
-        ),
+        (Order::Halves, _) => [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15],
+        (Order::InTurns, 4) => [0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15],
+        (Order::InTurns, _) => [0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15],
     };
-    // SAFETY: constants of the right sizes; chunks of 64 bytes.
+    // SAFETY: chunks of 64 bytes, and bytes of sixteen.
     unsafe {
-        let in_lanes = _mm512_broadcast_i32x4(_mm_loadu_si128(in_lanes.as_ptr().cast()));
-        let of_lanes = _mm512_loadu_si512(of_lanes.as_ptr().cast());
+        let turned = S::quarters(&turned);
         for line in bytes.as_chunks_mut::<64>().0 {
-            let v = _mm512_loadu_si512(line.as_ptr().cast());
-            let v = _mm512_permutexvar_epi32(of_lanes, _mm512_shuffle_epi8(v, in_lanes));
-            _mm512_storeu_si512(line.as_mut_ptr().cast(), v);
+            let line = line.as_mut_ptr().cast();
+            let v = S::load(line);
+            S::store(line, if layout.order == Order::Halves { S::weave(v) } else { S::shuffle(v, turned) });
         }
     }
 }

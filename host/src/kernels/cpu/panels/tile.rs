@@ -7,13 +7,14 @@ use super::{
     numbers::Numbers,
     rounded::{Rounded, Token},
     scales::scales,
+    sixteen::{Job, Sixteen},
 };
-use crate::kernels::cpu::tasks::Output;
-use std::arch::x86_64::*;
+use crate::kernels::cpu::{lanes::Isa, tasks::Output};
 
 /// One product.
 #[derive(Clone, Copy)]
 pub(super) struct Product<'a> {
+    pub(super) isa: Isa,
     pub(super) panels: &'a Panels,
     pub(super) rounded: &'a Rounded,
     pub(super) tokens: usize,
@@ -27,53 +28,69 @@ pub(super) struct Opened {
     pub(super) pitch: usize,
 }
 
-impl Product<'_> {
-    /// `P` panels from panel `p` on with `T` tokens from token `t` on; says how many tokens. A single panel is read as the one stream that it
-    /// is, and nothing is fetched ahead: the processor does that better.
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-    pub(super) unsafe fn tile<N: Numbers, const P: usize, const T: usize>(
-        &self,
-        numbers: N,
-        opened: Option<Opened>,
-        p: usize,
-        t: usize,
-    ) -> usize {
-        let (layout, blocks) = (&self.panels.layout, &self.panels.blocks);
-        let tokens: [Token; T] = std::array::from_fn(|i| self.rounded.token(t + i));
+/// `P` panels from panel `p` on with `T` tokens from token `t` on. A single panel is read as the one stream that it is, and nothing is fetched
+/// ahead: the processor does that better.
+pub(super) struct Tile<'a, N, const P: usize, const T: usize> {
+    pub(super) product: Product<'a>,
+    pub(super) numbers: N,
+    pub(super) opened: Option<Opened>,
+    pub(super) p: usize,
+    pub(super) t: usize,
+}
+
+impl<N: Numbers, const P: usize, const T: usize> Job for Tile<'_, N, P, T> {
+    /// How many tokens.
+    type Out = usize;
+    #[inline(always)]
+    unsafe fn run<S: Sixteen>(self) -> usize {
+        let Product { panels: of, rounded, out, .. } = self.product;
+        let (layout, blocks) = (&of.layout, &of.blocks);
+        let mut tokens = [rounded.token(self.t); T];
+        for i in 1..T {
+            tokens[i] = rounded.token(self.t + i);
+        }
         let steps = layout.group / N::COLUMNS;
         let beside = layout.scale.size() * LANES;
         // SAFETY: sizes of panels and of rounded tokens follow from the same layout and columns.
         unsafe {
-            let panels: [*const u8; P] = std::array::from_fn(|k| self.panels.panel(p + k).as_ptr());
-            let lows: [*const u8; P] = std::array::from_fn(|k| match opened {
-                Some(opened) => opened.numbers.add(k * opened.pitch),
-                None => panels[k].add(blocks.at[LOW]),
-            });
-            let low_bytes = if opened.is_some() { blocks.groups * steps * N::LOW } else { blocks.bytes };
-            let mut sums = [[_mm512_setzero_ps(); T]; P];
+            // Where the panels begin, and their lowest bits.
+            let mut panels = [of.panel(self.p).as_ptr(); P];
+            let mut lows = panels;
+            for k in 0..P {
+                panels[k] = of.panel(self.p + k).as_ptr();
+                lows[k] = match self.opened {
+                    Some(opened) => opened.numbers.add(k * opened.pitch),
+                    None => panels[k].add(blocks.at[LOW]),
+                };
+            }
+            let low_bytes = if self.opened.is_some() { blocks.groups * steps * N::LOW } else { blocks.bytes };
+            let mut sums = [[S::splat_f32(0.0); T]; P];
             let mut g = 0;
             for block in 0..blocks.count {
-                let bases: [*const u8; P] = std::array::from_fn(|k| panels[k].add(block * blocks.bytes));
+                let mut bases = panels;
+                for base in &mut bases {
+                    *base = base.add(block * blocks.bytes);
+                }
                 for group in 0..blocks.groups {
-                    let of = self.group::<N, P, T>(numbers, tokens, g, |k, step| {
+                    let of = self.group::<S>(tokens, g, |k, step| {
                         let low = lows[k].add(block * low_bytes + (group * steps + step) * N::LOW);
                         let high = bases[k].add(blocks.at[HIGH] + N::high(group * steps + step));
                         (low, high, group * steps + step)
                     });
                     for k in 0..P {
                         let strip = |kind: usize| bases[k].add(blocks.at[kind]);
-                        let scale = scales(layout.scale, false, strip(SCALES).add(group * beside), strip(STEPS));
+                        let from = strip(SCALES).add(group * beside);
+                        let scale = scales::<S>(layout.scale, false, from, strip(STEPS));
                         for i in 0..T {
-                            let scale = _mm512_mul_ps(scale, _mm512_set1_ps((*tokens[i].beside.add(g)).step));
-                            sums[k][i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(of[k][i]), scale, sums[k][i]);
+                            let scale = S::mul(scale, S::splat_f32((*tokens[i].beside.add(g)).step));
+                            sums[k][i] = S::fma(S::to_float(of[k][i]), scale, sums[k][i]);
                         }
                         if layout.biased {
                             let from = strip(BIASES).add(group * beside);
-                            let bias = scales(layout.scale, true, from, strip(BIAS_STEPS));
+                            let bias = scales::<S>(layout.scale, true, from, strip(BIAS_STEPS));
                             for i in 0..T {
-                                let sum = _mm512_set1_ps((*tokens[i].beside.add(g)).sum);
-                                sums[k][i] = _mm512_fmadd_ps(bias, sum, sums[k][i]);
+                                let sum = S::splat_f32((*tokens[i].beside.add(g)).sum);
+                                sums[k][i] = S::fma(bias, sum, sums[k][i]);
                             }
                         }
                     }
@@ -81,75 +98,84 @@ impl Product<'_> {
                 }
             }
             for k in 0..P {
-                let row = (p + k) * LANES;
-                let mask = (u32::MAX >> (32 - (self.panels.rows - row).min(LANES))) as u16;
-                let factors = match self.panels.factors.get(row..row + LANES) {
-                    Some(factors) => _mm512_loadu_ps(factors.as_ptr()),
-                    None => _mm512_set1_ps(1.0),
+                let row = (self.p + k) * LANES;
+                let factors = match of.factors.get(row..row + LANES) {
+                    Some(factors) => S::load_f32(factors.as_ptr()),
+                    None => S::splat_f32(1.0),
                 };
                 for i in 0..T {
-                    let to = self.out.pointer().add((t + i) * self.panels.rows + row);
-                    _mm512_mask_storeu_ps(to, mask, _mm512_mul_ps(sums[k][i], factors));
+                    let to = out.pointer().add((self.t + i) * of.rows + row);
+                    S::store_f32(to, S::mul(sums[k][i], factors), (of.rows - row).min(LANES));
                 }
             }
         }
         T
     }
+}
 
+impl<N: Numbers, const P: usize, const T: usize> Tile<'_, N, P, T> {
     /// The products of group `g`, added up. `at` says where a panel's step of the group begins, and which of its block it is.
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-    unsafe fn group<N: Numbers, const P: usize, const T: usize>(
+    #[inline(always)]
+    unsafe fn group<S: Sixteen>(
         &self,
-        numbers: N,
         tokens: [Token; T],
         g: usize,
         at: impl Fn(usize, usize) -> (*const u8, *const u8, usize),
-    ) -> [[__m512i; T]; P] {
-        let (group, pitch) = (self.panels.layout.group, self.rounded.pitch());
-        // The first byte's sums, and the second's; or two halves of the only byte's, which need not wait for each other.
-        let mut of = [[[_mm512_setzero_si512(); 2]; T]; P];
+    ) -> [[S::I; T]; P] {
+        let Product { panels, rounded, .. } = self.product;
+        let (group, pitch) = (panels.layout.group, rounded.pitch());
+        let shorts = S::SHORTS && N::BYTES == 2;
+        let chain = S::CHAIN.min(N::VECTORS);
         // SAFETY: passed on to the caller.
         unsafe {
+            // The first byte's sums, and the second's; or two halves of the only byte's, which need not wait for each other.
+            let mut of = [[[S::splat(0); 2]; T]; P];
             for i in 0..T {
-                let offset = _mm512_set1_epi32((*tokens[i].beside.add(g)).offset);
+                let offset = S::splat((*tokens[i].beside.add(g)).offset);
                 for k in 0..P {
                     of[k][i][N::BYTES - 1] = offset;
                 }
             }
             let mut column = g * group;
             for step in 0..group / N::COLUMNS {
-                let mut weights = [[_mm512_setzero_si512(); 8]; P];
+                let mut weights = [[S::splat(0); 8]; P];
                 for k in 0..P {
                     let (low, high, step) = at(k, step);
-                    weights[k] = numbers.vectors(low, high, step);
+                    weights[k] = self.numbers.vectors::<S>(low, high, step);
                 }
-                for v in 0..N::VECTORS {
+                for v in (0..N::VECTORS).step_by(chain) {
                     for i in 0..T {
-                        for byte in 0..N::BYTES {
-                            let four = tokens[i].bytes.add(byte * pitch + column).cast::<i32>();
-                            let four = _mm512_set1_epi32(four.read_unaligned());
-                            let half = if N::BYTES == 1 && P * T == 1 { v % 2 } else { byte };
+                        if shorts {
+                            let x = tokens[i].bytes.add(2 * column);
                             for k in 0..P {
-                                of[k][i][half] = _mm512_dpbusd_epi32(of[k][i][half], weights[k][v], four);
+                                of[k][i][1] = S::dots_of_shorts(of[k][i][1], &weights[k][v..v + chain], x);
+                            }
+                            continue;
+                        }
+                        for byte in 0..N::BYTES {
+                            let x = tokens[i].bytes.add(byte * pitch + column);
+                            let half = if N::BYTES == 1 && P * T == 1 { v / chain % 2 } else { byte };
+                            for k in 0..P {
+                                of[k][i][half] = S::dots(of[k][i][half], &weights[k][v..v + chain], x);
                             }
                         }
                     }
-                    column += 4;
+                    column += 4 * chain;
                 }
             }
-        }
-        let mut sums = [[_mm512_setzero_si512(); T]; P];
-        for k in 0..P {
-            for i in 0..T {
-                let [first, second] = of[k][i];
-                sums[k][i] = match N::BYTES {
-                    1 if P * T > 1 => first,
-                    1 => _mm512_add_epi32(first, second),
-                    _ => _mm512_add_epi32(_mm512_slli_epi32::<8>(first), second),
-                };
+            let mut sums = [[S::splat(0); T]; P];
+            for k in 0..P {
+                for i in 0..T {
+                    let [first, second] = of[k][i];
+                    sums[k][i] = match N::BYTES {
+                        1 if P * T > 1 => first,
+                        1 => S::add(first, second),
+                        _ if shorts => second,
+                        _ => S::add(S::shl::<8>(first), second),
+                    };
+                }
             }
+            sums
         }
-        sums
     }
 }
