@@ -103,6 +103,15 @@ impl<'a> Decoder<'a> {
         self
     }
 
+    /// Why the tokens of a model on a GPU are not drawn there, if they are not.
+    pub fn drawn_on_the_cpu(&self) -> Option<&'static str> {
+        match &self.draft {
+            _ if !self.model.place.device.is_cuda() => None,
+            Some(_) => Some("a draft's tokens are judged there"),
+            None => self.model.not_drawn(&self.sampler),
+        }
+    }
+
     /// Whether somebody asked to stop.
     pub fn is_interrupted(&self) -> bool {
         self.interrupted.is_some_and(|flag| flag.load(Ordering::Relaxed))
@@ -172,8 +181,18 @@ impl<'a> Decoder<'a> {
             }
             return Ok(());
         }
-        let mut logits = last(read(self.model, &mut self.state, &self.text, Want::Last)?)?;
-        let Choice { id, logprob } = self.sampler.sample(&mut logits, &self.text)?;
+        let input = Input { state: &mut self.state, tokens, want: Want::Last };
+        let drawn = match self.sampler.takes_the_most_likely() {
+            true => None,
+            false => self.model.draw(input, &mut self.sampler, &self.text)?,
+        };
+        let Choice { id, logprob } = match drawn {
+            Some(choice) => choice,
+            None => {
+                let mut logits = last(read(self.model, &mut self.state, &self.text, Want::Last)?)?;
+                self.sampler.sample(&mut logits, &self.text)?
+            }
+        };
         self.text.push(id);
         self.ready.push_back(Chosen { token: id, logprob, from_draft: false });
         Ok(())

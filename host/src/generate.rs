@@ -143,6 +143,11 @@ impl<'a> Generation<'a> {
         }
     }
 
+    /// Why the tokens of a model on a GPU are not drawn there, if they are not.
+    pub fn drawn_on_the_cpu(&self) -> Option<&'static str> {
+        self.decoder.drawn_on_the_cpu()
+    }
+
     /// The model's memory of the text, for a later generation that begins with it.
     pub fn into_state(self) -> State {
         self.decoder.state

@@ -1,5 +1,6 @@
 //! A checkpoint and a plugin, made into a model: planned against the files' headers, loaded, and run step by step.
 
+mod draw;
 mod engine;
 mod shared;
 

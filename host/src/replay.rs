@@ -5,11 +5,14 @@
 //! it where the next replay reads its ids, so greedy decoding runs a step ahead of the host. Whatever cannot be recorded (an op that is
 //! done on the host) makes the model run op by op as before; [`Model::not_replayed`] says why.
 
+mod drawn;
+
 use crate::{
     cache::{State, memory::Memory},
     error::{Error, Result},
     kernels::cuda::{
         keeping,
+        sample::Drawing,
         step::{self, address},
     },
     model::{Input, Model, Want},
@@ -22,6 +25,7 @@ use candle_core::{
         cudarc::driver::{CudaEvent, CudaGraph, PinnedHostSlice, result, sys},
     },
 };
+use drawn::Ending;
 use std::{
     collections::HashMap,
     sync::{Mutex, MutexGuard, PoisonError},
@@ -61,10 +65,12 @@ struct Recorded {
     caches: Vec<u64>,
     /// What `ids` and `positions` hold, or held when the step ahead was started, if the host knows.
     holds: Option<[Vec<u32>; 2]>,
-    /// When the step in hand will have been heard of.
-    done: Option<CudaEvent>,
+    /// When the step in hand will have been heard of, and whether it drew a token by `drawing`.
+    done: Option<(CudaEvent, bool)>,
     /// The same of a step that was started before anybody asked for it.
-    ahead: Option<CudaEvent>,
+    ahead: Option<(CudaEvent, bool)>,
+    /// The sampler on the device: where the host's is, or a token further where the step in hand or that ahead has drawn one.
+    drawing: Option<Drawing>,
     /// Which of `heard` the latest step tells.
     turn: usize,
 }
@@ -84,6 +90,11 @@ impl Model {
     /// One step by replay, if it is one token for each of these sequences and can be recorded. With `choose` the most likely tokens are
     /// chosen on the device, and the step after them is started at once.
     pub(crate) fn replayed(&self, inputs: &mut [Input], choose: bool) -> Result<Option<Made>> {
+        self.replay(inputs, if choose { Ending::Largest } else { Ending::Logits })
+    }
+
+    /// As `ending` has it.
+    fn replay(&self, inputs: &mut [Input], ending: Ending<'_>) -> Result<Option<Made>> {
         let Device::Cuda(device) = &self.place.device else { return Ok(None) };
         let single = |i: &Input| i.tokens.len() == 1 && i.want == Want::Last && i.state.behind == 0;
         if inputs.is_empty() || self.watch.is_some() || !inputs.iter().all(|i| single(i) && has_begun(i.state)) {
@@ -105,8 +116,11 @@ impl Model {
             std::collections::hash_map::Entry::Vacant(new) => new.insert(Recorded::new(device, inputs.len())?),
         };
         inputs.iter_mut().try_for_each(|i| make_room(i.state))?;
-        let _cached = device.enable_cuda_graph_htod_cache();
-        match recorded.run(self, inputs) {
+        let cached = device.enable_cuda_graph_htod_cache();
+        let ran = recorded.run(self, inputs, ending);
+        // What is read and drawn is not recorded, and a sampler's counts are not to be some constant's.
+        drop(cached);
+        match ran {
             Ok(()) => {}
             Err(e) if recorded.logits.is_some() && recorded.graph.is_none() => {
                 *refused = Some(e.to_string().lines().next().unwrap_or_default().to_owned());
@@ -114,7 +128,7 @@ impl Model {
             }
             Err(e) => return Err(e),
         }
-        recorded.read(inputs, choose).map(Some)
+        recorded.read(inputs, ending).map(Some)
     }
 }
 
@@ -175,16 +189,21 @@ impl Recorded {
             holds: None,
             done: None,
             ahead: None,
+            drawing: None,
             turn: 0,
         })
     }
 
     /// Starts the step, unless it was started ahead, and notes in the sequences' memories what it does there.
-    fn run(&mut self, model: &Model, inputs: &mut [Input]) -> Result<()> {
+    fn run(&mut self, model: &Model, inputs: &mut [Input], ending: Ending<'_>) -> Result<()> {
         let tokens: Vec<u32> = inputs.iter().flat_map(|i| i.tokens).copied().collect();
         let positions: Vec<u32> = inputs.iter().map(|i| i.state.offset as u32).collect();
         let caches = caches(inputs)?;
         inputs.iter_mut().for_each(|i| drop(i.state.begin(1)));
+        if matches!(self.ahead, Some((_, true))) && !matches!(ending, Ending::Drawn(..)) {
+            // The largest is not what it has chosen, and the sampler is not where it was.
+            (self.drawing, self.holds) = (None, None);
+        }
         let started = self.start(model, inputs, [tokens, positions], caches);
         for input in inputs.iter_mut() {
             match started {
@@ -203,6 +222,9 @@ impl Recorded {
                 self.done = Some(done);
                 self.note(inputs);
                 return Ok(());
+            }
+            if done.1 {
+                self.drawing = None;
             }
             self.turn ^= 1;
             self.upload(&reads)?;
@@ -228,7 +250,7 @@ impl Recorded {
                 .map(|(i, _)| i)
                 .collect();
             self.logits = Some(kept);
-            self.done = Some(self.tell()?);
+            self.done = Some((self.tell()?, false));
             return Ok(());
         };
         if fits {
@@ -238,7 +260,7 @@ impl Recorded {
             self.graph = Some(self.record(model, inputs, &logits)?);
             self.caches = caches;
         }
-        self.done = Some(self.launch()?);
+        self.done = Some((self.launch()?, false));
         Ok(())
     }
 
@@ -318,17 +340,24 @@ impl Recorded {
         }
     }
 
-    fn read(&mut self, inputs: &[Input], choose: bool) -> Result<Made> {
-        let (Some(done), Some(logits)) = (self.done.take(), &self.logits) else {
+    fn read(&mut self, inputs: &[Input], ending: Ending<'_>) -> Result<Made> {
+        let (Some((mut done, has_drawn)), Some(logits)) = (self.done.take(), self.logits.clone()) else {
             return Err(Error::Device("--device cuda: no step was started".into()));
         };
-        if !choose {
+        if let Ending::Drawn(sampler, text) = ending
+            && let Some(drawn) = self.draw_by(sampler, text, has_drawn)?
+        {
+            done = drawn;
+        }
+        let draws = matches!(ending, Ending::Drawn(..));
+        if matches!(ending, Ending::Logits) || draws && self.drawing.is_none() {
             return Ok(Made::Logits(logits.to_vec2::<f32>()?));
         }
         let turn = self.turn;
         if self.graph.is_some() && caches(inputs)? == self.caches {
             self.turn ^= 1;
-            self.ahead = Some(self.launch()?);
+            let chosen = self.launch()?;
+            self.ahead = Some(if draws { (self.draw()?, true) } else { (chosen, false) });
         }
         done.synchronize().w()?;
         let mut chosen = Vec::with_capacity(inputs.len());
@@ -341,6 +370,9 @@ impl Recorded {
                 ));
             }
             chosen.push((told[0], f32::from_bits(told[1])));
+        }
+        if let (true, Some(drawing), Some(&(id, _))) = (draws, &mut self.drawing, chosen.first()) {
+            drawing.heard(id);
         }
         let next = inputs.iter().map(|i| i.state.offset as u32).collect();
         self.holds = Some([chosen.iter().map(|&(id, _)| id).collect(), next]);

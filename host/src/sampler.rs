@@ -71,6 +71,17 @@ impl Sampler {
             && [*presence_penalty, *frequency_penalty] == [0.0; 2]
     }
 
+    /// Why a GPU cannot draw the tokens of these settings by itself, if it cannot.
+    pub fn not_on_a_gpu(&self) -> Option<&'static str> {
+        match &self.sampling {
+            s if s.temp > 0.0 && s.xtc_probability > 0.0 => Some("XTC is done on the cpu"),
+            s if s.temp > 0.0 && s.min_p > 0.0 && s.min_tokens_to_keep > 1 => {
+                Some("tokens that min-p keeps by their number are counted on the cpu")
+            }
+            _ => None,
+        }
+    }
+
     /// The seed in use.
     pub fn seed(&self) -> u64 {
         self.random.seed()
@@ -115,6 +126,26 @@ impl Sampler {
         match distribution {
             Distribution::Greedy(id) => *id,
             weighted => pick(self.random.uniform(), weighted.iter()).unwrap_or(0),
+        }
+    }
+
+    /// The settings in use.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn sampling(&self) -> &Sampling {
+        &self.sampling
+    }
+
+    /// How many random numbers were drawn.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn drawn(&self) -> u64 {
+        self.random.drawn()
+    }
+
+    /// Counts the number with which a GPU has drawn a token.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn drew(&mut self) {
+        if self.sampling.temp > 0.0 {
+            self.random.uniform();
         }
     }
 

@@ -1,6 +1,7 @@
 //! Whether the kernels for NVIDIA's GPUs compute what scalar loops do, on random numbers in odd shapes; for a machine with a GPU, where
 //! tests do not run: `cargo run --release --features cuda --example kernels_on_gpu`. A line for each case; fails if one is off.
 
+mod drawn;
 mod fused;
 
 use candle_core::{DType, Device, Result, Tensor};
@@ -299,6 +300,7 @@ fn main() -> ExitCode {
         checks.norms()?;
         checks.experts()?;
         checks.attention()?;
+        checks.drawn()?;
         Ok(checks.failed)
     };
     match run() {

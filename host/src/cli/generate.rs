@@ -136,6 +136,8 @@ impl Generate {
             line(format_args!("==========\n{statistics}"))?;
             if let Some(why) = lm.model.not_replayed() {
                 line(format_args!("Steps ran op by op, for they cannot be replayed: {why}"))?;
+            } else if let Some(why) = generation.drawn_on_the_cpu() {
+                line(format_args!("Tokens were drawn on the cpu, one step after the other: {why}"))?;
             }
         }
         let stopped = interrupted.load(std::sync::atomic::Ordering::Relaxed);

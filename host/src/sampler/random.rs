@@ -18,6 +18,12 @@ impl Random {
         self.seed
     }
 
+    /// How many numbers were taken.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn drawn(&self) -> u64 {
+        self.drawn
+    }
+
     /// The next number in [0, 1), a multiple of 2^-53: the first 53 bits of the block, its first word the most significant.
     pub(crate) fn uniform(&mut self) -> f64 {
         let [a, b, _, _] = philox([self.drawn as u32, (self.drawn >> 32) as u32, 0, 0], self.seed);

@@ -9,6 +9,7 @@ pub mod product;
 pub mod program;
 mod regroup;
 pub mod rows;
+pub mod sample;
 mod scratch;
 pub mod step;
 pub mod sum;

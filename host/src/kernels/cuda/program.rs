@@ -145,6 +145,26 @@ impl Kernel {
         cluster: u32,
         args: &[Arg<'_>],
     ) -> Result<()> {
+        // SAFETY: as above.
+        unsafe { self.start(device, shape, (cluster, false), args) }
+    }
+
+    /// The same of blocks that wait for each other: all run at once, or the launch fails.
+    ///
+    /// # Safety
+    /// As above.
+    pub unsafe fn launch_together(&self, device: &CudaDevice, shape: Shape, args: &[Arg<'_>]) -> Result<()> {
+        // SAFETY: as above.
+        unsafe { self.start(device, shape, (1, true), args) }
+    }
+
+    unsafe fn start(
+        &self,
+        device: &CudaDevice,
+        shape: Shape,
+        (cluster, together): (u32, bool),
+        args: &[Arg<'_>],
+    ) -> Result<()> {
         let mut params: smallvec::SmallVec<[*mut c_void; 24]> = smallvec::SmallVec::new();
         for arg in args {
             params.push(match arg {
@@ -159,7 +179,7 @@ impl Kernel {
             return Ok(());
         }
         // SAFETY: all zeros is a valid attribute.
-        let mut attributes: [sys::CUlaunchAttribute; 2] = unsafe { std::mem::zeroed() };
+        let mut attributes: [sys::CUlaunchAttribute; 3] = unsafe { std::mem::zeroed() };
         let mut count = 0;
         if shape.early {
             attributes[0].id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
@@ -171,6 +191,11 @@ impl Kernel {
             attributes[count].value.clusterDim.x = cluster;
             attributes[count].value.clusterDim.y = 1;
             attributes[count].value.clusterDim.z = 1;
+            count += 1;
+        }
+        if together {
+            attributes[count].id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_COOPERATIVE;
+            attributes[count].value.cooperative = 1;
             count += 1;
         }
         let stream = device.cuda_stream();
