@@ -6,9 +6,10 @@
 //! done on the host) makes the model run op by op as before; [`Model::not_replayed`] says why.
 
 mod drawn;
+mod memories;
 
 use crate::{
-    cache::{State, memory::Memory},
+    cache::memory::Memory,
     error::{Error, Result},
     kernels::cuda::{
         keeping,
@@ -26,13 +27,11 @@ use candle_core::{
     },
 };
 use drawn::Ending;
+use memories::{caches, has_begun, lengths, make_room};
 use std::{
     collections::HashMap,
     sync::{Mutex, MutexGuard, PoisonError},
 };
-
-/// Rows that caches have room for before a step: its own, and that of a step ahead.
-const ROWS_AHEAD: usize = 2;
 
 /// The recorded steps of a model, by their number of sequences.
 #[derive(Default)]
@@ -104,9 +103,6 @@ impl Model {
         if kept.refused.is_none() && std::env::var("DYLM_REPLAY").is_ok_and(|set| set == "off") {
             kept.refused = Some("DYLM_REPLAY=off".into());
         }
-        if kept.refused.is_none() && inputs.iter().any(|i| i.state.layers.iter().any(|l| l.state().is_some())) {
-            kept.refused = Some("the states of its recurrences lie on the host".into());
-        }
         if kept.refused.is_some() {
             return Ok(None);
         }
@@ -115,7 +111,7 @@ impl Model {
             std::collections::hash_map::Entry::Occupied(known) => known.into_mut(),
             std::collections::hash_map::Entry::Vacant(new) => new.insert(Recorded::new(device, inputs.len())?),
         };
-        inputs.iter_mut().try_for_each(|i| make_room(i.state))?;
+        inputs.iter_mut().try_for_each(|i| make_room(i.state, &self.place.device))?;
         let cached = device.enable_cuda_graph_htod_cache();
         let ran = recorded.run(self, inputs, ending);
         // What is read and drawn is not recorded, and a sampler's counts are not to be some constant's.
@@ -141,31 +137,6 @@ impl Replays {
     fn kept(&self) -> MutexGuard<'_, Kept> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-/// Whether each cache that has ever been fed holds a token: what the step writes into is there then.
-fn has_begun(state: &State) -> bool {
-    let mut kept = state.layers.iter().filter_map(Memory::key_value).filter(|kv| kv.shape.is_some());
-    state.offset > 0 && kept.all(|kv| !kv.positions.is_empty())
-}
-
-fn make_room(state: &mut State) -> candle_core::Result<()> {
-    state.layers.iter_mut().filter_map(Memory::key_value_mut).try_for_each(|kv| kv.make_room(ROWS_AHEAD))
-}
-
-/// Everything about the caches that a recorded step takes as given.
-fn caches(inputs: &[Input]) -> candle_core::Result<Vec<u64>> {
-    let mut all = Vec::new();
-    for input in inputs {
-        for kv in input.state.layers.iter().filter_map(Memory::key_value) {
-            for table in [&kv.keys, &kv.values] {
-                let Some(whole) = table.whole() else { continue };
-                all.extend([address(whole)?, whole.dim(0)? as u64]);
-            }
-            all.push(kv.origin(input.state.offset)?.into());
-        }
-    }
-    Ok(all)
 }
 
 impl Recorded {
@@ -246,7 +217,7 @@ impl Recorded {
             let kept = kept?;
             self.fed = (0..)
                 .zip(lengths(inputs).into_iter().zip(before))
-                .filter(|(_, (now, before))| now > before)
+                .filter(|(_, (now, before))| now != before)
                 .map(|(i, _)| i)
                 .collect();
             self.logits = Some(kept);
@@ -333,8 +304,10 @@ impl Recorded {
         for input in inputs {
             let offset = input.state.offset;
             for &layer in &self.fed {
-                if let Some(kv) = input.state.layers.get_mut(layer).and_then(Memory::key_value_mut) {
-                    kv.replayed(offset);
+                match input.state.layers.get_mut(layer) {
+                    Some(Memory::KeyValue(kv)) => kv.replayed(offset),
+                    Some(Memory::State(state)) => state.numbers.turned(offset + 1),
+                    None => {}
                 }
             }
         }
@@ -378,10 +351,4 @@ impl Recorded {
         self.holds = Some([chosen.iter().map(|&(id, _)| id).collect(), next]);
         Ok(Made::Chosen(chosen))
     }
-}
-
-/// How many entries each memory of the first sequence has.
-fn lengths(inputs: &[Input]) -> Vec<usize> {
-    let of = |memory: &Memory| memory.key_value().map_or(0, |kv| kv.positions.len());
-    inputs.first().map_or(Vec::new(), |input| input.state.layers.iter().map(of).collect())
 }

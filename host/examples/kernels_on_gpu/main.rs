@@ -3,6 +3,7 @@
 
 mod drawn;
 mod fused;
+mod recurring;
 
 use candle_core::{DType, Device, Result, Tensor};
 use dylm::{
@@ -301,6 +302,7 @@ fn main() -> ExitCode {
         checks.experts()?;
         checks.attention()?;
         checks.drawn()?;
+        checks.recurring()?;
         Ok(checks.failed)
     };
     match run() {

@@ -152,7 +152,9 @@ impl State {
     pub fn remember(&mut self) {
         let here = self.offset - self.behind;
         if here > self.copies.back().map_or(0, |c| c.offset) && self.recurs() {
-            let numbers = self.layers.iter().filter_map(Memory::state).map(|s| s.numbers.clone()).collect();
+            let numbers = self.layers.iter().filter_map(Memory::state).map(|s| &s.numbers);
+            // Where there is no memory for a copy they are shared, and the next step takes another place for its own.
+            let numbers = numbers.map(|numbers| numbers.copied().unwrap_or_else(|_| numbers.clone())).collect();
             self.keep(here, numbers);
         }
     }

@@ -23,7 +23,7 @@ impl Conv1d {
 
     /// The same where it is used.
     pub fn on(self, place: &Placement, channels: usize) -> Result<Self> {
-        if place.native || !metal::serves(&place.device) || self.weight.is_empty() {
+        if place.native || !(metal::serves(&place.device) || place.device.is_cuda()) || self.weight.is_empty() {
             return Ok(self);
         }
         let weight = Tensor::from_slice(&self.weight, ((), channels), &place.device)?;

@@ -22,6 +22,8 @@ pub(crate) mod own_op;
 mod pooling;
 pub(crate) mod recurring;
 mod recurring_away;
+#[cfg(feature = "cuda")]
+mod recurring_cuda;
 pub(crate) mod running;
 mod scanning;
 pub(crate) mod table;

@@ -154,6 +154,15 @@ impl Running<'_> {
     pub fn shift(&mut self, cache: u32, x: Handle) -> Outcome {
         let x = self.arena.get(x)?;
         let &[tokens, dim] = x.dims()? else { return Err(fault!("{:?} is not [tokens, dim]", x.dims()?)) };
+        #[cfg(feature = "cuda")]
+        if self.place.device.is_cuda() {
+            // A convolution of two taps, the former of which is 1.
+            let launch = |tokens, _| kernels::conv1d(tokens, dim, 2, false);
+            let away = Away { state: &[1, dim], rows: &[&x], shared: &[], order: &[0], launch };
+            if let Some(y) = self.recur_on_cuda(cache, &away)? {
+                return Ok(y);
+            }
+        }
         self.recur(cache, &[1, dim], [&x], [], &[tokens, dim], |turn: Turn<1, 0>| {
             recurrence::shift(turn.state, turn.rows[0], turn.out)
         })

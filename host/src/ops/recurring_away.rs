@@ -31,6 +31,10 @@ impl Running<'_> {
     where
         L: Fn(usize, usize) -> Option<Launch>,
     {
+        #[cfg(feature = "cuda")]
+        if self.place.device.is_cuda() {
+            return self.recur_on_cuda(cache, &away);
+        }
         let device = self.place.device.clone();
         let known = !self.place.native && metal::serves(&device) && (away.launch)(1, 0).is_some();
         if !known || self.tokens == 0 || away.state.iter().product::<usize>() == 0 {

@@ -28,6 +28,9 @@ struct Plan {
 
 impl Running<'_> {
     fn plan_scan(&mut self, caches: &[u32], inputs: &[Handle]) -> Outcome<Plan> {
+        if self.places.as_ref().is_some_and(|places| places.recorded) {
+            return Err(fault!("states that the plugin's own step makes have no place to stay"));
+        }
         let inputs = inputs.iter().map(|&x| self.arena.get(x)).collect::<Outcome<Vec<_>>>()?;
         for input in &inputs {
             if input.dims()?.first() != Some(&self.tokens) {

@@ -7,6 +7,7 @@ pub mod norm;
 pub mod packed;
 pub mod product;
 pub mod program;
+pub mod recurrence;
 mod regroup;
 pub mod rows;
 pub mod sample;

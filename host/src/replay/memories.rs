@@ -1,0 +1,57 @@
+//! The memories that a recorded step reads and writes: whether they are there, room ahead in them, and where they lie.
+
+use crate::{
+    cache::{State, memory::Memory},
+    kernels::cuda::step::address,
+    model::Input,
+};
+use candle_core::Device;
+
+/// Rows that caches have room for before a step: its own, and that of a step ahead.
+const ROWS_AHEAD: usize = 2;
+
+/// Whether each cache that has ever been fed holds a token: what the step writes into is there then.
+pub(super) fn has_begun(state: &State) -> bool {
+    let mut kept = state.layers.iter().filter_map(Memory::key_value).filter(|kv| kv.shape.is_some());
+    state.offset > 0 && kept.all(|kv| !kv.positions.is_empty())
+}
+
+pub(super) fn make_room(state: &mut State, device: &Device) -> candle_core::Result<()> {
+    let offset = state.offset;
+    state.layers.iter_mut().try_for_each(|memory| match memory {
+        Memory::KeyValue(kv) => kv.make_room(ROWS_AHEAD),
+        Memory::State(state) if state.numbers.count() > 0 => state.numbers.in_turn(device, offset).map(drop),
+        Memory::State(_) => Ok(()),
+    })
+}
+
+/// Everything about the caches that a recorded step takes as given.
+pub(super) fn caches(inputs: &[Input]) -> candle_core::Result<Vec<u64>> {
+    let mut all = Vec::new();
+    for input in inputs {
+        for memory in &input.state.layers {
+            let kv = match memory {
+                Memory::KeyValue(kv) => kv,
+                Memory::State(state) => {
+                    all.extend(state.numbers.place().map(address).transpose()?);
+                    continue;
+                }
+            };
+            for table in [&kv.keys, &kv.values] {
+                let Some(whole) = table.whole() else { continue };
+                all.extend([address(whole)?, whole.dim(0)? as u64]);
+            }
+            all.push(kv.origin(input.state.offset)?.into());
+        }
+    }
+    Ok(all)
+}
+
+/// What a step changes in each memory of the first sequence: how many entries it has, or which half of its place holds a state.
+pub(super) fn lengths(inputs: &[Input]) -> Vec<usize> {
+    let of = |memory: &Memory| match memory {
+        Memory::KeyValue(kv) => kv.positions.len(),
+        Memory::State(state) => state.numbers.turn(),
+    };
+    inputs.first().map_or(Vec::new(), |input| input.state.layers.iter().map(of).collect())
+}
