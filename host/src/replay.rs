@@ -55,6 +55,8 @@ struct Recorded {
     heard: [PinnedHostSlice<u32>; 2],
     /// `[sequences, vocab]`, f32; known once the step ran op by op.
     logits: Option<Tensor>,
+    /// Whether they are rounded to bf16.
+    coarse: bool,
     /// What the step writes and forgets.
     scratch: Vec<Tensor>,
     /// Which of a sequence's memories the step feeds.
@@ -124,7 +126,7 @@ impl Model {
             }
             Err(e) => return Err(e),
         }
-        recorded.read(inputs, ending).map(Some)
+        recorded.read(self, inputs, ending).map(Some)
     }
 }
 
@@ -153,6 +155,7 @@ impl Recorded {
             told: Tensor::zeros((sequences, 3), DType::U32, on)?,
             heard: [pinned()?, pinned()?],
             logits: None,
+            coarse: false,
             scratch: Vec::new(),
             fed: Vec::new(),
             graph: None,
@@ -169,16 +172,19 @@ impl Recorded {
     fn run(&mut self, model: &Model, inputs: &mut [Input], ending: Ending<'_>) -> Result<()> {
         let tokens: Vec<u32> = inputs.iter().flat_map(|i| i.tokens).copied().collect();
         let positions: Vec<u32> = inputs.iter().map(|i| i.state.offset as u32).collect();
-        let caches = caches(inputs)?;
+        let caches = caches(model, inputs)?;
         inputs.iter_mut().for_each(|i| drop(i.state.begin(1)));
         if matches!(self.ahead, Some((_, true))) && !matches!(ending, Ending::Drawn(..)) {
             // The largest is not what it has chosen, and the sampler is not where it was.
             (self.drawing, self.holds) = (None, None);
         }
+        let recorded = self.logits.is_some();
         let started = self.start(model, inputs, [tokens, positions], caches);
         for input in inputs.iter_mut() {
             match started {
                 Ok(()) => input.state.finish(&[], input.tokens)?,
+                // Nothing of a step that cannot be written down was done.
+                Err(_) if recorded => input.state.unwrite(),
                 Err(_) => input.state.undo(&[]),
             }
         }
@@ -211,10 +217,11 @@ impl Recorded {
                 // Outlives the step, so it is none of the scratch.
                 let kept = Tensor::zeros(logits.dims(), DType::F32, logits.device())?;
                 self.choose(&logits, &kept)?;
-                Ok::<_, Error>(kept)
+                Ok::<_, Error>((kept, logits.dtype() == DType::BF16))
             });
             self.scratch = scratch;
-            let kept = kept?;
+            let (kept, coarse) = kept?;
+            self.coarse = coarse;
             self.fed = (0..)
                 .zip(lengths(inputs).into_iter().zip(before))
                 .filter(|(_, (now, before))| now != before)
@@ -313,7 +320,7 @@ impl Recorded {
         }
     }
 
-    fn read(&mut self, inputs: &[Input], ending: Ending<'_>) -> Result<Made> {
+    fn read(&mut self, model: &Model, inputs: &[Input], ending: Ending<'_>) -> Result<Made> {
         let (Some((mut done, has_drawn)), Some(logits)) = (self.done.take(), self.logits.clone()) else {
             return Err(Error::Device("--device cuda: no step was started".into()));
         };
@@ -327,7 +334,7 @@ impl Recorded {
             return Ok(Made::Logits(logits.to_vec2::<f32>()?));
         }
         let turn = self.turn;
-        if self.graph.is_some() && caches(inputs)? == self.caches {
+        if self.graph.is_some() && caches(model, inputs)? == self.caches {
             self.turn ^= 1;
             let chosen = self.launch()?;
             self.ahead = Some(if draws { (self.draw()?, true) } else { (chosen, false) });

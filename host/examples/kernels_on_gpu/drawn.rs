@@ -58,11 +58,11 @@ impl Checks {
             let (id, told) = (numbers(1)?, numbers(3)?);
             let sampler = Sampler::new(&sampling).map_err(candle_core::Error::wrap)?;
             let Some(drawing) = Drawing::new(&sampler, &[1, 2, 3], 128_256, device_of(&row)?)? else { continue };
-            drawing.run(&row, &id, &told)?;
+            drawing.run(&row, true, &id, &told)?;
             told.to_vec1::<u32>()?;
             let start = Instant::now();
             for _ in 0..500 {
-                drawing.run(&row, &id, &told)?;
+                drawing.run(&row, true, &id, &told)?;
             }
             told.to_vec1::<u32>()?;
             println!("    {name}: {:.1} us of 128256", start.elapsed().as_secs_f64() * 1e6 / 500.0);
@@ -72,13 +72,13 @@ impl Checks {
 
     fn logits(&mut self, width: usize, coarse: bool) -> Vec<f32> {
         let mut logits: Vec<f32> = (0..width).map(|_| 9.0 * self.random.number()).collect();
-        if coarse {
-            logits.iter_mut().for_each(|x| *x = dylm::kernels::cpu::Float::BF16.round(*x));
-        }
         // Some stand out, and one is masked.
         for _ in 0..width / 100 {
             let at = self.random.below(width);
             logits[at] += 4.0 * self.random.number();
+        }
+        if coarse {
+            logits.iter_mut().for_each(|x| *x = dylm::kernels::cpu::Float::BF16.round(*x));
         }
         logits[width / 2] = f32::NEG_INFINITY;
         logits
@@ -99,7 +99,7 @@ impl Checks {
             let mut logits = self.logits(width, coarse);
             // What was seen is likely again.
             text.iter().for_each(|&t| logits[t as usize] = 10.0);
-            drawing.run(&Tensor::from_slice(&logits, (1, width), &self.device)?, &id, &told)?;
+            drawing.run(&Tensor::from_slice(&logits, (1, width), &self.device)?, coarse, &id, &told)?;
             let told = told.to_vec1::<u32>()?;
             let choice = sampler.sample(&mut logits, &text).map_err(wrap)?;
             text.push(choice.id);

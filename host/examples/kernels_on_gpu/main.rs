@@ -76,7 +76,7 @@ impl Checks {
                     (0..rows * cols / weights * size).map(|_| self.random.below(256) as u8).collect();
                 for block in blocks.chunks_mut(size) {
                     block[1] = 0x20 | block[1] & 0x83;
-                    if matches!(format, Format::Q4_1 | Format::Q5_1) {
+                    if matches!(format, Format::Q4_1 | Format::Q5_1 | Format::Q4K | Format::Q5K) {
                         block[3] = 0x20 | block[3] & 0x83;
                     }
                 }
@@ -98,6 +98,8 @@ impl Checks {
             Format::Q5_0,
             Format::Q5_1,
             Format::Q8_0,
+            Format::Q4K,
+            Format::Q5K,
         ];
         for bits in [2, 3, 4, 5, 6, 8] {
             for (group, scales) in [(32, Float::BF16), (64, Float::F16), (64, Float::BF16), (128, Float::BF16)] {
@@ -105,7 +107,8 @@ impl Checks {
             }
         }
         for (i, format) in formats.into_iter().enumerate() {
-            let (rows, cols) = ([37, 200, 2600][i % 3], [384, 640, 1152][i / 3 % 3]);
+            let (rows, cols) =
+                ([37, 200, 2600][i % 3], [384usize, 640, 1152][i / 3 % 3].next_multiple_of(format.block().0));
             let (matrix, kept) = self.packed(format, rows, cols)?;
             let Some(tiles) = Tiles::place(&[matrix], &self.device)? else {
                 self.failed += 1;

@@ -204,6 +204,16 @@ impl State {
         self.back_to(here + again.len());
     }
 
+    /// After a step that was to be recorded has failed, of which no kernel ran: nothing needs to be read again.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn unwrite(&mut self) {
+        let offset = self.offset;
+        self.layers.iter_mut().for_each(|memory| match memory {
+            Memory::KeyValue(kv) => kv.trim_to(offset),
+            Memory::State(state) => state.numbers.turned(offset),
+        });
+    }
+
     /// Bytes held: keys, values, states, and the copies of these.
     pub fn bytes(&self) -> usize {
         let copies = self.copies.iter().flat_map(|c| &c.numbers).map(|numbers| 4 * numbers.count());

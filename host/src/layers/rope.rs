@@ -1,6 +1,9 @@
 //! Rotary position angles: one frequency for each pair of lanes, after whichever scaling config.json's `rope_scaling` asks for.
 //! <https://arxiv.org/abs/2104.09864>; YaRN: <https://arxiv.org/abs/2309.00071>; LongRoPE: <https://arxiv.org/abs/2402.13753>
 
+#[cfg(feature = "cuda")]
+mod on_cuda;
+
 use super::slices::with_f32;
 use crate::kernels::cpu;
 use candle_core::{D, DType, Device, Tensor};
@@ -17,9 +20,9 @@ pub struct Rope {
     /// Multiplies what was turned (YaRN's and LongRoPE's attention factor).
     pub amplitude: f32,
     by_length: ByLength,
-    /// The frequencies where the model is, once they were needed there.
+    /// Both sets of frequencies where the model is, once they were needed there.
     #[cfg(feature = "cuda")]
-    there: std::sync::OnceLock<Tensor>,
+    there: [std::sync::OnceLock<Tensor>; 2],
 }
 
 /// Scalings that look at how long the text is.
@@ -257,51 +260,6 @@ impl Rope {
             1 => Ok(turned.remove(0)),
             _ => Tensor::cat(&turned, 0),
         }
-    }
-
-    /// Frequencies on the GPU, and the amplitude, of a rope that turns the same whatever the length of the text.
-    #[cfg(feature = "cuda")]
-    pub fn on_cuda(&self, device: &Device) -> candle_core::Result<Option<(&Tensor, f32)>> {
-        if !matches!(self.by_length, ByLength::Never) {
-            return Ok(None);
-        }
-        let there = match self.there.get() {
-            Some(there) => there,
-            None => {
-                let there = Tensor::new(&self.inv_freq[..], device)?;
-                self.there.get_or_init(|| there)
-            }
-        };
-        Ok(Some((there, self.amplitude)))
-    }
-
-    /// The same on CUDA, where `positions` `[tokens]` lie on the device. A step that is to be replayed when the text is longer must not look
-    /// at its length.
-    #[cfg(feature = "cuda")]
-    pub fn rotate_on_cuda(
-        &self,
-        x: &Tensor,
-        spans: &[Span],
-        crate::ops::running::Places { positions, recorded }: &crate::ops::running::Places,
-        block: usize,
-        turn: cpu::Turn,
-    ) -> candle_core::Result<Tensor> {
-        use crate::kernels::cuda::step;
-        if let Some(how) = self.on_cuda(x.device())? {
-            return step::rope(x, positions, how, block, turn);
-        }
-        if *recorded {
-            candle_core::bail!("a rope that turns by the length of the text");
-        }
-        let (mut turned, mut start) = (Vec::with_capacity(spans.len()), 0);
-        for span in spans {
-            let rows = |t: &Tensor| t.narrow(0, start, span.len);
-            let frequencies = Tensor::new(&*self.frequencies(span.text()), x.device())?;
-            let how = (&frequencies, self.amplitude(span.text()));
-            turned.push(step::rope(&rows(x)?, &rows(positions)?, how, block, turn)?);
-            start += span.len;
-        }
-        if turned.len() == 1 { Ok(turned.remove(0)) } else { Tensor::cat(&turned, 0) }
     }
 
     fn rotate_by_candle(&self, x: &Tensor, span: &Span, block: usize, turn: cpu::Turn) -> candle_core::Result<Tensor> {

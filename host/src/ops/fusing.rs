@@ -86,7 +86,9 @@ impl Running<'_> {
     pub(super) fn rotate_later(&mut self, rope: &Rope, x: Handle, block: usize, turn: Turn) -> Outcome<Option<Value>> {
         let (Some((x, _)), Some(places)) = (self.unread(x)?, &self.places) else { return Ok(None) };
         // Of several sequences, each has a cache of its own to join.
-        let Some(how) = rope.on_cuda(&self.place.device)?.filter(|_| self.parts.len() == 1) else { return Ok(None) };
+        let [part] = self.parts.as_slice() else { return Ok(None) };
+        let text = (part.state.offset + part.tokens.len()).max(part.state.horizon);
+        let Some(how) = rope.on_cuda(&self.place.device, [text].into_iter())? else { return Ok(None) };
         Ok(self.arena.later.turn(&x, &places.positions, how, block, turn)?.map(Value::Real))
     }
 

@@ -17,6 +17,7 @@ mod fusing;
 pub(crate) mod later;
 pub(crate) mod lending;
 mod linear_attention;
+mod ngrams;
 pub(crate) mod noting;
 pub(crate) mod own_op;
 mod pooling;

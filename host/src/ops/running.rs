@@ -309,29 +309,6 @@ impl Running<'_> {
         Ok(Value::Real(candle_core::Tensor::from_vec(positions, self.tokens, &device)?))
     }
 
-    /// Ids of the n-grams that end at each token.
-    pub fn ngrams(&mut self, tokens: Handle, n: u64, base: u64, modulus: u64) -> Outcome {
-        let tokens = self.arena.get(tokens)?;
-        if modulus == 0 || tokens.dims()? != [self.tokens] {
-            return Err(fault!("{n}-grams of {:?} modulo {modulus}", tokens.dims()?));
-        }
-        let Value::Real(ids) = &tokens else { return Ok(tokens) };
-        let (ids, modulus) = (ids.to_vec1::<u32>()?, modulus as u128);
-        let mut hashes = Vec::with_capacity(ids.len());
-        for part in &self.parts {
-            let text: Vec<u32> = part.state.tokens.iter().chain(&ids[part.tokens.clone()]).copied().collect();
-            for end in part.state.tokens.len()..text.len() {
-                let (mut hash, mut power) = (0u128, 1 % modulus);
-                for &id in text[..=end].iter().rev().take(n as usize) {
-                    hash = (hash + id as u128 * power) % modulus;
-                    power = power * base as u128 % modulus;
-                }
-                hashes.push(hash as u32);
-            }
-        }
-        Ok(Value::Real(candle_core::Tensor::from_vec(hashes, ids.len(), &self.place.device)?))
-    }
-
     /// `silu(gate) * up` or `gelu_tanh(gate) * up`.
     pub fn gate(&mut self, gate: Handle, up: Handle, activation: Activation) -> Outcome {
         #[cfg(feature = "cuda")]

@@ -58,7 +58,7 @@ impl Recorded {
         let (Some(drawing), Some(logits)) = (&self.drawing, &self.logits) else {
             return Err(Error::Device("--device cuda: no sampler is there".into()));
         };
-        drawing.run(logits, &self.ids, &self.told)?;
+        drawing.run(logits, self.coarse, &self.ids, &self.told)?;
         self.tell()
     }
 }

@@ -3,7 +3,8 @@
 use crate::{
     cache::{State, memory::Memory},
     kernels::cuda::step::address,
-    model::Input,
+    layers::Layer,
+    model::{Input, Model},
 };
 use candle_core::Device;
 
@@ -25,9 +26,15 @@ pub(super) fn make_room(state: &mut State, device: &Device) -> candle_core::Resu
     })
 }
 
-/// Everything about the caches that a recorded step takes as given.
-pub(super) fn caches(inputs: &[Input]) -> candle_core::Result<Vec<u64>> {
-    let mut all = Vec::new();
+/// Everything about the caches, and the lengths of the texts, that a recorded step takes as given.
+pub(super) fn caches(model: &Model, inputs: &[Input]) -> candle_core::Result<Vec<u64>> {
+    let ropes = model.layers.iter().filter_map(|layer| if let Layer::Rope(rope) = layer { Some(rope) } else { None });
+    let by_length: Vec<_> = ropes.filter(|rope| rope.looks_at_length()).collect();
+    let text = |state: &State| (state.offset + 1).max(state.horizon);
+    let sets = |input: &Input| {
+        by_length.iter().map(|rope| rope.set(text(input.state)).map_or(2, |set| set as u64)).collect::<Vec<_>>()
+    };
+    let mut all: Vec<u64> = inputs.iter().flat_map(sets).collect();
     for input in inputs {
         for memory in &input.state.layers {
             let kv = match memory {

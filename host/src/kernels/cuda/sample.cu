@@ -182,9 +182,9 @@ __device__ void meet(Board &board, uint32_t n) {
 
 } // namespace
 
-// logits [width] in f32, and as many numbers of room for what bias and penalties make of them. The token goes to `id`, where the next step
+// logits [width] in f32 (`coarse`: of bf16), and as many numbers of room for what bias and penalties make of them. The token goes to `id`, where the next step
 // reads it, and with its log-probability and soundness to `told`.
-extern "C" __global__ void __launch_bounds__(THREADS) draw(const float *logits, float *changed, Draw *drawing, Board *to, uint32_t *id, uint32_t *told, uint32_t width) {
+extern "C" __global__ void __launch_bounds__(THREADS) draw(const float *logits, float *changed, Draw *drawing, Board *to, uint32_t *id, uint32_t *told, uint32_t width, uint32_t coarse) {
     Board &board = *to;
     const Draw d = *drawing;
     const uint32_t stretch = (width + gridDim.x - 1) / gridDim.x, begin = min(width, blockIdx.x * stretch), end = min(width, begin + stretch);
@@ -251,11 +251,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) draw(const float *logits, 
     if (filters) {
         unsigned long long need = 0;
         const uint32_t most = counts ? d.top_k : ~0u;
-        for (int level = 0; level < LEVELS; level++) {
+        // What the last level would look at is the same in all numbers of bf16.
+        const int levels = coarse && !changes ? LEVELS - 1 : LEVELS;
+        for (int level = 0; level < levels; level++) {
             meet(board, ++met);
             if (level == 0) need = weighs ? max(1ull, __double2ull_ru(d.top_p * double(__ldcg(&board.total)))) : ~0ull;
             if (border.found) narrow(border, board, level, most, need);
-            if (level + 1 == LEVELS) break;
+            if (level + 1 == levels) break;
             if (border.found) {
                 clear();
                 for (uint32_t i = begin + threadIdx.x; i < end; i += THREADS) {
@@ -267,6 +269,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) draw(const float *logits, 
                 publish(level + 1);
             }
         }
+        if (levels < LEVELS) border.key = border.key << bits(LEVELS - 1) | (border.key >> 21 ? 0 : (1u << bits(LEVELS - 1)) - 1);
     }
     // Equals of the border stay, but for those that are more than the count.
     const bool bordered = filters && border.found;
@@ -309,26 +312,23 @@ extern "C" __global__ void __launch_bounds__(THREADS) draw(const float *logits, 
     __shared__ double target, before_stretch;
     __shared__ uint32_t stretch_at, equal_before;
     const double on_border = bordered ? share(__uint_as_float(border.key & 0x80000000u ? border.key ^ 0x80000000u : ~border.key)) : 0.0;
-    if (threadIdx.x == 0) {
-        chosen = top.id, stretch_at = gridDim.x;
-        if (sound && !greedy) {
-            auto of = [&](uint32_t block, uint32_t passed) {
-                const uint32_t here = __ldcg(&board.equal[block]);
-                return __ldcg(&board.heavier[block]) + on_border * min(here, equals - min(equals, passed));
-            };
-            double total = 0;
-            uint32_t passed = 0;
-            for (uint32_t block = 0; block < gridDim.x; passed += __ldcg(&board.equal[block++])) total += of(block, passed);
-            target = uniform(d.seed, d.drawn) * total;
-            double sum = 0;
-            passed = 0;
-            for (uint32_t block = 0; block < gridDim.x; passed += __ldcg(&board.equal[block++])) {
-                const double own = of(block, passed);
-                if (own > 0.0) stretch_at = block, before_stretch = sum, equal_before = passed;
-                sum += own;
-                if (target < sum) break;
-            }
+    if (threadIdx.x == 0) chosen = top.id, stretch_at = gridDim.x;
+    if (sound && !greedy) {
+        // One thread a block's stretch; where rounding leaves the sum short, the last that has something to draw.
+        const bool mine = threadIdx.x < gridDim.x;
+        const uint32_t here = mine ? __ldcg(&board.equal[threadIdx.x]) : 0, passed = sum_until(here) - here;
+        const double own = mine ? __ldcg(&board.heavier[threadIdx.x]) + on_border * min(here, equals - min(equals, passed)) : 0.0;
+        double total;
+        const double until = sum_until(own, &total), goal = uniform(d.seed, d.drawn) * total;
+        __shared__ uint32_t last, first;
+        if (threadIdx.x == 0) last = 0, first = ~0u;
+        __syncthreads();
+        if (own > 0.0) {
+            atomicMax(&last, threadIdx.x);
+            if (goal < until) atomicMin(&first, threadIdx.x);
         }
+        __syncthreads();
+        if (threadIdx.x == min(first, last)) stretch_at = threadIdx.x, target = goal, before_stretch = until - own, equal_before = passed;
     }
     __syncthreads();
     if (stretch_at < gridDim.x) {

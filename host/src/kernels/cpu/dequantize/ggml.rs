@@ -104,7 +104,7 @@ pub(super) fn q3_k(block: &[u8; 110], out: &mut [f32; 256]) {
 /// Scale and minimum number `s` of eight, six bits each, in the twelve bytes that Q4_K and Q5_K share: the first four of each
 /// lie in the low bits of bytes 0-7, whose top bits complete the last four.
 #[inline(always)]
-pub(in super::super) fn scale_and_min(packed: &[u8], s: usize) -> (u8, u8) {
+pub(crate) fn scale_and_min(packed: &[u8], s: usize) -> (u8, u8) {
     if s < 4 {
         (packed[s] & 63, packed[s + 4] & 63)
     } else {

@@ -6,7 +6,8 @@ mod ggml;
 mod mx;
 
 use super::format::{Float, Format};
-pub(super) use ggml::{scale_and_min, six_bit_scale};
+pub(crate) use ggml::scale_and_min;
+pub(super) use ggml::six_bit_scale;
 pub use mx::e8m0_to_f32;
 pub(super) use mx::{E2M1, e4m3_to_f32};
 
