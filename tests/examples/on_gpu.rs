@@ -56,6 +56,16 @@ fn distance(ours: &[Vec<f32>], theirs: &[Vec<f32>]) -> f32 {
     ours.iter().zip(theirs).map(row).fold(0.0, f32::max)
 }
 
+/// Which rows are further off than `bound`. Where nearly equal scores choose another expert or key, few are, and the others are close.
+fn over(ours: &[Vec<f32>], theirs: &[Vec<f32>], bound: f32) -> String {
+    let off = |(a, b): (&Vec<f32>, &Vec<f32>)| distance(std::slice::from_ref(a), std::slice::from_ref(b));
+    let (mut far, mut most) = (Vec::new(), 0f32);
+    for (i, off) in ours.iter().zip(theirs).map(off).enumerate() {
+        if off > bound { far.push(i.to_string()) } else { most = most.max(off) }
+    }
+    format!(", over in rows {} of {}, {most:.1e} in the others", far.join(" "), ours.len())
+}
+
 fn most_likely(row: &[f32]) -> u32 {
     let largest = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     row.iter().position(|&x| x == largest).unwrap_or_default() as u32
@@ -111,6 +121,7 @@ fn check(entry: &Path, dtype: DtypeChoice, devices: &[usize]) -> Result<(String,
         }
     };
     let why = gpu.lm.model.not_replayed();
+    let where_off = if far > bound { over(&eager, &theirs, bound) } else { String::new() };
     let sound = far <= bound && same && (why.is_some() || chosen == steps[known..]);
     let how = match &why {
         Some(why) => format!("not replayed: {why}"),
@@ -120,7 +131,7 @@ fn check(entry: &Path, dtype: DtypeChoice, devices: &[usize]) -> Result<(String,
     };
     Ok((
         format!(
-            "{far:.1e} of {bound:.0e}, rows {}, op by op {by_op:.2} ms, {how}",
+            "{far:.1e} of {bound:.0e}{where_off}, rows {}, op by op {by_op:.2} ms, {how}",
             if same { "equal" } else { "DIFFER" }
         ),
         sound,

@@ -68,7 +68,9 @@ impl Checks {
     fn packed(&mut self, format: Format, rows: usize, cols: usize) -> Result<(Matrix, Vec<f32>)> {
         let numbers: Vec<f32> = (0..rows * cols).map(|_| self.random.number() * 0.5).collect();
         let matrix = match format {
-            Format::Affine { .. } | Format::Mxfp4 | Format::Dense(_) => Matrix::quantize(&numbers, rows, cols, format),
+            Format::Affine { .. } | Format::Mxfp4 | Format::Mxfp8 | Format::Fp8 { .. } | Format::Dense(_) => {
+                Matrix::quantize(&numbers, rows, cols, format)
+            }
             // Nobody here makes GGUF's blocks: any bytes are some, if scale and minimum are numbers.
             _ => {
                 let (weights, size) = format.block();
@@ -100,6 +102,9 @@ impl Checks {
             Format::Q8_0,
             Format::Q4K,
             Format::Q5K,
+            Format::Mxfp8,
+            Format::Fp8 { block: 128 },
+            Format::Fp8 { block: 1 << 20 },
         ];
         for bits in [2, 3, 4, 5, 6, 8] {
             for (group, scales) in [(32, Float::BF16), (64, Float::F16), (64, Float::BF16), (128, Float::BF16)] {
@@ -167,6 +172,7 @@ impl Checks {
             (Format::Affine { bits: 4, group: 64, scales: Float::BF16 }, 3),
             (Format::Mxfp4, 1),
             (Format::Q8_0, 4),
+            (Format::Mxfp8, 2),
             (Format::Dense(Float::BF16), 2),
         ] {
             let mut all = Vec::new();

@@ -125,6 +125,9 @@ __device__ __forceinline__ void product_of_one(const Packed (&of)[RT], const int
                 } else if constexpr (P == MX4) {
                     y[r][0] = fmaf(e8m0((scale(0) >> (8 * group)) & 255), d[0][0], y[r][0]);
                     y[r][1] = fmaf(e8m0((scale(1) >> (8 * group)) & 255), d[0][2], y[r][1]);
+                } else if constexpr (P == FP8) {
+                    const float2 low = scale_and_bias(scale(group), false), high = scale_and_bias(scale(GROUPS + group), false);
+                    y[r][0] = fmaf(low.x + low.y, d[0][0], y[r][0]), y[r][1] = fmaf(high.x + high.y, d[0][2], y[r][1]);
                 } else {
                     const float2 low = scale_and_bias(scale(group), HALF), high = scale_and_bias(scale(GROUPS + group), HALF);
                     const float first = P == NIBBLE ? fmaf(e[1][0], 0.0625f, e[0][0]) : e[0][0], second = P == NIBBLE ? fmaf(e[1][2], 0.0625f, e[0][2]) : e[0][2];

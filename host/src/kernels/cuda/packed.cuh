@@ -78,6 +78,14 @@ template <int P, int NT> __device__ __forceinline__ void multiply(const uint32_t
             mma(d[n], lower[0], upper[0], lower[1], upper[1], x[n].x, x[n].y);
             mma(d[n], lower[2], upper[2], lower[3], upper[3], x[n].z, x[n].w);
         }
+    } else if constexpr (P == FP8) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            uint32_t lo[2], hi[2];
+            e4m3(lower[i], lo), e4m3(upper[i], hi);
+#pragma unroll
+            for (int n = 0; n < NT; n++) mma(d[n], lo[0], hi[0], lo[1], hi[1], word_of(x[n], 2 * i), word_of(x[n], 2 * i + 1));
+        }
     } else
 #pragma unroll
     for (int i = 0; i < pieces<P>(); i++) {
@@ -194,7 +202,7 @@ __device__ __forceinline__ void product(const Packed (&of)[RT], const int (&rows
 #pragma unroll
                     for (int n = 0; n < NT; n++) b[j][n] = shared[(stage * STEP + RT * PIECES + j * NT + n) * 32];
                 const uint4(&now)[NT] = b[j];
-                if constexpr (P != MX4 && P != PLAIN) {
+                if constexpr (P == NIBBLE || P == BYTE) {
                     constexpr uint32_t one = 0x3F803F80u;
 #pragma unroll
                     for (int n = 0; n < NT; n++) mma(sums[n], one, one, one, one, now[n].x, now[n].y), mma(sums[n], one, one, one, one, now[n].z, now[n].w);
@@ -220,6 +228,9 @@ __device__ __forceinline__ void product(const Packed (&of)[RT], const int (&rows
                 float2 low, high;
                 if constexpr (P == MX4) {
                     low = make_float2(e8m0((scale(r, 0) >> (8 * group)) & 255), 0), high = make_float2(e8m0((scale(r, 1) >> (8 * group)) & 255), 0);
+                } else if constexpr (P == FP8) {
+                    low = scale_and_bias(scale(r, group), false), high = scale_and_bias(scale(r, GROUPS + group), false);
+                    low.x += low.y, high.x += high.y;
                 } else {
                     low = scale_and_bias(scale(r, group), of[r].half), high = scale_and_bias(scale(r, GROUPS + group), of[r].half);
                     low.y = fmaf(-surplus<P>(), low.x, low.y), high.y = fmaf(-surplus<P>(), high.x, high.y);
@@ -229,7 +240,7 @@ __device__ __forceinline__ void product(const Packed (&of)[RT], const int (&rows
 #pragma unroll
                     for (int i = 0; i < 2; i++) {
                         y[r][n][i] = fmaf(low.x, d[r][n][i], y[r][n][i]), y[r][n][2 + i] = fmaf(high.x, d[r][n][2 + i], y[r][n][2 + i]);
-                        if (P != MX4) y[r][n][i] = fmaf(low.y, sums[n][i], y[r][n][i]), y[r][n][2 + i] = fmaf(high.y, sums[n][i], y[r][n][2 + i]);
+                        if (P == NIBBLE || P == BYTE) y[r][n][i] = fmaf(low.y, sums[n][i], y[r][n][i]), y[r][n][2 + i] = fmaf(high.y, sums[n][i], y[r][n][2 + i]);
                     }
                 }
             }

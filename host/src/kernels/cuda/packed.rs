@@ -28,6 +28,8 @@ pub enum Packing {
     Mx4 = 2,
     /// Not at all: bf16, row by row.
     Plain = 3,
+    /// E4M3, a scale a group.
+    Fp8 = 4,
 }
 
 /// What kernels are compiled for.
@@ -53,6 +55,8 @@ macro_rules! by_layout {
             (Packing::Byte, _) => concat!($($family),+, "_byte_128"),
             (Packing::Mx4, _) => concat!($($family),+, "_mx4_32"),
             (Packing::Plain, _) => concat!($($family),+, "_plain_128"),
+            (Packing::Fp8, 32) => concat!($($family),+, "_fp8_32"),
+            (Packing::Fp8, _) => concat!($($family),+, "_fp8_128"),
         }
     };
 }
@@ -62,7 +66,7 @@ impl Layout {
     fn pieces(self) -> usize {
         match self.packing {
             Packing::Plain => 4,
-            Packing::Byte => 2,
+            Packing::Byte | Packing::Fp8 => 2,
             Packing::Nibble | Packing::Mx4 => 1,
         }
     }
@@ -71,7 +75,7 @@ impl Layout {
         match self.packing {
             Packing::Plain => 0,
             Packing::Mx4 => 2,
-            Packing::Nibble | Packing::Byte => 2 * (TILE[0] / self.group),
+            Packing::Nibble | Packing::Byte | Packing::Fp8 => 2 * (TILE[0] / self.group),
         }
     }
 
@@ -173,6 +177,7 @@ impl Tiles {
         let name = match self.layout.packing {
             Packing::Nibble => "unpack_nibble",
             Packing::Byte => "unpack_byte",
+            Packing::Fp8 => "unpack_fp8",
             Packing::Mx4 | Packing::Plain => "unpack_mx4",
         };
         self.unpack(device, name, None, &y, Shape { grid, block: 256, shared: 0, early: false })?;
@@ -193,6 +198,7 @@ impl Tiles {
         let name = match self.layout.packing {
             Packing::Nibble => "gather_nibble",
             Packing::Byte => "gather_byte",
+            Packing::Fp8 => "gather_fp8",
             Packing::Mx4 | Packing::Plain => "gather_mx4",
         };
         let grid = [self.cols.div_ceil(TILE[0]) as u32, count as u32, 1];

@@ -39,6 +39,19 @@ pub fn regrouped(matrix: &Matrix) -> Option<Regrouped<'_>> {
             let packing = if bits <= 4 { Packing::Nibble } else { Packing::Byte };
             Some(as_it_is(packing, group, scale == Float::F16, bits as usize))
         }
+        Format::Mxfp8 => {
+            // 2^-127 is no normal bf16, but one all the same.
+            let exponent = |&e: &u8| if e == 0 { [0x40, 0] } else { (u16::from(e) << 7).to_le_bytes() };
+            let scales: Vec<u8> = scales.iter().flat_map(exponent).collect();
+            let biases = vec![0; scales.len()].into();
+            Some(Regrouped { scales: scales.into(), biases, ..as_it_is(Packing::Fp8, 32, false, 8) })
+        }
+        Format::Fp8 { block }
+            if matrix.cols().is_multiple_of(128) && (block.is_multiple_of(128) || block >= matrix.cols()) =>
+        {
+            let [scales, biases] = in_two(scales, matrix.cols(), block);
+            Some(Regrouped { scales: scales.into(), biases: biases.into(), ..as_it_is(Packing::Fp8, 128, false, 8) })
+        }
         Format::Mxfp4 => Some(as_it_is(Packing::Mx4, 32, false, 4)),
         Format::Q4_0 => Some(blocks(data, 18, 4, |b, q| {
             q.copy_from_slice(&nibbles(&b[2..18]));
@@ -77,6 +90,20 @@ pub fn regrouped(matrix: &Matrix) -> Option<Regrouped<'_>> {
         })),
         _ => None,
     }
+}
+
+/// Scales in f32, one for each `block` columns of a row -> one for each 128, each as a bf16 and what that leaves of it.
+fn in_two(scales: &[u8], cols: usize, block: usize) -> [Vec<u8>; 2] {
+    let mut two = [Vec::new(), Vec::new()];
+    for row in scales.chunks(4 * cols.div_ceil(block.max(1)).max(1)) {
+        for at in (0..cols).step_by(128) {
+            let scale = Float::F32.read(row.get(at / block * 4..).unwrap_or_default());
+            let high = Float::BF16.round(scale);
+            Float::BF16.write(high, &mut two[0]);
+            Float::BF16.write(scale - high, &mut two[1]);
+        }
+    }
+    two
 }
 
 /// Scale and bias of group g of a super-block: six bits of each beside the block's own two.

@@ -9,7 +9,7 @@ __device__ __forceinline__ uint32_t stream_bits(const uint8_t *row, int k, int b
     return v & ((1u << bits) - 1);
 }
 
-// Where lane (g, c)'s words of row r of a tile are, in words from the tile's start: word j (NIBBLE, MX4) or words 2 j, 2 j + 1 (BYTE).
+// Where lane (g, c)'s words of row r of a tile are, in words from the tile's start: word j (NIBBLE, MX4) or words 2 j, 2 j + 1 (BYTE, FP8).
 __device__ __forceinline__ int word_at(int r, int c, int word, int pieces) {
     return ((r / 8 * pieces + word / 4) * 32 + (r % 8) * 4 + c) * 4 + word % 4;
 }
@@ -17,7 +17,7 @@ __device__ __forceinline__ int word_at(int r, int c, int word, int pieces) {
 // A thread makes the words of eight columns. Grid: (blocks of columns, rows of tiles), 256 threads = 16 rows x 16 eights.
 extern "C" __global__ void tile_words(const uint8_t *data, uint32_t *tiles, int rows, int cols, int bits, int row_bytes, int packing) {
     const int r = threadIdx.x / 16, eight = threadIdx.x % 16, j = eight / 4, c = eight % 4;
-    const int row = blockIdx.y * TILE_ROWS + r, column = blockIdx.x * TILE_COLS + eight * 8, pieces = packing == BYTE ? 2 : 1;
+    const int row = blockIdx.y * TILE_ROWS + r, column = blockIdx.x * TILE_COLS + eight * 8, pieces = packing == BYTE || packing == FP8 ? 2 : 1;
     uint32_t *tile = tiles + (size_t(blockIdx.y) * gridDim.x + blockIdx.x) * 256 * pieces;
     uint32_t q[8] = {};
     if (row < rows && column < cols)
@@ -75,7 +75,15 @@ __device__ __forceinline__ uint4 eight_weights(const uint8_t *tile, const uint8_
             for (int k = 0; k < 8; k++) v[k] = float((w >> (4 * (k / 2) + 16 * (k % 2))) & 15);
         } else {
             uint32_t w[2] = {words[word_at(r, c, 2 * j, 2)], words[word_at(r, c, 2 * j + 1, 2)]};
-            for (int k = 0; k < 8; k++) v[k] = float((w[k / 4] >> (8 * (k / 2 % 2) + 16 * (k % 2))) & 255);
+            if constexpr (P == FP8) {
+                s = make_float2(s.x + s.y, 0);
+                for (int k = 0; k < 8; k++) {
+                    uint32_t p[2];
+                    e4m3(w[k / 4], p);
+                    v[k] = __uint_as_float(k % 2 ? p[k / 2 % 2] & 0xFFFF0000u : p[k / 2 % 2] << 16);
+                }
+            } else
+                for (int k = 0; k < 8; k++) v[k] = float((w[k / 4] >> (8 * (k / 2 % 2) + 16 * (k % 2))) & 255);
         }
     }
     uint32_t out[4];
@@ -128,3 +136,4 @@ __device__ void gather(const uint8_t *tiles, const uint8_t *scales, const uint32
 FOR_PACKING(nibble, NIBBLE)
 FOR_PACKING(byte, BYTE)
 FOR_PACKING(mx4, MX4)
+FOR_PACKING(fp8, FP8)

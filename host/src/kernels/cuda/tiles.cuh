@@ -13,10 +13,11 @@ constexpr int TILE_ROWS = 16, TILE_COLS = 128;
 
 // How weights are packed in a tile. Two, three and four bits are stored as NIBBLE, more as BYTE. PLAIN ones are bf16 and in no tiles, but row
 // by row as a checkpoint has them, so that cuBLAS can read them too.
-enum Packing { NIBBLE = 0, BYTE = 1, MX4 = 2, PLAIN = 3 };
+// FP8 is E4M3 in the places of BYTE, with a scale for each group that is the sum of two bf16.
+enum Packing { NIBBLE = 0, BYTE = 1, MX4 = 2, PLAIN = 3, FP8 = 4 };
 
 // 16-byte pieces of a tile that one lane holds of one of its two rows.
-template <int P> __device__ __host__ constexpr int pieces() { return P == PLAIN ? 4 : P == BYTE ? 2 : 1; }
+template <int P> __device__ __host__ constexpr int pieces() { return P == PLAIN ? 4 : P == BYTE || P == FP8 ? 2 : 1; }
 
 // Bytes of scales of a tile: bf16 or f16 pairs of scale and bias for each row and group, or one E8M0 byte.
 template <int P, int GROUP> __device__ __host__ constexpr int scale_bytes() {
@@ -94,6 +95,16 @@ __device__ __forceinline__ void e2m1(uint32_t w, uint32_t (&out)[4]) {
     out[3] = ((w << 1) & 0x80008000u) | ((w >> 5) & 0x01400140u) | ((w >> 3) & 0x00800080u);
 #pragma unroll
     for (int p = 0; p < 4; p++) asm("mul.rn.bf16x2 %0, %0, %1;" : "+r"(out[p]) : "r"(0x7E807E80u));
+}
+
+// Two pairs of bf16 out of four E4M3 numbers, in columns 0 2 1 3 of their word. As above, the exponent is off by 120.
+__device__ __forceinline__ void e4m3(uint32_t w, uint32_t (&out)[2]) {
+#pragma unroll
+    for (int p = 0; p < 2; p++) {
+        const uint32_t t = w >> (8 * p);
+        out[p] = masked_or(t << 8, 0x80008000u, (t << 4) & 0x07F007F0u);
+        asm("mul.rn.bf16x2 %0, %0, %1;" : "+r"(out[p]) : "r"(0x7B807B80u));
+    }
 }
 
 // A nibble of E2M1 at its place in half a word, as `e2m1` finds it: pair p of four.
