@@ -12,20 +12,27 @@ fn rounding(format: Format) -> (usize, f64) {
         Format::Q5_0 | Format::Q5_1 | Format::Q8_0 | Format::Q5K => (32, two_bytes),
         Format::Q6K => (16, two_bytes),
         Format::Affine { group, .. } => (group, one_byte),
+        Format::Mxfp8 | Format::Fp8 { .. } => (32, 1.0 / 512.0),
         Format::Nvfp4 | Format::Nvfp4Scaled | Format::Q2K | Format::Q3K => (16, one_byte),
         _ => (32, one_byte),
     }
 }
 
+/// The fewest columns that a matrix in panels may have.
+fn unit(format: Format) -> usize {
+    if let Format::Fp8 { block } = format { block } else { format.block().0 }
+}
+
 fn panels() -> Vec<Format> {
     let mut r = Random(2);
-    formats().into_iter().filter(|&f| Panels::new(&random(f, 16, f.block().0, &mut r)).is_some()).collect()
+    formats().into_iter().filter(|&f| Panels::new(&random(f, 16, unit(f), &mut r)).is_some()).collect()
 }
 
 #[test]
 fn every_format_of_whole_numbers_has_panels_where_any_has() {
     let whole = |&f: &Format| !matches!(f, Format::Dense(_) | Format::Mxfp8 | Format::Fp8 { .. });
-    let (have, want) = (panels(), formats().into_iter().filter(whole).collect::<Vec<_>>());
+    let have: Vec<_> = panels().into_iter().filter(whole).collect();
+    let want: Vec<_> = formats().into_iter().filter(whole).collect();
     assert!(have.is_empty() || have == want, "{have:?}");
 }
 
@@ -34,7 +41,7 @@ fn a_matrix_in_panels_unpacks_to_the_same_numbers() {
     let mut r = Random(41);
     for format in panels() {
         for (rows, blocks) in [(16, 1), (37, 3), (64, 5)] {
-            let m = random(format, rows, format.block().0 * blocks, &mut r);
+            let m = random(format, rows, unit(format) * blocks, &mut r);
             let (p, want) = (Panels::new(&m).unwrap(), back(&m));
             let mut got = vec![f32::NAN; want.len()];
             p.dequantize(&mut got);
@@ -57,7 +64,7 @@ fn products_in_panels_are_off_by_the_rounding_of_activations_alone() {
         for (rows, blocks, tokens) in
             [(16, 1, 1), (37, 3, 2), (70, 5, 3), (129, 7, 4), (33, 4, 5), (16, 6, 13), (50, 2, 70)]
         {
-            let m = random(format, rows, format.block().0 * blocks, &mut r);
+            let m = random(format, rows, unit(format) * blocks, &mut r);
             let (cols, w) = (m.cols(), back(&m));
             let x: Vec<f32> = r.floats(tokens * cols).into_iter().map(|x| x * x * x).collect();
             let mut got = vec![f32::NAN; tokens * rows];
@@ -90,7 +97,7 @@ fn products_in_panels_have_the_same_bits_with_every_instruction_set() {
         for (rows, blocks, tokens) in
             [(16, 1, 1), (37, 3, 2), (70, 5, 3), (129, 7, 4), (33, 4, 5), (16, 6, 13), (50, 2, 23)]
         {
-            let m = random(format, rows, format.block().0 * blocks, &mut r);
+            let m = random(format, rows, unit(format) * blocks, &mut r);
             let (p, x) = (Panels::new(&m).unwrap(), r.floats(tokens * m.cols()));
             let x: Vec<f32> = x.into_iter().map(|x| x * x * x).collect();
             let on = |isa| {
@@ -125,6 +132,25 @@ fn bfloat16_products_for_halves_are_off_by_half_a_unit_of_each_activation() {
             }
         }
     }
+}
+
+#[test]
+fn fp8_rows_of_one_scale_lie_in_panels_as_they_are_elsewhere() {
+    let mut r = Random(79);
+    let format = Format::Fp8 { block: 1000 };
+    for (rows, cols, tokens) in [(16, 32, 1), (37, 96, 3), (50, 640, 17)] {
+        let m = random(format, rows, cols, &mut r);
+        let Some(p) = Panels::new(&m) else { return };
+        let (x, mut got, mut want) = (r.floats(tokens * cols), vec![0.0; tokens * rows], vec![0.0; tokens * rows]);
+        let x: Vec<f32> = x.into_iter().map(|x| half::bf16::from_f32(x).to_f32()).collect();
+        p.matmul(&x, &mut got);
+        m.matmul(&x, &mut want);
+        let largest = want.iter().fold(0f32, |m, x| m.max(x.abs()));
+        for (got, want) in got.iter().zip(&want) {
+            assert!((got - want).abs() <= 1e-5 * largest, "[{rows}, {cols}] x {tokens} tokens: {got}, not {want}");
+        }
+    }
+    assert!(Panels::new(&random(format, 16, 40, &mut r)).is_none(), "40 columns are not added up by 32");
 }
 
 /// Some products of one kind.

@@ -13,9 +13,9 @@ pub fn e8m0_to_f32(b: u8) -> f32 {
 
 /// Sign, four exponent bits (bias 7), three mantissa bits.
 #[inline]
-pub(in super::super) fn e4m3_to_f32(b: u8) -> f32 {
+pub(in super::super) const fn e4m3_to_f32(b: u8) -> f32 {
     // The bits one exponent field further left are the value times 2^-120, subnormals included.
-    let magnitude = f32::from_bits(u32::from(b & 0x7f) << 20) * 2f32.powi(120);
+    let magnitude = f32::from_bits(((b & 0x7f) as u32) << 20) * f32::from_bits(247 << 23);
     match b & 0x7f {
         0x7f => f32::NAN,
         _ if b & 0x80 != 0 => -magnitude,

@@ -74,10 +74,12 @@ pub(super) struct Layout {
     pub(super) unit: f32,
     /// The numbers are E2M1, read as twice their value plus `zero`.
     pub(super) e2m1: bool,
+    /// The numbers are E4M3, and not multiplied as whole numbers.
+    pub(super) e4m3: bool,
 }
 
 impl Layout {
-    pub(super) fn of(format: Format) -> Option<Self> {
+    pub(super) fn of(format: Format, cols: usize) -> Option<Self> {
         let plain = Layout {
             format,
             bits: 4,
@@ -89,8 +91,10 @@ impl Layout {
             zero: 0,
             unit: 1.0,
             e2m1: false,
+            e4m3: false,
         };
         let e2m1 = Layout { zero: 12, unit: 0.5, e2m1: true, ..plain };
+        let e4m3 = Layout { bits: 8, e4m3: true, ..plain };
         let five = Layout { bits: 5, high: 1, order: Order::Straight, ..plain };
         let steps = |scale, group| Layout { group, order: Order::Straight, scale: Scale::Steps(scale), ..plain };
         Some(match format {
@@ -103,6 +107,8 @@ impl Layout {
                 Layout { bits, high, group, order: Order::Straight, scale, biased: true, ..plain }
             }
             Format::Mxfp4 => Layout { scale: Scale::E8m0, ..e2m1 },
+            Format::Mxfp8 => Layout { scale: Scale::E8m0, ..e4m3 },
+            Format::Fp8 { block } => Layout { group: block.min(cols), scale: Scale::Float(Float::F32), ..e4m3 },
             Format::Nvfp4 | Format::Nvfp4Scaled => Layout { group: 16, scale: Scale::E4m3, ..e2m1 },
             Format::Q4_0 => Layout { order: Order::Halves, zero: 8, ..plain },
             Format::Q4_1 => Layout { order: Order::Halves, biased: true, ..plain },

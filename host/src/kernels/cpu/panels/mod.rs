@@ -5,6 +5,8 @@
 //! The error is that of the rounding: of each activation up to 1/254 of its group's largest where weights have at most four bits (their own
 //! error is ten times that), 1/65000 where they have more. A token's bits are the same alone, in a batch and on any number of threads.
 
+#[cfg(target_arch = "x86_64")]
+mod floats;
 mod layout;
 mod numbers;
 mod opened;
@@ -45,8 +47,11 @@ impl std::fmt::Debug for Panels {
 impl Panels {
     /// The same matrix in panels, and its own pages let go, if this machine multiplies its format that way.
     pub fn new(matrix: &Matrix) -> Option<Self> {
-        let layout = Layout::of(matrix.format()).filter(|_| product::runs_here())?;
-        let fits = matrix.rows() >= LANES && matrix.cols() > 0 && matrix.column_order().is_none();
+        let cols = matrix.cols();
+        let layout = Layout::of(matrix.format(), cols).filter(product::runs_here)?;
+        // Only FP8 has groups of any size.
+        let whole = cols > 0 && cols.is_multiple_of(layout.group) && (!layout.e4m3 || layout.group.is_multiple_of(32));
+        let fits = matrix.rows() >= LANES && whole && matrix.column_order().is_none();
         if fits { Self::pack(layout, matrix) } else { None }
     }
 

@@ -104,9 +104,10 @@ impl Panels {
                 .biased
                 .then(|| layout.scale.read(&biases[g * size..], &bias_steps[step.min(bias_steps.len())..], true));
             for (out, &number) in out.iter_mut().zip(numbers) {
-                let number = match layout.e2m1 {
-                    true => E2M1[usize::from(number)],
-                    false => (i32::from(number) - layout.zero) as f32,
+                let number = match (layout.e2m1, layout.e4m3) {
+                    (true, _) => E2M1[usize::from(number)],
+                    (_, true) => e4m3_to_f32(number),
+                    _ => (i32::from(number) - layout.zero) as f32,
                 };
                 *out = bias.map_or(number * scale, |bias| number * scale + bias);
             }

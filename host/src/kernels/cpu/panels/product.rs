@@ -1,9 +1,11 @@
 //! The sums: some panels against some tokens at a time, all in registers. A few tokens take the numbers out of their panels as these stream
 //! from memory; many have them taken out once, into cache.
 
+#[cfg(target_arch = "x86_64")]
+use super::floats;
 use super::{
     LANES, Panels,
-    layout::{HIGH, LOW},
+    layout::{HIGH, LOW, Layout},
     numbers::{E2m1, Eight, Five, Nibbles, Numbers, Quarters, Six, Taken, Three},
     rounded::Rounded,
     sixteen::{Job, Sixteen, dispatch, is_worth_while},
@@ -20,8 +22,12 @@ use std::ops::Range;
 const FEW: usize = 4;
 
 /// Whether this machine has the instructions.
-pub(super) fn runs_here() -> bool {
-    is_worth_while(Isa::best())
+pub(super) fn runs_here(layout: &Layout) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    if layout.e4m3 {
+        return floats::runs_here();
+    }
+    !layout.e4m3 && is_worth_while(Isa::best())
 }
 
 impl Panels {
@@ -33,7 +39,7 @@ impl Panels {
         self.matmul_on(Isa::best(), x, out);
     }
 
-    /// The same with a chosen instruction set, one of [`Isa::available`]: the bits are the same with all of them.
+    /// The same with a chosen instruction set, one of [`Isa::available`]: the bits are the same with all of them. Eight-bit floats have but one.
     pub fn matmul_on(&self, isa: Isa, x: &[f32], out: &mut [f32]) {
         let tokens = x.len() / self.cols;
         assert!(
@@ -59,6 +65,10 @@ pub(in crate::kernels::cpu) fn multiply(of: &mut [(&Panels, &mut [f32])], x: &[f
 
 fn multiply_on(isa: Isa, of: &mut [(&Panels, &mut [f32])], x: &[f32]) {
     let Some(&(first, _)) = of.first() else { return };
+    #[cfg(target_arch = "x86_64")]
+    if first.layout.e4m3 {
+        return floats::multiply(of, x);
+    }
     let tokens = x.len() / first.cols;
     let rounded = Rounded::new(isa, first, x);
     let mut products = Vec::with_capacity(of.len());

@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 
 /// One vector.
 #[derive(Clone, Copy)]
-pub(super) struct Avx512;
+pub(in super::super) struct Avx512;
 
 /// Writes the methods that are one expression of intrinsics.
 macro_rules! lanes {

@@ -13,6 +13,8 @@ mod neon;
 mod plain;
 
 use crate::kernels::cpu::lanes::Isa;
+#[cfg(target_arch = "x86_64")]
+pub(super) use avx512::Avx512;
 
 /// Sixteen lanes.
 ///
@@ -142,7 +144,7 @@ pub(super) unsafe fn dispatch<J: Job>(isa: Isa, job: J) -> J::Out {
     unsafe {
         match isa {
             #[cfg(target_arch = "x86_64")]
-            Isa::Vnni => avx512::Avx512::run(job),
+            Isa::Vnni => Avx512::run(job),
             #[cfg(target_arch = "x86_64")]
             Isa::AvxVnni => avx2::Avx2::<true>::run(job),
             #[cfg(target_arch = "x86_64")]
