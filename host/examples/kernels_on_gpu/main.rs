@@ -68,16 +68,22 @@ impl Checks {
     fn packed(&mut self, format: Format, rows: usize, cols: usize) -> Result<(Matrix, Vec<f32>)> {
         let numbers: Vec<f32> = (0..rows * cols).map(|_| self.random.number() * 0.5).collect();
         let matrix = match format {
-            Format::Affine { .. } | Format::Mxfp4 | Format::Mxfp8 | Format::Fp8 { .. } | Format::Dense(_) => {
-                Matrix::quantize(&numbers, rows, cols, format)
-            }
+            Format::Affine { .. }
+            | Format::Mxfp4
+            | Format::Mxfp8
+            | Format::Nvfp4
+            | Format::Nvfp4Scaled
+            | Format::Fp8 { .. }
+            | Format::Dense(_) => Matrix::quantize(&numbers, rows, cols, format),
             // Nobody here makes GGUF's blocks: any bytes are some, if scale and minimum are numbers.
             _ => {
                 let (weights, size) = format.block();
                 let mut blocks: Vec<u8> =
                     (0..rows * cols / weights * size).map(|_| self.random.below(256) as u8).collect();
                 for block in blocks.chunks_mut(size) {
-                    block[1] = 0x20 | block[1] & 0x83;
+                    // Where the scale of Q6_K lies.
+                    let at = if format == Format::Q6K { 209 } else { 1 };
+                    block[at] = 0x20 | block[at] & 0x83;
                     if matches!(format, Format::Q4_1 | Format::Q5_1 | Format::Q4K | Format::Q5K) {
                         block[3] = 0x20 | block[3] & 0x83;
                     }
@@ -102,6 +108,9 @@ impl Checks {
             Format::Q8_0,
             Format::Q4K,
             Format::Q5K,
+            Format::Q6K,
+            Format::Nvfp4,
+            Format::Nvfp4Scaled,
             Format::Mxfp8,
             Format::Fp8 { block: 128 },
             Format::Fp8 { block: 1 << 20 },
@@ -173,6 +182,7 @@ impl Checks {
             (Format::Mxfp4, 1),
             (Format::Q8_0, 4),
             (Format::Mxfp8, 2),
+            (Format::Nvfp4Scaled, 3),
             (Format::Dense(Float::BF16), 2),
         ] {
             let mut all = Vec::new();

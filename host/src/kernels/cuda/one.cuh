@@ -62,7 +62,7 @@ __device__ __forceinline__ void product_of_one(const Packed (&of)[RT], const int
         } else {
             const size_t tile = size_t(rows[r]) * blocks + warp;
             q_from[r] = of[r].data + tile * (1024 * Q) + lane * 16;
-            s_from[r] = of[r].scales + tile * scale_bytes<P, GROUP>() + (lane / 4) * (scale_bytes<P, GROUP>() / 8);
+            s_from[r] = of[r].scales + tile * scale_bytes<P, GROUP>() + (lane / 4) * (scale_bytes<P, GROUP>() / 8) + (scaled_first<P> ? c / 2 * 16 : 0);
         }
     }
     auto ask = [&](int block, int stage) {
@@ -118,10 +118,13 @@ __device__ __forceinline__ void product_of_one(const Packed (&of)[RT], const int
                         for (int i = 0; i < Q; i++) w[h][i] = word_of(q[h * Q + (Q * j + i) / 4], (Q * j + i) % 4);
                     const uint4 now[1] = {b[j]};
                     if constexpr (tiny<P>) multiply_tiny<P>(w[0], w[1], b[j], e);
+                    else if constexpr (scaled_first<P>) multiply<P, 1>(w[0], w[1], now, d, {twice(scale(j / 2), j % 2), twice(scale(2 + j / 2), j % 2)});
                     else multiply<P, 1>(w[0], w[1], now, d);
                 }
-                if constexpr (P == PLAIN) {
+                if constexpr (P == PLAIN || P == SIX) {
                     y[r][0] += d[0][0], y[r][1] += d[0][2];
+                } else if constexpr (P == NV4) {
+                    y[r][0] = fmaf(NV4_LESS, d[0][0], y[r][0]), y[r][1] = fmaf(NV4_LESS, d[0][2], y[r][1]);
                 } else if constexpr (P == MX4) {
                     y[r][0] = fmaf(e8m0((scale(0) >> (8 * group)) & 255), d[0][0], y[r][0]);
                     y[r][1] = fmaf(e8m0((scale(1) >> (8 * group)) & 255), d[0][2], y[r][1]);

@@ -40,7 +40,7 @@ __device__ __forceinline__ uint4 activations(const __nv_bfloat16 *x, int column,
 }
 
 // What a lane needs of a tile, as 16-byte pieces: its weights, then its scales.
-template <int P, int GROUP> constexpr int scale_words = P == PLAIN ? 0 : P == MX4 ? 2 : 2 * (TILE_COLS / GROUP);
+template <int P, int GROUP> constexpr int scale_words = P == PLAIN ? 0 : P == MX4 ? 2 : scaled_first<P> ? 4 : 2 * (TILE_COLS / GROUP);
 template <int P, int GROUP> constexpr int tile_pieces = 2 * pieces<P>() + (scale_words<P, GROUP> + 3) / 4;
 // And of a step of RT tiles, with the activations where they are too many for registers.
 template <int P, int GROUP, int RT, int NT> constexpr int step_pieces = RT * tile_pieces<P, GROUP> + (NT > 1 ? 4 * NT : 0);
@@ -70,19 +70,20 @@ template <int P, int GROUP> __device__ __forceinline__ void fetch(uint32_t to, c
         for (int i = 0; i < scale_words<P, GROUP> / 4; i++) copy16(to + i * 512, s + i * 16);
 }
 
-// d[n] += a row pair's packed words of columns 32 j.., times the activations.
-template <int P, int NT> __device__ __forceinline__ void multiply(const uint32_t (&lower)[pieces<P>()], const uint32_t (&upper)[pieces<P>()], const uint4 (&x)[NT], float (&d)[NT][4]) {
+// d[n] += a row pair's packed words of columns 32 j.., times the activations. `scales`: of both rows, where weights are scaled first.
+template <int P, int NT> __device__ __forceinline__ void multiply(const uint32_t (&lower)[pieces<P>()], const uint32_t (&upper)[pieces<P>()], const uint4 (&x)[NT], float (&d)[NT][4], uint2 scales = {}) {
     if constexpr (P == PLAIN) {
 #pragma unroll
         for (int n = 0; n < NT; n++) {
             mma(d[n], lower[0], upper[0], lower[1], upper[1], x[n].x, x[n].y);
             mma(d[n], lower[2], upper[2], lower[3], upper[3], x[n].z, x[n].w);
         }
-    } else if constexpr (P == FP8) {
+    } else if constexpr (P == FP8 || P == SIX) {
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             uint32_t lo[2], hi[2];
-            e4m3(lower[i], lo), e4m3(upper[i], hi);
+            if constexpr (P == FP8) e4m3(lower[i], lo), e4m3(upper[i], hi);
+            else sixes(lower[i], scales.x, lo), sixes(upper[i], scales.y, hi);
 #pragma unroll
             for (int n = 0; n < NT; n++) mma(d[n], lo[0], hi[0], lo[1], hi[1], word_of(x[n], 2 * i), word_of(x[n], 2 * i + 1));
         }
@@ -92,6 +93,7 @@ template <int P, int NT> __device__ __forceinline__ void multiply(const uint32_t
         uint32_t lo[4], hi[4];
         if constexpr (P == BYTE) bytes(lower[i], lo), bytes(upper[i], hi);
         else if constexpr (P == MX4) e2m1(lower[i], lo), e2m1(upper[i], hi);
+        else if constexpr (P == NV4) e2m1_scaled(lower[i], scales.x, lo), e2m1_scaled(upper[i], scales.y, hi);
         else nibbles(lower[i], lo), nibbles(upper[i], hi);
 #pragma unroll
         for (int s = 0; s < 2; s++)
@@ -124,7 +126,7 @@ __device__ __forceinline__ void product(const Packed (&of)[RT], const int (&rows
         } else {
             const size_t tile = size_t(rows[r]) * blocks + warp;
             q_from[r] = of[r].data + tile * (1024 * Q) + lane * 16;
-            s_from[r] = of[r].scales + tile * scale_bytes<P, GROUP>() + (lane / 4) * (scale_bytes<P, GROUP>() / 8);
+            s_from[r] = of[r].scales + tile * scale_bytes<P, GROUP>() + (lane / 4) * (scale_bytes<P, GROUP>() / 8) + (scaled_first<P> ? c / 2 * 16 : 0);
         }
     }
     auto ask = [&](int block, int stage) {
@@ -214,16 +216,20 @@ __device__ __forceinline__ void product(const Packed (&of)[RT], const int (&rows
                     for (int h = 0; h < 2; h++)
 #pragma unroll
                         for (int i = 0; i < Q; i++) w[h][i] = word_of(q[r][h * Q + (Q * j + i) / 4], (Q * j + i) % 4);
-                    multiply<P, NT>(w[0], w[1], now, d[r]);
+                    // A lane's four scales of row g, and those of row g + 8, a word two of them.
+                    uint2 scales = {};
+                    if constexpr (scaled_first<P>) scales = {twice(scale(r, j / 2), j % 2), twice(scale(r, 2 + j / 2), j % 2)};
+                    multiply<P, NT>(w[0], w[1], now, d[r], scales);
                 }
             }
 #pragma unroll
             for (int r = 0; r < RT; r++) {
-                if constexpr (P == PLAIN) {
+                if constexpr (P == PLAIN || scaled_first<P>) {
+                    constexpr float more = P == NV4 ? NV4_LESS : 1.f;
 #pragma unroll
                     for (int n = 0; n < NT; n++)
 #pragma unroll
-                        for (int i = 0; i < 4; i++) y[r][n][i] += d[r][n][i];
+                        for (int i = 0; i < 4; i++) y[r][n][i] = fmaf(more, d[r][n][i], y[r][n][i]);
                 } else {
                 float2 low, high;
                 if constexpr (P == MX4) {

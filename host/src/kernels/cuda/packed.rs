@@ -30,6 +30,10 @@ pub enum Packing {
     Plain = 3,
     /// E4M3, a scale a group.
     Fp8 = 4,
+    /// Six bits, a scale for 16.
+    Six = 5,
+    /// E2M1, a scale for 16.
+    Nv4 = 6,
 }
 
 /// What kernels are compiled for.
@@ -57,6 +61,8 @@ macro_rules! by_layout {
             (Packing::Plain, _) => concat!($($family),+, "_plain_128"),
             (Packing::Fp8, 32) => concat!($($family),+, "_fp8_32"),
             (Packing::Fp8, _) => concat!($($family),+, "_fp8_128"),
+            (Packing::Six, _) => concat!($($family),+, "_six_128"),
+            (Packing::Nv4, _) => concat!($($family),+, "_nv4_128"),
         }
     };
 }
@@ -66,15 +72,17 @@ impl Layout {
     fn pieces(self) -> usize {
         match self.packing {
             Packing::Plain => 4,
-            Packing::Byte | Packing::Fp8 => 2,
-            Packing::Nibble | Packing::Mx4 => 1,
+            Packing::Byte | Packing::Fp8 | Packing::Six => 2,
+            Packing::Nibble | Packing::Mx4 | Packing::Nv4 => 1,
         }
     }
 
+    /// Words of scales of two rows of a tile.
     fn scale_words(self) -> usize {
         match self.packing {
             Packing::Plain => 0,
             Packing::Mx4 => 2,
+            Packing::Six | Packing::Nv4 => 8,
             Packing::Nibble | Packing::Byte | Packing::Fp8 => 2 * (TILE[0] / self.group),
         }
     }
@@ -87,7 +95,9 @@ impl Layout {
     /// Bytes of shared memory that a warp takes for `rows` of tiles and `eights` of tokens, as packed.cuh counts them.
     pub fn shared(self, rows: usize, eights: usize, ahead: usize) -> usize {
         let activations = if eights > 1 { 4 * eights } else { 0 };
-        let step = rows * (2 * self.pieces() + self.scale_words().div_ceil(4)) + activations;
+        // Of those for 16 columns each, a lane takes every other.
+        let lanes = if matches!(self.packing, Packing::Six | Packing::Nv4) { 2 } else { 1 };
+        let step = rows * (2 * self.pieces() + (self.scale_words() / lanes).div_ceil(4)) + activations;
         (ahead * step).max(rows * eights) * 512
     }
 }
@@ -178,6 +188,8 @@ impl Tiles {
             Packing::Nibble => "unpack_nibble",
             Packing::Byte => "unpack_byte",
             Packing::Fp8 => "unpack_fp8",
+            Packing::Six => "unpack_six",
+            Packing::Nv4 => "unpack_nv4",
             Packing::Mx4 | Packing::Plain => "unpack_mx4",
         };
         self.unpack(device, name, None, &y, Shape { grid, block: 256, shared: 0, early: false })?;
@@ -199,6 +211,8 @@ impl Tiles {
             Packing::Nibble => "gather_nibble",
             Packing::Byte => "gather_byte",
             Packing::Fp8 => "gather_fp8",
+            Packing::Six => "gather_six",
+            Packing::Nv4 => "gather_nv4",
             Packing::Mx4 | Packing::Plain => "gather_mx4",
         };
         let grid = [self.cols.div_ceil(TILE[0]) as u32, count as u32, 1];
@@ -283,6 +297,11 @@ fn rearrange(
         let args = [Arg::Ptr(address(&from)?), scales_to, rows32, cols32];
         // SAFETY: as above.
         return unsafe { function(cuda, "repack", "tile_exponents")?.launch(cuda, shape(64), &args) };
+    }
+    if matches!(layout.packing, Packing::Six | Packing::Nv4) {
+        let args = [Arg::Ptr(address(&from)?), scales_to, rows32, cols32];
+        // SAFETY: as above.
+        return unsafe { function(cuda, "repack", "tile_sixteenths")?.launch(cuda, shape(128), &args) };
     }
     let biases = upload(&source.biases)?;
     let (from, biases, group) = (Arg::Ptr(address(&from)?), Arg::Ptr(address(&biases)?), layout.group);

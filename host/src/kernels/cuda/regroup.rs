@@ -2,8 +2,8 @@
 //! and a bias for each group, or an exponent. MLX's formats are that already; GGUF's plain blocks are taken apart.
 
 use super::packed::{Layout, Packing};
-use crate::kernels::cpu::{Float, Format, Matrix, scale_and_min};
-use half::f16;
+use crate::kernels::cpu::{Float, Format, Matrix, e4m3_to_f32, scale_and_min};
+use half::{bf16, f16};
 use rayon::prelude::*;
 use std::borrow::Cow;
 
@@ -88,8 +88,43 @@ pub fn regrouped(matrix: &Matrix) -> Option<Regrouped<'_>> {
             q.iter_mut().enumerate().for_each(|(i, q)| *q = of(i));
             sixes(b, g)
         })),
+        Format::Q6K => Some(sixteens(data, |b, i, q| {
+            let (upper, part, side) = (i / 8, i % 8 / 2, i % 2);
+            for (k, q) in q.iter_mut().enumerate() {
+                let (low, high) = (b[upper * 64 + part % 2 * 32 + side * 16 + k], b[128 + upper * 32 + side * 16 + k]);
+                *q = (low >> (part / 2 * 4)) & 15 | ((high >> (2 * part)) & 3) << 4;
+            }
+            half(b, 208) * f32::from(b[192 + i] as i8)
+        })),
+        Format::Nvfp4 | Format::Nvfp4Scaled if matrix.cols().is_multiple_of(16) => {
+            let each = matrix.cols() / 16;
+            let factor = |row: usize| match matrix.format() {
+                Format::Nvfp4Scaled => Float::F32.read(biases.get(4 * row..).unwrap_or_default()),
+                _ => 1.0,
+            };
+            // As the kernels take them: an E2M1 number is found 2^126 too small, of which they leave 2^16.
+            let more = f32::from_bits((127 + 110) << 23);
+            let mut narrow = Vec::with_capacity(2 * scales.len());
+            for (i, &scale) in scales.iter().enumerate() {
+                Float::BF16.write(e4m3_to_f32(scale) * factor(i / each) * more, &mut narrow);
+            }
+            Some(Regrouped { scales: narrow.into(), ..as_it_is(Packing::Nv4, 128, false, 4) })
+        }
         _ => None,
     }
+}
+
+/// Super-blocks of Q6_K -> a byte a weight, and a bf16 scale for each 16.
+fn sixteens(from: &[u8], split: impl Fn(&[u8], usize, &mut [u8]) -> f32 + Sync) -> Regrouped<'static> {
+    let count = from.len() / 210 * 16;
+    let (mut data, mut scales) = (vec![0; count * 16], vec![0; count * 2]);
+    let into = data.par_chunks_exact_mut(16).zip(scales.par_chunks_exact_mut(2)).enumerate();
+    into.for_each(|(i, (q, scale))| {
+        let d = split(&from[i / 16 * 210..][..210], i % 16, q);
+        scale.copy_from_slice(&bf16::from_f32(d).to_le_bytes());
+    });
+    let layout = Layout { packing: Packing::Six, group: 128, half: false };
+    Regrouped { layout, bits: 8, data: data.into(), scales: scales.into(), biases: Cow::Borrowed(&[]) }
 }
 
 /// Scales in f32, one for each `block` columns of a row -> one for each 128, each as a bf16 and what that leaves of it.
@@ -172,6 +207,33 @@ fn groups(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn numbers_with_a_scale_for_sixteen_are_the_same_after_they_are_taken_apart() {
+        let (rows, cols) = (3, 512);
+        let numbers: Vec<f32> = (0..rows * cols).map(|i| ((i * 37 % 101) as f32 - 50.0) / 30.0).collect();
+        let blocks = (0..rows * cols / 256 * 210).map(|i| if i % 210 == 209 { 0x2C } else { (i * 89 + i / 7) as u8 });
+        let six = Matrix::new(Format::Q6K, rows, cols, blocks.collect::<Vec<u8>>().into(), None, None).unwrap();
+        let small = [Format::Nvfp4, Format::Nvfp4Scaled].map(|f| Matrix::quantize(&numbers, rows, cols, f).unwrap());
+        for matrix in small.iter().chain([&six]) {
+            let (mut expected, format) = (vec![0.0; rows * cols], matrix.format());
+            matrix.dequantize_rows(0..rows, &mut expected);
+            let r = regrouped(matrix).unwrap();
+            for (i, expected) in expected.into_iter().enumerate() {
+                let scale = Float::BF16.read(&r.scales[i / 16 * 2..]);
+                let number = match format {
+                    Format::Q6K => (f32::from(r.data[i]) - 32.0) * scale,
+                    _ => {
+                        let nibble = (r.data[i / 2] >> (4 * (i % 2))) & 15;
+                        let size = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0][usize::from(nibble & 7)];
+                        let sign = if nibble > 7 { -1.0 } else { 1.0 };
+                        sign * size * scale * f32::from_bits((127 - 110) << 23)
+                    }
+                };
+                assert!((number - expected).abs() <= 4e-3 * expected.abs(), "{format:?} {i}: {number}, {expected}");
+            }
+        }
+    }
 
     #[test]
     fn blocks_of_gguf_hold_the_same_numbers_after_they_are_taken_apart() {

@@ -9,7 +9,7 @@ __device__ __forceinline__ uint32_t stream_bits(const uint8_t *row, int k, int b
     return v & ((1u << bits) - 1);
 }
 
-// Where lane (g, c)'s words of row r of a tile are, in words from the tile's start: word j (NIBBLE, MX4) or words 2 j, 2 j + 1 (BYTE, FP8).
+// Where lane (g, c)'s words of row r of a tile are, in words from the tile's start: word j (NIBBLE, MX4, NV4) or words 2 j, 2 j + 1 (BYTE, FP8, SIX).
 __device__ __forceinline__ int word_at(int r, int c, int word, int pieces) {
     return ((r / 8 * pieces + word / 4) * 32 + (r % 8) * 4 + c) * 4 + word % 4;
 }
@@ -17,7 +17,7 @@ __device__ __forceinline__ int word_at(int r, int c, int word, int pieces) {
 // A thread makes the words of eight columns. Grid: (blocks of columns, rows of tiles), 256 threads = 16 rows x 16 eights.
 extern "C" __global__ void tile_words(const uint8_t *data, uint32_t *tiles, int rows, int cols, int bits, int row_bytes, int packing) {
     const int r = threadIdx.x / 16, eight = threadIdx.x % 16, j = eight / 4, c = eight % 4;
-    const int row = blockIdx.y * TILE_ROWS + r, column = blockIdx.x * TILE_COLS + eight * 8, pieces = packing == BYTE || packing == FP8 ? 2 : 1;
+    const int row = blockIdx.y * TILE_ROWS + r, column = blockIdx.x * TILE_COLS + eight * 8, pieces = packing == BYTE || packing == FP8 || packing == SIX ? 2 : 1;
     uint32_t *tile = tiles + (size_t(blockIdx.y) * gridDim.x + blockIdx.x) * 256 * pieces;
     uint32_t q[8] = {};
     if (row < rows && column < cols)
@@ -26,7 +26,7 @@ extern "C" __global__ void tile_words(const uint8_t *data, uint32_t *tiles, int 
     if (packing == NIBBLE) {
         for (int i = 0; i < 8; i++) a |= q[i] << (4 * (i / 2) + 16 * (i % 2));
         tile[word_at(r, c, j, 1)] = a;
-    } else if (packing == MX4) {
+    } else if (packing == MX4 || packing == NV4) {
         for (int i = 0; i < 8; i++) a |= e2m1_bits(q[i], i / 2) << (16 * (i % 2));
         tile[word_at(r, c, j, 1)] = a;
     } else {
@@ -47,6 +47,18 @@ extern "C" __global__ void tile_scales(const uint16_t *scales, const uint16_t *b
     tile[((r % 8) * 2 + r / 8) * groups + i] = there ? uint32_t(scales[at]) | uint32_t(biases[at]) << 16 : 0;
 }
 
+// Where the bf16 scale of a row's i-th 16 columns is in a tile's, in numbers: for the lanes that have them, four of row g and of row g + 8.
+__device__ __forceinline__ int sixteenth_at(int r, int i) { return ((r % 8) * 2 + i % 2) * 8 + r / 8 * 4 + i / 2; }
+
+// The same for scales of 16 columns each, bf16 as they are. 128 threads.
+extern "C" __global__ void tile_sixteenths(const uint16_t *scales, uint16_t *tiles, int rows, int cols) {
+    const int r = threadIdx.x / 8, i = threadIdx.x % 8;
+    const int row = blockIdx.y * TILE_ROWS + r, column = blockIdx.x * TILE_COLS + i * 16;
+    uint16_t *tile = tiles + (size_t(blockIdx.y) * gridDim.x + blockIdx.x) * 128;
+    const bool there = row < rows && column < cols;
+    tile[sixteenth_at(r, i)] = there ? scales[size_t(row) * (cols / 16) + column / 16] : 0;
+}
+
 // The same for E8M0 bytes, a group 32 columns. 64 threads.
 extern "C" __global__ void tile_exponents(const uint8_t *scales, uint8_t *tiles, int rows, int cols) {
     const int r = threadIdx.x / 4, i = threadIdx.x % 4;
@@ -63,7 +75,19 @@ __device__ __forceinline__ uint4 eight_weights(const uint8_t *tile, const uint8_
     const uint32_t *words = reinterpret_cast<const uint32_t *>(tile);
     float v[8];
     float2 s;
-    if constexpr (P == MX4) {
+    if constexpr (scaled_first<P>) {
+        const uint32_t scale = twice(reinterpret_cast<const uint16_t *>(scales)[sixteenth_at(r, 2 * j + c / 2)], 0);
+        s = make_float2(P == NV4 ? NV4_LESS : 1.f, 0);
+        uint32_t p[4];
+        if constexpr (P == NV4) e2m1_scaled(words[word_at(r, c, j, 1)], scale, p);
+        else
+            for (int i = 0; i < 2; i++) {
+                uint32_t two[2];
+                sixes(words[word_at(r, c, 2 * j + i, 2)], scale, two);
+                p[2 * i] = two[0], p[2 * i + 1] = two[1];
+            }
+        for (int k = 0; k < 8; k++) v[k] = __uint_as_float(k % 2 ? p[k / 2] & 0xFFFF0000u : p[k / 2] << 16);
+    } else if constexpr (P == MX4) {
         s = make_float2(e8m0(scales[at]), 0);
         uint32_t p[4];
         e2m1(words[word_at(r, c, j, 1)], p);
@@ -98,7 +122,7 @@ template <int P>
 __device__ __forceinline__ void row_of_tiles(const uint8_t *tiles, const uint8_t *scales, int blocks, int group, bool half, int row, int block, int eight, __nv_bfloat16 *y) {
     constexpr int size = 1024 * pieces<P>();
     const size_t tile = size_t(row / TILE_ROWS) * blocks + block;
-    const int scale_size = TILE_ROWS * (TILE_COLS / group) * (P == MX4 ? 1 : 4);
+    const int scale_size = scaled_first<P> ? TILE_ROWS * 16 : TILE_ROWS * (TILE_COLS / group) * (P == MX4 ? 1 : 4);
     *reinterpret_cast<uint4 *>(y) = eight_weights<P>(tiles + tile * size, scales + tile * scale_size, group, half, row % TILE_ROWS, eight / 4, eight % 4);
 }
 
@@ -137,3 +161,5 @@ FOR_PACKING(nibble, NIBBLE)
 FOR_PACKING(byte, BYTE)
 FOR_PACKING(mx4, MX4)
 FOR_PACKING(fp8, FP8)
+FOR_PACKING(six, SIX)
+FOR_PACKING(nv4, NV4)

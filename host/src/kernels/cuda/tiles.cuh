@@ -13,15 +13,18 @@ constexpr int TILE_ROWS = 16, TILE_COLS = 128;
 
 // How weights are packed in a tile. Two, three and four bits are stored as NIBBLE, more as BYTE. PLAIN ones are bf16 and in no tiles, but row
 // by row as a checkpoint has them, so that cuBLAS can read them too.
-// FP8 is E4M3 in the places of BYTE, with a scale for each group that is the sum of two bf16.
-enum Packing { NIBBLE = 0, BYTE = 1, MX4 = 2, PLAIN = 3, FP8 = 4 };
+// FP8 is E4M3 in the places of BYTE, with a scale for each group that is the sum of two bf16. SIX, at most 64 in the places of BYTE, and NV4,
+// E2M1 in those of MX4, have a bf16 scale for each 16, by which weights are multiplied before they are rounded to bf16: a group is then
+// the whole tile.
+enum Packing { NIBBLE = 0, BYTE = 1, MX4 = 2, PLAIN = 3, FP8 = 4, SIX = 5, NV4 = 6 };
+template <int P> constexpr bool scaled_first = P == SIX || P == NV4;
 
 // 16-byte pieces of a tile that one lane holds of one of its two rows.
-template <int P> __device__ __host__ constexpr int pieces() { return P == PLAIN ? 4 : P == BYTE || P == FP8 ? 2 : 1; }
+template <int P> __device__ __host__ constexpr int pieces() { return P == PLAIN ? 4 : P == BYTE || P == FP8 || P == SIX ? 2 : 1; }
 
 // Bytes of scales of a tile: bf16 or f16 pairs of scale and bias for each row and group, or one E8M0 byte.
 template <int P, int GROUP> __device__ __host__ constexpr int scale_bytes() {
-    return P == PLAIN ? 0 : TILE_ROWS * (TILE_COLS / GROUP) * (P == MX4 ? 1 : 4);
+    return P == PLAIN ? 0 : scaled_first<P> ? TILE_ROWS * 16 : TILE_ROWS * (TILE_COLS / GROUP) * (P == MX4 ? 1 : 4);
 }
 
 // Lets the next kernel of the stream start loading its weights; its `wait` below holds it until this one has finished.
@@ -106,6 +109,30 @@ __device__ __forceinline__ void e4m3(uint32_t w, uint32_t (&out)[2]) {
         asm("mul.rn.bf16x2 %0, %0, %1;" : "+r"(out[p]) : "r"(0x7B807B80u));
     }
 }
+
+// Two pairs of bf16 out of four bytes as above, less 32 and times a pair of scales.
+__device__ __forceinline__ void sixes(uint32_t w, uint32_t scale, uint32_t (&out)[2]) {
+#pragma unroll
+    for (int p = 0; p < 2; p++) {
+        out[p] = masked_or(w >> (8 * p), 0x007F007Fu, 0x43004300u);
+        asm("add.rn.bf16x2 %0, %0, %1;" : "+r"(out[p]) : "r"(0xC320C320u)); // -160
+        asm("mul.rn.bf16x2 %0, %0, %1;" : "+r"(out[p]) : "r"(scale));
+    }
+}
+
+// Four pairs of bf16 out of eight E2M1 numbers, times a pair of scales that are 2^110 times what they are; what comes out is 2^16 too small.
+constexpr float NV4_LESS = 65536.f;
+__device__ __forceinline__ void e2m1_scaled(uint32_t w, uint32_t scale, uint32_t (&out)[4]) {
+    out[0] = w & 0x81C081C0u;
+    out[1] = (w << 3) & 0x81C081C0u;
+    out[2] = (w << 6) & 0x81C081C0u;
+    out[3] = ((w << 1) & 0x80008000u) | ((w >> 5) & 0x01400140u) | ((w >> 3) & 0x00800080u);
+#pragma unroll
+    for (int p = 0; p < 4; p++) asm("mul.rn.bf16x2 %0, %0, %1;" : "+r"(out[p]) : "r"(scale));
+}
+
+// A bf16 twice, from the low or high half of a word.
+__device__ __forceinline__ uint32_t twice(uint32_t w, int high) { return __byte_perm(w, w, high ? 0x3232 : 0x1010); }
 
 // A nibble of E2M1 at its place in half a word, as `e2m1` finds it: pair p of four.
 __device__ __forceinline__ uint32_t e2m1_bits(uint32_t n, int p) {

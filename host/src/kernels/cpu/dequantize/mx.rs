@@ -13,7 +13,7 @@ pub fn e8m0_to_f32(b: u8) -> f32 {
 
 /// Sign, four exponent bits (bias 7), three mantissa bits.
 #[inline]
-pub(in super::super) const fn e4m3_to_f32(b: u8) -> f32 {
+pub(crate) const fn e4m3_to_f32(b: u8) -> f32 {
     // The bits one exponent field further left are the value times 2^-120, subnormals included.
     let magnitude = f32::from_bits(((b & 0x7f) as u32) << 20) * f32::from_bits(247 << 23);
     match b & 0x7f {
