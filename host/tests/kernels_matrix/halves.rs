@@ -117,7 +117,10 @@ fn products_in_panels_have_the_same_bits_with_every_instruction_set() {
 #[test]
 fn bfloat16_products_for_halves_are_off_by_half_a_unit_of_each_activation() {
     let mut r = Random(47);
-    for (rows, cols, tokens) in [(1, 1, 1), (5, 33, 2), (13, 64, 3), (8, 200, 4), (37, 96, 5), (9, 1000, 31)] {
+    let shapes =
+        [(1, 1, 1), (5, 33, 2), (13, 64, 3), (8, 200, 4), (37, 96, 5), (9, 1000, 31), (33, 96, 64), (70, 333, 49)];
+    // More columns than are multiplied before the next rows come.
+    for (rows, cols, tokens) in shapes.into_iter().chain([(35, 4200, 40)]) {
         let m = random(Format::Dense(Float::BF16), rows, cols, &mut r).for_halves();
         let (x, w) = (r.floats(tokens * cols), back(&m));
         let mut got = vec![f32::NAN; tokens * rows];
@@ -153,6 +156,16 @@ fn fp8_rows_of_one_scale_lie_in_panels_as_they_are_elsewhere() {
     assert!(Panels::new(&random(format, 16, 40, &mut r)).is_none(), "40 columns are not added up by 32");
 }
 
+/// The instruction set is chosen once a process, so a machine with a matrix unit is tested without it in another one.
+#[test]
+fn all_of_this_holds_without_a_matrix_unit() {
+    if Isa::best() == Isa::Amx {
+        let mut run = std::process::Command::new(std::env::current_exe().unwrap());
+        let run = run.arg("halves::").env("DYLM_ISA", "vnni").output().unwrap();
+        assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stdout));
+    }
+}
+
 /// Some products of one kind.
 type Product<'a> = Box<dyn Fn(&[f32], &mut [f32]) + Sync + 'a>;
 
@@ -170,12 +183,12 @@ fn kinds(rows: usize, cols: usize, r: &mut Random) -> Vec<(String, Product<'stat
 #[test]
 fn a_rounded_token_gives_the_same_bits_alone_and_among_others() {
     let mut r = Random(53);
-    let (rows, cols, tokens) = (101, 768, 23);
+    let (rows, cols, tokens) = (101, 768, 70);
     for (name, product) in kinds(rows, cols, &mut r) {
         let x = r.floats(tokens * cols);
         let mut whole = vec![0.0; tokens * rows];
         product(&x, &mut whole);
-        for chunk in [1, 2, 3, 4, 5, 7, 8, 16] {
+        for chunk in [1, 2, 3, 4, 5, 7, 8, 16, 33, 64] {
             let mut parts = vec![0.0; tokens * rows];
             x.chunks(chunk * cols).zip(parts.chunks_mut(chunk * rows)).for_each(|(x, out)| product(x, out));
             assert!(parts == whole, "{name} in chunks of {chunk}");

@@ -5,7 +5,8 @@
 //! alone, in a batch and on any number of threads.
 
 use super::{
-    ahead,
+    ahead, amx,
+    lanes::Isa,
     matrix::Matrix,
     tasks::{Output, by_list, in_streams, in_tasks},
     team::each_chunk,
@@ -24,11 +25,14 @@ const CACHED: usize = 1 << 19;
 /// Whether this machine has the instruction.
 pub(super) fn runs_here() -> bool {
     static RUNS: OnceLock<bool> = OnceLock::new();
-    *RUNS.get_or_init(|| super::Isa::best() == super::Isa::Vnni && is_x86_feature_detected!("avx512bf16"))
+    *RUNS.get_or_init(|| Isa::best().has_vnni() && is_x86_feature_detected!("avx512bf16"))
 }
 
 /// out = x · Wᵀ for each of `of`, matrices of the same columns: `x` is `[tokens, cols]`, an `out` `[tokens, rows]`.
 pub(super) fn multiply(of: &mut [(&Matrix, &mut [f32])], x: &[f32]) {
+    if Isa::best() == Isa::Amx {
+        return amx::multiply(of, x);
+    }
     let Some(cols) = of.first().map(|(m, _)| m.cols()) else { return };
     let tokens = x.len() / cols;
     // Rows whose starts are a power of two apart would all fall into the same few lines of the first-level cache.

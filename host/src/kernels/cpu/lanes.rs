@@ -12,6 +12,8 @@ use std::sync::OnceLock;
 /// An instruction set that kernels are compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Isa {
+    /// The same with a matrix unit for many tokens: AMX, for bytes and for bfloat16.
+    Amx,
     /// AVX-512 with VNNI: packed whole numbers are multiplied as they are.
     Vnni,
     /// 16 lanes: AVX-512 F, BW, DQ, VL.
@@ -29,7 +31,7 @@ pub enum Isa {
 }
 
 impl Isa {
-    /// The best one of this machine. `DYLM_ISA=avx512|avxvnni|avx2|neon|portable` lowers it, for comparisons.
+    /// The best one of this machine. `DYLM_ISA=vnni|avx512|avxvnni|avx2|neon|portable` lowers it, for comparisons.
     pub fn best() -> Isa {
         static BEST: OnceLock<Isa> = OnceLock::new();
         *BEST.get_or_init(|| {
@@ -41,6 +43,11 @@ impl Isa {
                 .copied()
                 .unwrap_or(Isa::Portable)
         })
+    }
+
+    /// Whether it is AVX-512 with VNNI, or more.
+    pub fn has_vnni(self) -> bool {
+        matches!(self, Isa::Amx | Isa::Vnni)
     }
 
     /// All that this machine can run, best first.
@@ -55,6 +62,9 @@ impl Isa {
                 && is_x86_feature_detected!("avx512dq")
                 && is_x86_feature_detected!("avx512vl");
             if avx2 && avx512 && is_x86_feature_detected!("avx512vnni") {
+                if super::amx::available() {
+                    all.push(Isa::Amx);
+                }
                 all.push(Isa::Vnni);
             }
             if avx2 && avx512 {
@@ -204,7 +214,7 @@ pub unsafe fn dispatch<J: Job>(isa: Isa, job: J) -> J::Out {
     unsafe {
         match isa {
             #[cfg(target_arch = "x86_64")]
-            Isa::Vnni | Isa::Avx512 => x86::run_avx512(job),
+            Isa::Amx | Isa::Vnni | Isa::Avx512 => x86::run_avx512(job),
             #[cfg(target_arch = "x86_64")]
             Isa::AvxVnni | Isa::Avx2 => x86::run_avx2(job),
             _ => job.run::<Portable>(),

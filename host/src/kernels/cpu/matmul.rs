@@ -170,7 +170,7 @@ impl Call<'_> {
 
     /// Copies activations into the order of the weights, each token `stride` floats after the one before.
     fn lay_out(&self, stride: usize, to: &mut [f32]) {
-        let lanes = if matches!(self.isa, Isa::Vnni | Isa::Avx512) { 16 } else { 8 };
+        let lanes = if matches!(self.isa, Isa::Amx | Isa::Vnni | Isa::Avx512) { 16 } else { 8 };
         let one = |(to, x): (&mut [f32], &[f32])| match self.order {
             Order::Plain => to[..x.len()].copy_from_slice(x),
             Order::Words { per } => {

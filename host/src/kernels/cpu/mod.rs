@@ -1,12 +1,15 @@
 //! Kernels for the CPU, in f32 arithmetic: packed matrices of every format, attention, and the small ops around them.
 //! Each is written once over `lanes` and compiled for AVX-512, AVX2 and plain Rust (NEON on ARM); the machine picks at run
 //! time. No result depends on the number of threads.
-//! Where the machine can, weights of whole numbers are multiplied as such (`panels`) and bfloat16 as bfloat16 (`bf16`).
+//! Where the machine can, weights of whole numbers are multiplied as such (`panels`) and bfloat16 as bfloat16 (`bf16`), both on the
+//! processor's matrix unit if it has one (`amx`).
 
 // Tiles of registers are indexed by constants on several arrays at once.
 #![allow(clippy::needless_range_loop)]
 
 mod ahead;
+#[cfg(target_arch = "x86_64")]
+mod amx;
 pub mod attention;
 #[cfg(target_arch = "x86_64")]
 mod bf16;

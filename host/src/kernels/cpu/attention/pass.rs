@@ -56,7 +56,7 @@ pub(super) struct Room {
 /// Whether keys and values are multiplied as bfloat16.
 fn in_halves(isa: Isa, cache: &Keys<'_>) -> bool {
     let halves = |rows| matches!(rows, Rows::BF16(_));
-    let here = cfg!(target_arch = "x86_64") && isa == Isa::Vnni;
+    let here = cfg!(target_arch = "x86_64") && isa.has_vnni();
     #[cfg(target_arch = "x86_64")]
     let here = here && halves::runs_here();
     here && halves(cache.keys) && cache.values.is_none_or(halves)

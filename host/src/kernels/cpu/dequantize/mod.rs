@@ -8,9 +8,9 @@ mod mx;
 use super::format::{Float, Format};
 pub(crate) use ggml::scale_and_min;
 pub(super) use ggml::six_bit_scale;
-pub use mx::e8m0_to_f32;
 pub(super) use mx::E2M1;
 pub(crate) use mx::e4m3_to_f32;
+pub use mx::e8m0_to_f32;
 
 /// Unpacks one row. The slices are the row's own, of exactly the sizes that `format` asks for `out.len()` columns.
 pub(super) fn dequantize_row(format: Format, data: &[u8], scales: &[u8], biases: &[u8], out: &mut [f32]) {

@@ -6,6 +6,8 @@
 //! error is ten times that), 1/65000 where they have more. A token's bits are the same alone, in a batch and on any number of threads.
 
 #[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(target_arch = "x86_64")]
 mod floats;
 mod layout;
 mod numbers;

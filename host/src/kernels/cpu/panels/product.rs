@@ -1,8 +1,6 @@
 //! The sums: some panels against some tokens at a time, all in registers. A few tokens take the numbers out of their panels as these stream
 //! from memory; many have them taken out once, into cache.
 
-#[cfg(target_arch = "x86_64")]
-use super::floats;
 use super::{
     LANES, Panels,
     layout::{HIGH, LOW, Layout},
@@ -11,6 +9,8 @@ use super::{
     sixteen::{Job, Sixteen, dispatch, is_worth_while},
     tile::{Opened, Product, Tile},
 };
+#[cfg(target_arch = "x86_64")]
+use super::{amx, floats};
 use crate::kernels::cpu::{
     ahead,
     lanes::Isa,
@@ -100,20 +100,29 @@ fn run<N: Numbers>(products: &[Product], numbers: N) {
                 dispatch(first.isa, Few { product: products[i], numbers, range })
             });
         });
-    } else {
+        return;
+    }
+    #[cfg(target_arch = "x86_64")]
+    if first.isa == Isa::Amx && amx::is_worth_while(first) {
+        let x = amx::Tiled::new(first);
         in_tasks(panels, size, 4, usize::MAX, |scratch, range| {
             // SAFETY: as above.
-            by_list(range, lengths(), |i, range| unsafe {
-                dispatch(first.isa, Many { product: products[i], numbers, range, scratch });
-            });
+            by_list(range, lengths(), |i, range| unsafe { products[i].on_tiles(numbers, &x, range, scratch) });
         });
+        return;
     }
+    in_tasks(panels, size, 4, usize::MAX, |scratch, range| {
+        // SAFETY: as above.
+        by_list(range, lengths(), |i, range| unsafe {
+            dispatch(first.isa, Many { product: products[i], numbers, range, scratch });
+        });
+    });
 }
 
 /// A cache line.
 #[repr(C, align(64))]
 #[derive(Clone, Copy)]
-struct Line([u8; 64]);
+pub(super) struct Line(pub(super) [u8; 64]);
 
 /// Some panels with few tokens.
 struct Few<'a, N> {
@@ -187,22 +196,11 @@ impl<N: Numbers> Many<'_, N> {
     #[inline(always)]
     unsafe fn opened<S: Sixteen, const P: usize>(&mut self) -> Opened {
         let panels = self.product.panels;
-        let (blocks, lines) = (&panels.blocks, panels.cols / 4);
+        let lines = panels.cols / 4;
         self.scratch.resize(P * lines, Line([0; 64]));
         for (k, lines) in self.scratch.chunks_exact_mut(lines).enumerate() {
-            let of_block = panels.panel(self.range.start + k).chunks_exact(blocks.bytes);
-            for (lines, block) in lines.chunks_exact_mut(lines.len() / blocks.count).zip(of_block) {
-                for (step, lines) in lines.chunks_exact_mut(N::VECTORS).enumerate() {
-                    // SAFETY: steps of the block's columns; lines of 64 bytes.
-                    unsafe {
-                        let low = block.as_ptr().add(blocks.at[LOW] + step * N::LOW);
-                        let high = block.as_ptr().add(blocks.at[HIGH] + N::high(step));
-                        for (line, vector) in lines.iter_mut().zip(self.numbers.vectors::<S>(low, high, step)) {
-                            S::store(line.0.as_mut_ptr(), vector);
-                        }
-                    }
-                }
-            }
+            // SAFETY: passed on to the caller.
+            unsafe { open::<S, N>(panels, self.numbers, self.range.start + k, lines) };
         }
         Opened { numbers: self.scratch.as_ptr().cast(), pitch: 64 * lines }
     }
@@ -220,6 +218,28 @@ impl<N: Numbers> Many<'_, N> {
                     (2.., _) => S::run(Tile::<M, P, 2> { product, numbers, opened, p, t }),
                     (_, _) => S::run(Tile::<M, P, 1> { product, numbers, opened, p, t }),
                 };
+            }
+        }
+    }
+}
+
+/// Takes the numbers of panel `p` out of it, four columns a line.
+///
+/// # Safety
+/// As for [`Sixteen`].
+#[inline(always)]
+pub(super) unsafe fn open<S: Sixteen, N: Numbers>(panels: &Panels, numbers: N, p: usize, lines: &mut [Line]) {
+    let blocks = &panels.blocks;
+    let of_block = panels.panel(p).chunks_exact(blocks.bytes);
+    for (lines, block) in lines.chunks_exact_mut(lines.len() / blocks.count).zip(of_block) {
+        for (step, lines) in lines.chunks_exact_mut(N::VECTORS).enumerate() {
+            // SAFETY: steps of the block's columns; lines of 64 bytes.
+            unsafe {
+                let low = block.as_ptr().add(blocks.at[LOW] + step * N::LOW);
+                let high = block.as_ptr().add(blocks.at[HIGH] + N::high(step));
+                for (line, vector) in lines.iter_mut().zip(numbers.vectors::<S>(low, high, step)) {
+                    S::store(line.0.as_mut_ptr(), vector);
+                }
             }
         }
     }

@@ -144,7 +144,7 @@ pub(super) unsafe fn dispatch<J: Job>(isa: Isa, job: J) -> J::Out {
     unsafe {
         match isa {
             #[cfg(target_arch = "x86_64")]
-            Isa::Vnni => Avx512::run(job),
+            Isa::Amx | Isa::Vnni => Avx512::run(job),
             #[cfg(target_arch = "x86_64")]
             Isa::AvxVnni => avx2::Avx2::<true>::run(job),
             #[cfg(target_arch = "x86_64")]

@@ -1,0 +1,129 @@
+//! What the unit multiplies, laid out for it: activations once a product, weights as they are needed.
+
+use super::tiles::TILE;
+use crate::kernels::cpu::bf16;
+use std::arch::x86_64::*;
+
+/// Columns of a step: a tile's row.
+pub(super) const STEP: usize = 32;
+/// Rows, or tokens, of two tiles.
+pub(super) const PAIR: usize = 2 * TILE;
+
+/// A step of a row.
+#[repr(C, align(64))]
+#[derive(Clone, Copy)]
+pub(super) struct Line(pub(super) [u16; STEP]);
+
+/// Up to sixteen tokens' activations as pairs of bfloat16: the first pairs of all tokens, then the second ones.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+pub(super) unsafe fn lay_out(x: &[f32], cols: usize, to: &mut [u32]) {
+    let tokens = x.len() / cols;
+    if tokens < TILE {
+        let mut token = vec![0u16; 2 * to.len() / tokens];
+        for (t, x) in x.chunks_exact(cols).enumerate() {
+            // SAFETY: a whole number of steps, which are two of sixteen columns.
+            unsafe { bf16::round(x, &mut token) };
+            for (pair, to) in token.as_chunks::<2>().0.iter().zip(to[t..].iter_mut().step_by(tokens)) {
+                *to = u32::from(pair[1]) << 16 | u32::from(pair[0]);
+            }
+        }
+        return;
+    }
+    for (step, to) in to.as_chunks_mut::<{ TILE * TILE }>().0.iter_mut().enumerate() {
+        let left = cols - step * STEP;
+        let (low, high) = (mask(left), mask(left.saturating_sub(TILE)));
+        // SAFETY: masked to what there is of each token.
+        unsafe {
+            let rounded = std::array::from_fn(|t| {
+                let at = x.as_ptr().add(t * cols + step * STEP);
+                let low = _mm512_maskz_loadu_ps(low, at);
+                let high = _mm512_maskz_loadu_ps(high, at.wrapping_add(TILE));
+                std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low))
+            });
+            for (i, vector) in turned(rounded).into_iter().enumerate() {
+                _mm512_storeu_si512(to.as_mut_ptr().add(TILE * i).cast(), vector);
+            }
+        }
+    }
+}
+
+/// The lowest bits.
+pub(super) fn mask(of: usize) -> u16 {
+    ((1u32 << of.min(TILE)) - 1) as u16
+}
+
+/// Lane i of vector j to lane j of vector i.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(super) fn turned(v: [__m512i; TILE]) -> [__m512i; TILE] {
+    let mut a = v;
+    for i in (0..TILE).step_by(2) {
+        a[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+        a[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+    }
+    let mut b = a;
+    for i in (0..TILE).step_by(4) {
+        b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
+        b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
+        b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
+        b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
+    }
+    // Now vector 4 i + j holds, in each quarter q, lane 4 q + j of vectors 4 i to 4 i + 3.
+    let mut c = b;
+    for j in 0..4 {
+        let (low, high) = (
+            [_mm512_shuffle_i32x4::<0x88>(b[j], b[4 + j]), _mm512_shuffle_i32x4::<0xdd>(b[j], b[4 + j])],
+            [_mm512_shuffle_i32x4::<0x88>(b[8 + j], b[12 + j]), _mm512_shuffle_i32x4::<0xdd>(b[8 + j], b[12 + j])],
+        );
+        // Even quarters are 0 and 2, odd ones 1 and 3.
+        c[j] = _mm512_shuffle_i32x4::<0x88>(low[0], high[0]);
+        c[8 + j] = _mm512_shuffle_i32x4::<0xdd>(low[0], high[0]);
+        c[4 + j] = _mm512_shuffle_i32x4::<0x88>(low[1], high[1]);
+        c[12 + j] = _mm512_shuffle_i32x4::<0xdd>(low[1], high[1]);
+    }
+    c
+}
+
+/// Weights that are brought side by side while those before them are multiplied, evenly, so that memory never rests: rows one after the
+/// other, since memory gives one stream half as much again as many side by side.
+pub(super) struct Bring {
+    pub(super) from: *const u16,
+    /// From one row to the next.
+    pub(super) pitch: usize,
+    /// What there is of a row; zeros fill its last step.
+    pub(super) columns: usize,
+    pub(super) to: *mut Line,
+    pub(super) rows: usize,
+    pub(super) steps: usize,
+    /// Row and step.
+    pub(super) at: (usize, usize),
+    /// Lines at a time.
+    pub(super) burst: usize,
+}
+
+impl Bring {
+    /// Some more lines, if there are.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    pub(super) unsafe fn lines(&mut self, mut most: usize) {
+        let (mut row, mut step) = self.at;
+        while most > 0 && row < self.rows {
+            let now = most.min(self.steps - step);
+            // SAFETY: rows of the matrix, masked to what there is of them; the room is that of all lines.
+            unsafe {
+                let from = self.from.add(row * self.pitch);
+                let to = self.to.add(row / PAIR * PAIR * self.steps + row % PAIR);
+                for step in step..step + now {
+                    let mask = u32::MAX >> (STEP - (self.columns - step * STEP).min(STEP));
+                    let line = _mm512_maskz_loadu_epi16(mask, from.add(step * STEP).cast());
+                    _mm512_store_si512(to.add(step * PAIR).cast(), line);
+                }
+            }
+            (most, step) = (most - now, step + now);
+            if step == self.steps {
+                (row, step) = (row + 1, 0);
+            }
+        }
+        self.at = (row, step);
+    }
+}
