@@ -238,7 +238,8 @@ impl Recorded {
             self.graph = Some(self.record(model, inputs, &logits)?);
             self.caches = caches;
         }
-        self.done = Some((self.launch()?, false));
+        self.launch()?;
+        self.done = Some((self.tell()?, false));
         Ok(())
     }
 
@@ -290,10 +291,9 @@ impl Recorded {
         }
     }
 
-    fn launch(&mut self) -> Result<CudaEvent> {
+    fn launch(&mut self) -> Result<()> {
         let Some(graph) = &self.graph else { return Err(Error::Device("--device cuda: no step is recorded".into())) };
-        graph.launch().w()?;
-        self.tell()
+        Ok(graph.launch().w()?)
     }
 
     /// Sends what was chosen to the host.
@@ -336,8 +336,8 @@ impl Recorded {
         let turn = self.turn;
         if self.graph.is_some() && caches(model, inputs)? == self.caches {
             self.turn ^= 1;
-            let chosen = self.launch()?;
-            self.ahead = Some(if draws { (self.draw()?, true) } else { (chosen, false) });
+            self.launch()?;
+            self.ahead = Some((if draws { self.draw(true)? } else { self.tell()? }, draws));
         }
         done.synchronize().w()?;
         let mut chosen = Vec::with_capacity(inputs.len());

@@ -48,17 +48,17 @@ impl Recorded {
             self.drawing = Drawing::new(sampler, text, width, &self.device)?;
         }
         match self.drawing.is_some() && !(fits && has_drawn) {
-            true => self.draw().map(Some),
+            true => self.draw(!has_drawn).map(Some),
             false => Ok(None),
         }
     }
 
-    /// Draws a token from the logits of the latest step.
-    pub(super) fn draw(&mut self) -> Result<CudaEvent> {
+    /// Draws a token from the logits of the latest step, the largest of which it has told if it is `known`.
+    pub(super) fn draw(&mut self, known: bool) -> Result<CudaEvent> {
         let (Some(drawing), Some(logits)) = (&self.drawing, &self.logits) else {
             return Err(Error::Device("--device cuda: no sampler is there".into()));
         };
-        drawing.run(logits, self.coarse, &self.ids, &self.told)?;
+        drawing.run(logits, [self.coarse, known], &self.ids, &self.told)?;
         self.tell()
     }
 }

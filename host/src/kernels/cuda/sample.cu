@@ -182,31 +182,36 @@ __device__ void meet(Board &board, uint32_t n) {
 
 } // namespace
 
-// logits [width] in f32 (`coarse`: of bf16), and as many numbers of room for what bias and penalties make of them. The token goes to `id`, where the next step
+// logits [width] in f32 (`coarse`: of bf16; `known`: `told` has the largest of them), and as many numbers of room for what bias and penalties make of them. The token goes to `id`, where the next step
 // reads it, and with its log-probability and soundness to `told`.
-extern "C" __global__ void __launch_bounds__(THREADS) draw(const float *logits, float *changed, Draw *drawing, Board *to, uint32_t *id, uint32_t *told, uint32_t width, uint32_t coarse) {
+extern "C" __global__ void __launch_bounds__(THREADS) draw(const float *logits, float *changed, Draw *drawing, Board *to, uint32_t *id, uint32_t *told, uint32_t width, uint32_t coarse, uint32_t known) {
     Board &board = *to;
     const Draw d = *drawing;
     const uint32_t stretch = (width + gridDim.x - 1) / gridDim.x, begin = min(width, blockIdx.x * stretch), end = min(width, begin + stretch);
     const bool changes = d.bias || d.seen[0] || d.seen[1] || d.seen[2];
     const float *values = changes ? changed : logits;
     Top top = {-CUDART_INF_F, ~0u, 0};
-    for (uint32_t i = begin + threadIdx.x; i < end; i += THREADS) {
-        float x = logits[i];
-        if (changes) changed[i] = x = processed(d, x, i);
-        top = join(top, {x, i, !(x < CUDART_INF_F)});
-    }
-    top = join_block(top);
-    if (threadIdx.x == 0) board.tops[blockIdx.x] = top;
     uint32_t met = 0;
-    meet(board, ++met);
-
-    top = {-CUDART_INF_F, ~0u, 0};
-    for (uint32_t i = threadIdx.x; i < gridDim.x; i += THREADS) {
-        const volatile Top &other = board.tops[i];
-        top = join(top, {other.logit, other.id, other.broken});
+    if (known && !changes) {
+        // Nobody writes there before all blocks are through.
+        const uint32_t id = min(told[0], width - 1);
+        top = {logits[id], id, !told[2]};
+    } else {
+        for (uint32_t i = begin + threadIdx.x; i < end; i += THREADS) {
+            float x = logits[i];
+            if (changes) changed[i] = x = processed(d, x, i);
+            top = join(top, {x, i, !(x < CUDART_INF_F)});
+        }
+        top = join_block(top);
+        if (threadIdx.x == 0) board.tops[blockIdx.x] = top;
+        meet(board, ++met);
+        top = {-CUDART_INF_F, ~0u, 0};
+        for (uint32_t i = threadIdx.x; i < gridDim.x; i += THREADS) {
+            const volatile Top &other = board.tops[i];
+            top = join(top, {other.logit, other.id, other.broken});
+        }
+        top = join_block(top);
     }
-    top = join_block(top);
     const bool sound = !top.broken && top.logit > -CUDART_INF_F, greedy = d.temp == 0.0;
     const double best = top.logit;
     const bool counts = d.top_k > 0 && d.top_k < width, weighs = d.top_p < 1.0, filters = sound && !greedy && (counts || weighs);

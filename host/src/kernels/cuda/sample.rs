@@ -148,12 +148,13 @@ impl Drawing {
         }
     }
 
-    /// Draws a token from logits `[1, width]` in f32, which are such as bf16 has if they are `coarse`: to `id`, and with its log-probability and soundness to `told`.
-    pub fn run(&self, logits: &Tensor, coarse: bool, id: &Tensor, told: &Tensor) -> Result<()> {
+    /// Draws a token from logits `[1, width]` in f32, which are such as bf16 has if they are `coarse`, and the largest
+    /// of which `told` has already if it is `known`: to `id`, and with its log-probability and soundness to `told`.
+    pub fn run(&self, logits: &Tensor, [coarse, known]: [bool; 2], id: &Tensor, told: &Tensor) -> Result<()> {
         let device = device_of(logits)?;
         let tensors = [logits, &self.changed, &self.draw, &self.board, id, told];
         let mut args = tensors.iter().map(|t| Ok(Arg::Ptr(address(t)?))).collect::<Result<Vec<_>>>()?;
-        args.extend([Arg::U32(self.width as u32), Arg::U32(coarse.into())]);
+        args.extend([Arg::U32(self.width as u32), Arg::U32(coarse.into()), Arg::U32(known.into())]);
         let shape = Shape { grid: [self.blocks, 1, 1], block: THREADS, shared: SHARED as u32, early: false };
         // SAFETY: as sample.cu says; the board is zeros, as every launch leaves it, and there are no more blocks than multiprocessors.
         unsafe { function(device, "sample", "draw")?.launch_together(device, shape, &args) }
