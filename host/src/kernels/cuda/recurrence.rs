@@ -11,6 +11,9 @@ use candle_core::{CudaDevice, DType, Result, Tensor, bail};
 /// Sequences of a launch, as recurrence.cu has it.
 pub const MOST_SEGMENTS: usize = 16;
 const WARPS: u32 = 4;
+/// Rows of a scan that a block has, and its threads, likewise.
+const SCAN_ROWS: u32 = 16;
+const SCAN_THREADS: u32 = 256;
 /// Neighbouring tokens that one thread folds.
 const FOLDED: u32 = 32;
 
@@ -109,7 +112,9 @@ fn kernel(launch: &Launch, tokens: usize) -> Option<(&'static str, [u32; 2], [u3
         }
         ("SCAN", &[_, rows, abreast, together, n, each]) => {
             let name = of(["scan_1", "scan_2", "scan_4", "scan_8"], [32, 64, 128, 256], n)?;
-            Some((name, [rows.div_ceil(WARPS), 1], [rows, abreast, together, n, each]))
+            // Rows of a block share b and c.
+            let blocks = rows.checked_div(together)? * together.div_ceil(SCAN_ROWS);
+            Some((name, [blocks, 1], [rows, abreast, together, n, each]))
         }
         ("CONV", &[_, channels, taps, _]) => {
             let each = if taps > FOLDED { tokens as u32 } else { FOLDED };
@@ -146,7 +151,8 @@ pub fn run(launch: &Launch, inputs: &[Input<'_>], positions: &Tensor, segments: 
             let (from, tokens) = (of.from as u32, of.tokens as u32);
             *to = SegmentArgs { states: address(&of.states)?, from, tokens };
         }
-        let shape = Shape { grid: [across, down, some.len() as u32], block: 32 * WARPS, shared: 0, early: true };
+        let block = if launch.kernel.maker == "SCAN" { SCAN_THREADS } else { 32 * WARPS };
+        let shape = Shape { grid: [across, down, some.len() as u32], block, shared: 0, early: true };
         // SAFETY: as recurrence.cu says; the states are the caller's alone.
         unsafe { function(device, "recurrence", name)?.launch(device, shape, &[Arg::of(&args)])? };
     }
