@@ -9,7 +9,6 @@ use crate::{
 impl Model {
     /// The next token of a sequence, drawn by the sampler's settings after a step of one token, where the device can draw it by itself; none,
     /// and nothing done, where it cannot. `text` is all tokens so far.
-    #[cfg_attr(not(feature = "cuda"), expect(clippy::unnecessary_wraps))]
     pub fn draw(
         &self,
         #[allow(unused)] input: Input,
