@@ -3,7 +3,7 @@
 
 use super::{
     later::MOST,
-    running::{Part, Running},
+    running::Running,
     value::{Outcome, Value},
 };
 use crate::{
@@ -74,9 +74,17 @@ impl Running<'_> {
         match (self.unread(x)?, self.layers.get(slot.0 as usize)) {
             (Some((x, _)), Some(Layer::Experts(experts))) => {
                 let Some(stacked) = &experts.stacked else { return Ok(None) };
-                let weights = self.arena.later.wide(&weights)?;
-                self.arena.later.read(chosen.id())?;
-                let routed = Routed { x: x.clone(), norm: None, chosen, weights, kind: experts.kind };
+                if !matches!(*chosen.dims(), [tokens, k] if stacked.are_few(tokens, k)) {
+                    return Ok(None);
+                }
+                let (route, weights) = match self.arena.later.route(&chosen, &weights)? {
+                    Some((route, weights)) => (Some(route), weights),
+                    None => (None, self.arena.later.wide(&weights)?),
+                };
+                if route.is_none() {
+                    self.arena.later.read(chosen.id())?;
+                }
+                let routed = Routed { x: x.clone(), norm: None, chosen, weights, route, kind: experts.kind };
                 Ok(self.arena.later.experts(stacked, &x, routed)?.map(Value::Real))
             }
             _ => Ok(None),
@@ -85,10 +93,16 @@ impl Running<'_> {
 
     pub(super) fn rotate_later(&mut self, rope: &Rope, x: Handle, block: usize, turn: Turn) -> Outcome<Option<Value>> {
         let (Some((x, _)), Some(places)) = (self.unread(x)?, &self.places) else { return Ok(None) };
+<<<<<<< HEAD
         // Of several sequences, each has a cache of its own to join.
         let [part] = self.parts.as_slice() else { return Ok(None) };
         let text = (part.state.offset + part.tokens.len()).max(part.state.horizon);
         let Some(how) = rope.on_cuda(&self.place.device, [text].into_iter())? else { return Ok(None) };
+=======
+        // Several sequences have a cache each to join, and one token each that does.
+        let alone = self.parts.len() == 1 || self.parts.len() == self.tokens;
+        let Some(how) = rope.on_cuda(&self.place.device)?.filter(|_| alone) else { return Ok(None) };
+>>>>>>> f2c5135 (Turn queries, join caches and attend in one launch for all sequences; choose experts in the kernel that runs them)
         Ok(self.arena.later.turn(&x, &places.positions, how, block, turn)?.map(Value::Real))
     }
 
@@ -179,15 +193,12 @@ impl Running<'_> {
 
     /// Attention of queries and keys that are still to be turned.
     pub(super) fn attend_later(&mut self, cache: usize, q: &Tensor, new: &New, how: &Scores) -> Outcome<Option<Value>> {
-        let (Some(k), Some(v), [_], true) = (&new.k, &new.v, &self.parts[..], self.may_wait()) else {
-            return Ok(None);
-        };
+        let (Some(k), Some(v), true) = (&new.k, &new.v, self.may_wait()) else { return Ok(None) };
         let (Some(turned), Some(keys)) = (self.arena.later.turned(q.id()), self.arena.later.turned(k.id())) else {
             return Ok(None);
         };
-        let (Some(places), [part]) = (&self.places, &mut self.parts[..]) else { return Ok(None) };
-        let part: &mut Part = part;
-        let done = on_cuda::attend_turned(cache, [&turned, &keys], v, how, part, self.place, places)?;
+        let Some(places) = &self.places else { return Ok(None) };
+        let done = on_cuda::attend_turned(cache, [&turned, &keys], v, how, &mut self.parts, self.place, places)?;
         if done.is_some() {
             self.arena.later.has_written(q.id());
         }

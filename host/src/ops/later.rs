@@ -13,6 +13,7 @@ use crate::{
             norm::{self, joint},
             packed::Tiles,
             product::{MOST_NORMED, Norming, Product, outputs},
+            route::Route,
             rows::{self, Chain, RowOp},
             step::{self, device_of, unwritten},
             together::Together,
@@ -76,6 +77,8 @@ pub struct Later {
     squares: RefCell<Vec<(TensorId, Tensor)>>,
     /// Small ops on rows, which wait together.
     rows: RefCell<Chain>,
+    /// Those that another kernel has done, of which what stands between has not been written.
+    done: RefCell<Vec<Chain>>,
 }
 
 impl Later {
@@ -83,6 +86,10 @@ impl Later {
     pub fn read(&self, id: TensorId) -> Result<()> {
         if self.rows.borrow().writes(id) {
             return self.rows.take().run();
+        }
+        let done = self.done.borrow().iter().position(|chain| chain.writes(id));
+        if let Some(at) = done {
+            return self.done.borrow_mut().swap_remove(at).run();
         }
         let work = {
             let mut waiting = self.waiting.borrow_mut();
@@ -98,6 +105,7 @@ impl Later {
     pub fn read_all(&self) -> Result<()> {
         let ids: Vec<TensorId> = self.waiting.borrow().iter().filter_map(|w| Some(w.writes.first()?.id())).collect();
         ids.into_iter().try_for_each(|id| self.read(id))?;
+        self.done.take().into_iter().try_for_each(Chain::run)?;
         self.rows.take().run()
     }
 
@@ -142,6 +150,14 @@ impl Later {
         let (wide, _) = self.rows.borrow_mut().push(RowOp::Affine, x, None, to, [1.0, 0.0])?;
         self.rows.take().run()?;
         Ok(wide)
+    }
+
+    /// How experts and their weights are found, if what waits is just that, and the weights that the experts' kernel will have written.
+    pub fn route(&self, chosen: &Tensor, weights: &Tensor) -> Result<Option<(Route, Tensor)>> {
+        let Some(route) = Route::of(&self.rows.borrow(), chosen, weights) else { return Ok(None) };
+        self.done.borrow_mut().push(self.rows.take());
+        let wide = unwritten(weights.dims(), DType::F32, device_of(weights)?)?;
+        Ok(Some((route, wide)))
     }
 
     /// Nobody will read it any more.
@@ -293,7 +309,7 @@ impl Later {
 
     /// Few tokens through their experts.
     pub fn experts(&self, stacked: &Arc<Stacked>, x: &Tensor, mut routed: Routed) -> Result<Option<Tensor>> {
-        if x.dtype() != DType::BF16 || x.rank() != 2 {
+        if x.dtype() != DType::BF16 || x.rank() != 2 || routed.chosen.rank() != 2 {
             return Ok(None);
         }
         (routed.x, routed.norm) = if routed.kind.identity == 0 {

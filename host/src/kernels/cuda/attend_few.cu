@@ -3,7 +3,7 @@
 // is read once for all of them. Keys and values come through shared memory that each lane fills and reads alone, in its own order.
 #include "attention.cuh"
 
-constexpr int WARPS = 4, AHEAD = 2;
+constexpr int WARPS = 4, AHEAD = 2, MOST_SEQUENCES = 32;
 
 template <int D> constexpr int PIECES = 4 * (D / 32) ;
 // Shared memory: queries, then each warp's ring; in its place later what the warps add up.
@@ -26,8 +26,54 @@ __device__ __forceinline__ void cluster_sync() {
 #endif
 }
 
+// What queries, keys and values go through on their way here, where that has not been done: norms of heads, turns by positions, and the
+// joining of caches. Each token is a sequence of its own then. Bytes as Rust writes them (attention.rs).
+struct Turned {
+    Seen seen;
+    const __nv_bfloat16 *k, *v; // [tokens, kv_heads, D]
+    const float *frequencies;   // one a pair of lanes
+    const float *q_weight, *k_weight; // of the norms
+    int dims, first, neighbours;      // as in step.cu's rope; no dims: nothing turns
+    uint32_t every;
+    float amplitude, sign;
+    float q_eps, k_eps;
+    int q_normed, k_normed;
+    Cache of[MOST_SEQUENCES];
+};
+
+// A warp takes a head that it has in `x`, lane by lane; `put` has the number that goes to a lane.
+template <int D, class Put> __device__ __forceinline__ void turn_head(const Turned &t, float (&x)[D / 32], bool normed, const float *weight, float eps, const float2 *angles, float *row, Put put) {
+    const int lane = threadIdx.x % 32;
+    if (normed) {
+        float squares = 0;
+#pragma unroll
+        for (int i = 0; i < D / 32; i++) squares += x[i] * x[i];
+#pragma unroll
+        for (int i = 16; i > 0; i /= 2) squares += __shfl_xor_sync(~0u, squares, i);
+        const float scale = rsqrtf(squares / D + eps);
+        // Rounded as a norm by itself rounds.
+#pragma unroll
+        for (int i = 0; i < D / 32; i++) x[i] = to_float(__float2bfloat16(x[i] * scale * (weight ? weight[lane + 32 * i] : 1.f)));
+    }
+#pragma unroll
+    for (int i = 0; i < D / 32; i++) row[lane + 32 * i] = x[i];
+    __syncwarp();
+    const int half = t.dims / 2;
+    for (int pair = lane; pair < half; pair += 32) {
+        const int i = t.first + (t.neighbours ? 2 * pair : pair), j = t.neighbours ? i + 1 : i + half;
+        const float p = row[i], q = row[j], c = angles[pair].x, s = angles[pair].y;
+        put(i, __fsub_rn(__fmul_rn(p, c), __fmul_rn(q, s))), put(j, __fadd_rn(__fmul_rn(q, c), __fmul_rn(p, s)));
+    }
+    for (int i = lane; i < D - t.dims; i += 32) {
+        const int at = i < t.first ? i : i + t.dims;
+        put(at, row[at]);
+    }
+    __syncwarp();
+}
+
 // CLUSTERED: the splits of a query are one cluster, whose blocks look into each other's shared memory, and no device memory is needed.
-template <int D, bool CLUSTERED> __device__ __forceinline__ void attend_few(const Seen &a, uint8_t *shared) {
+// TURNED: queries are to be turned first, and keys and values to join their cache.
+template <int D, bool CLUSTERED, bool TURNED> __device__ __forceinline__ void attend_few(const Seen &a, const Turned *t, uint8_t *shared) {
     constexpr int STEPS = D / 32, HALVES = D / 64, QROW = D + 32, ROW = D + 4;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, c = lane % 4;
     const int group = a.heads / a.kv_heads, parts = (group + 15) / 16;
@@ -38,8 +84,9 @@ template <int D, bool CLUSTERED> __device__ __forceinline__ void attend_few(cons
     let_next_start();
     // Positions are older than any kernel that may still run: a step begins when the one before it has ended.
     const uint32_t position = a.positions[token];
-    const int old = int(a.positions[0] - a.first);
-    const Span seen = span(a, position);
+    const Cache cache = TURNED ? t->of[token] : a.cache;
+    const int old = int(a.positions[TURNED ? token : 0] - cache.first);
+    const Span seen = span(a, cache, position);
     const int base = seen.from / 16, blocks = (seen.to + 15) / 16 - base, each = (blocks + a.splits - 1) / a.splits;
     const int last = min(blocks, (split + 1) * each);
     const size_t row = size_t(a.kv_heads) * D;
@@ -51,13 +98,13 @@ template <int D, bool CLUSTERED> __device__ __forceinline__ void attend_few(cons
             uint32_t at = to + stage * PIECES<D> * 512;
 #pragma unroll
             for (int n = 0; n < 2; n++) {
-                const __nv_bfloat16 *from = a.k + size_t(min(entry + 8 * n + g, seen.to - 1)) * row + kv * D + 8 * c;
+                const __nv_bfloat16 *from = cache.k + size_t(min(entry + 8 * n + g, seen.to - 1)) * row + kv * D + 8 * c;
 #pragma unroll
                 for (int j = 0; j < STEPS; j++, at += 512) copy16(at, from + 32 * j);
             }
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                const __nv_bfloat16 *from = a.v + size_t(min(entry + 2 * c + i % 2 + i / 2 * 8, seen.to - 1)) * row + kv * D + 8 * g;
+                const __nv_bfloat16 *from = cache.v + size_t(min(entry + 2 * c + i % 2 + i / 2 * 8, seen.to - 1)) * row + kv * D + 8 * g;
 #pragma unroll
                 for (int h = 0; h < HALVES; h++, at += 512) copy16(at, from + 64 * h);
             }
@@ -70,16 +117,57 @@ template <int D, bool CLUSTERED> __device__ __forceinline__ void attend_few(cons
     if (before)
 #pragma unroll
         for (int s = 0; s < AHEAD; s++) ask(own + s * WARPS, s);
-    wait_for_previous();
-    if (!before)
+    if constexpr (TURNED) {
+        __shared__ float2 angles[D / 2];
+        __shared__ float turning[WARPS][D];
+        for (int i = threadIdx.x; i < t->dims / 2; i += blockDim.x) {
+            // In half turns, which are whole numbers of turns off at most: no code for angles of any size.
+            double halves = double(float(position / t->every * t->every)) * double(t->frequencies[i]) * 0.31830988618379067154;
+            float sine, cosine;
+            sincospif(float(halves - 2 * rint(halves * 0.5)), &sine, &cosine);
+            angles[i] = make_float2(cosine * t->amplitude, sine * t->amplitude * t->sign);
+        }
+        for (int i = threadIdx.x; i < (16 - rows) * (D / 8); i += blockDim.x) *reinterpret_cast<uint4 *>(queries + (rows + i / (D / 8)) * QROW + i % (D / 8) * 8) = make_uint4(0, 0, 0, 0);
+        __syncthreads();
+        wait_for_previous();
+        // The block with the last entries takes the new one in; where heads that share keys have several blocks, each writes the same.
+        const bool takes = blocks > 0 && split == (blocks - 1) / each && old < cache.capacity;
+        const size_t fresh = (size_t(token) * a.kv_heads + kv) * D, entry = size_t(old) * row + kv * D;
+        const int count = rows + takes;
+        float next[D / 32];
+        auto load = [&](int r) {
+            const __nv_bfloat16 *from = r < rows ? a.q + (size_t(token) * a.heads + head + r) * D : t->k + fresh;
 #pragma unroll
-        for (int s = 0; s < AHEAD; s++) ask(own + s * WARPS, s);
-    for (int i = threadIdx.x; i < 16 * D / 8; i += blockDim.x) {
-        int r = i / (D / 8), x = i % (D / 8) * 8;
-        uint4 v = r < rows ? *reinterpret_cast<const uint4 *>(a.q + (size_t(token) * a.heads + head + r) * D + x) : make_uint4(0, 0, 0, 0);
-        *reinterpret_cast<uint4 *>(queries + r * QROW + x) = v;
+            for (int i = 0; i < D / 32; i++)
+                if (r < count) next[i] = to_float(from[lane + 32 * i]);
+        };
+        load(warp);
+        if (takes && warp == WARPS - 1 && lane < D / 8) reinterpret_cast<uint4 *>(cache.v + entry)[lane] = reinterpret_cast<const uint4 *>(t->v + fresh)[lane];
+        for (int r = warp; r < count; r += WARPS) {
+            float x[D / 32];
+#pragma unroll
+            for (int i = 0; i < D / 32; i++) x[i] = next[i];
+            load(r + WARPS);
+            const bool query = r < rows;
+            __nv_bfloat16 *to = query ? queries + r * QROW : cache.k + entry;
+            turn_head<D>(*t, x, query ? t->q_normed : t->k_normed, query ? t->q_weight : t->k_weight, query ? t->q_eps : t->k_eps, angles, turning[warp], [&](int at, float v) { to[at] = __float2bfloat16(v); });
+        }
+        __syncthreads();
+        if (!before)
+#pragma unroll
+            for (int s = 0; s < AHEAD; s++) ask(own + s * WARPS, s);
+    } else {
+        wait_for_previous();
+        if (!before)
+#pragma unroll
+            for (int s = 0; s < AHEAD; s++) ask(own + s * WARPS, s);
+        for (int i = threadIdx.x; i < 16 * D / 8; i += blockDim.x) {
+            int r = i / (D / 8), x = i % (D / 8) * 8;
+            uint4 v = r < rows ? *reinterpret_cast<const uint4 *>(a.q + (size_t(token) * a.heads + head + r) * D + x) : make_uint4(0, 0, 0, 0);
+            *reinterpret_cast<uint4 *>(queries + r * QROW + x) = v;
+        }
+        __syncthreads();
     }
-    __syncthreads();
     float o[D / 8][4] = {}, top[2] = {-INFINITY, -INFINITY}, total[2] = {};
     const float slope[2] = {a.slopes && g < rows ? a.slopes[head + g] : 0.f, a.slopes && g + 8 < rows ? a.slopes[head + g + 8] : 0.f};
     const bool plain = a.softcap == 0.f && !a.slopes;
@@ -108,7 +196,7 @@ template <int D, bool CLUSTERED> __device__ __forceinline__ void attend_few(cons
             for (int i = 0; i < 4; i++) {
                 int at = entry + 8 * n + 2 * c + i % 2;
                 bool sees = at >= seen.from && at < seen.to;
-                const float score = bent(a, plain, s[n][i] + t[n][i], slope[i / 2], int(position - a.first) - at);
+                const float score = bent(a, plain, s[n][i] + t[n][i], slope[i / 2], int(position - cache.first) - at);
                 s[n][i] = sees ? score : -INFINITY;
                 peak[i / 2] = fmaxf(peak[i / 2], s[n][i]);
             }
@@ -153,6 +241,7 @@ template <int D, bool CLUSTERED> __device__ __forceinline__ void attend_few(cons
     for (int h = 0; h < 2; h++) {
         total[h] += __shfl_xor_sync(~0u, total[h], 1);
         total[h] += __shfl_xor_sync(~0u, total[h], 2);
+        if (g + 8 * h >= rows) continue;
         float *to = sums + (warp * 16 + g + 8 * h) * ROW;
         if (c == 0) to[D] = top[h], to[D + 1] = total[h];
 #pragma unroll
@@ -260,16 +349,19 @@ template <int D, bool CLUSTERED> __device__ __forceinline__ void attend_few(cons
     }
 }
 
-#define ATTEND_FEW(D)                                                                                                                      \
-    extern "C" __global__ void __launch_bounds__(WARPS * 32) attend_few_##D(const __grid_constant__ Seen a) {                             \
+#define ATTEND_FEW(D, NAME, CLUSTERED)                                                                                                     \
+    extern "C" __global__ void __launch_bounds__(WARPS * 32) attend_##NAME##_##D(const __grid_constant__ Seen a) {                        \
         extern __shared__ __align__(16) uint8_t shared[];                                                                                  \
-        attend_few<D, false>(a, shared);                                                                                                   \
+        attend_few<D, CLUSTERED, false>(a, nullptr, shared);                                                                               \
     }                                                                                                                                      \
-    extern "C" __global__ void __launch_bounds__(WARPS * 32) attend_clustered_##D(const __grid_constant__ Seen a) {                        \
+    extern "C" __global__ void __launch_bounds__(WARPS * 32) attend_turned_##NAME##_##D(const __grid_constant__ Turned t) {               \
         extern __shared__ __align__(16) uint8_t shared[];                                                                                  \
-        attend_few<D, true>(a, shared);                                                                                                    \
+        attend_few<D, CLUSTERED, true>(t.seen, &t, shared);                                                                                \
     }
 
-ATTEND_FEW(64)
-ATTEND_FEW(128)
-ATTEND_FEW(256)
+ATTEND_FEW(64, few, false)
+ATTEND_FEW(128, few, false)
+ATTEND_FEW(256, few, false)
+ATTEND_FEW(64, clustered, true)
+ATTEND_FEW(128, clustered, true)
+ATTEND_FEW(256, clustered, true)

@@ -20,15 +20,15 @@ template <int D> __device__ __forceinline__ void attend_many(const Seen &a, uint
     const uint32_t memory = uint32_t(__cvta_generic_to_shared(shared));
     constexpr uint32_t TABLE = KEYS * D * 2;
     wait_for_previous();
-    const Span low = span(a, a.positions[first_query]), high = span(a, a.positions[min(first_query + QUERIES, a.tokens) - 1]);
+    const Span low = span(a, a.cache, a.positions[first_query]), high = span(a, a.cache, a.positions[min(first_query + QUERIES, a.tokens) - 1]);
     const int from = low.from / KEYS, to = (high.to + KEYS - 1) / KEYS;
     auto fetch = [&](int block) {
         const uint32_t k = memory + (block & 1) * 2 * TABLE, v = k + TABLE;
         for (int i = threadIdx.x; i < KEYS * D / 8; i += blockDim.x) {
             int r = i / (D / 8), piece = i % (D / 8);
             size_t at = (size_t(min(block * KEYS + r, high.to - 1)) * a.kv_heads + kv) * D + piece * 8;
-            copy16(k + place<D>(r, piece), a.k + at);
-            copy16(v + place<D>(r, piece), a.v + at);
+            copy16(k + place<D>(r, piece), a.cache.k + at);
+            copy16(v + place<D>(r, piece), a.cache.v + at);
         }
         copies_end();
     };
@@ -42,7 +42,7 @@ template <int D> __device__ __forceinline__ void attend_many(const Seen &a, uint
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         int t = min(query[h], a.tokens - 1);
-        position[h] = a.positions[t], seen[h] = span(a, position[h]);
+        position[h] = a.positions[t], seen[h] = span(a, a.cache, position[h]);
         const __nv_bfloat16 *row = a.q + (size_t(t) * a.heads + head) * D + 2 * c;
 #pragma unroll
         for (int j = 0; j < D / 16; j++) {
@@ -82,7 +82,7 @@ template <int D> __device__ __forceinline__ void attend_many(const Seen &a, uint
                 for (int i = 0; i < 4; i++) {
                     int at = block * KEYS + 8 * n + 2 * c + i % 2;
                     bool sees = at >= seen[i / 2].from && at < seen[i / 2].to;
-                    const float score = bent(a, unbent, s[n][i], slope, int(position[i / 2] - a.first) - at);
+                    const float score = bent(a, unbent, s[n][i], slope, int(position[i / 2] - a.cache.first) - at);
                     s[n][i] = sees ? score : -INFINITY;
                     peak[i / 2] = fmaxf(peak[i / 2], s[n][i]);
                 }

@@ -2,20 +2,25 @@
 #pragma once
 #include "tiles.cuh"
 
+// A sequence's keys and values [capacity, kv_heads, D]; `first` is the position of entry 0.
+struct Cache {
+    __nv_bfloat16 *k, *v;
+    uint32_t first;
+    int capacity;
+};
 // Bytes as Rust writes them (attention.rs).
 struct Seen {
-    const __nv_bfloat16 *q, *k, *v;
+    const __nv_bfloat16 *q;
     __nv_bfloat16 *y;
     const uint32_t *positions; // of the queries
     const float *sinks, *slopes;
     float *partial;      // [tokens, parts of heads, splits (64 at most), 16, D + 4]
     uint32_t *arrived;   // [tokens, parts of heads], 0 between launches
     int tokens, heads, kv_heads, splits;
-    uint32_t first;      // position of the cache's entry 0
     uint32_t window, chunk; // 0 for none
     float scale, softcap;   // softcap 0 for none
     float by_softcap;       // 1 / (softcap log2 e)
-    int capacity;
+    Cache cache;            // unless each token is a sequence with its own
 };
 
 constexpr float LOG2E = 1.4426950408889634f;
@@ -24,11 +29,11 @@ constexpr float LOG2E = 1.4426950408889634f;
 struct Span {
     int from, to;
 };
-__device__ __forceinline__ Span span(const Seen &a, uint32_t position) {
-    uint32_t low = a.first;
+__device__ __forceinline__ Span span(const Seen &a, const Cache &cache, uint32_t position) {
+    uint32_t low = cache.first;
     if (a.window && position + 1 > a.window) low = max(low, position + 1 - a.window);
     if (a.chunk) low = max(low, position / a.chunk * a.chunk);
-    return {int(low - a.first), min(int(position + 1 - a.first), a.capacity)};
+    return {int(low - cache.first), min(int(position + 1 - cache.first), cache.capacity)};
 }
 
 __device__ __forceinline__ float power_of_two(float x) {

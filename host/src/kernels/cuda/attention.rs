@@ -7,6 +7,7 @@ use super::{
     packed::aligned,
     program::{Arg, Shape, function, has_clusters},
     step::{address, device_of, unwritten},
+    turn::{Joined, Turned},
 };
 use candle_core::{CudaDevice, DType, Device, Result, Tensor, cuda_backend::DeviceId};
 use std::{
@@ -23,12 +24,24 @@ const CLUSTER: [usize; 2] = [8, 8192];
 /// Queries times groups of heads that `attend_few` can count.
 const COUNTERS: usize = 1 << 16;
 
+/// Sequences of one step whose caches a launch can have.
+pub const SEQUENCES: usize = 32;
+
+/// attention.cuh's `Cache`.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct Cache {
+    k: u64,
+    v: u64,
+    first: u32,
+    capacity: u32,
+}
+
+/// attention.cuh's `Seen`.
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct Args {
     q: u64,
-    k: u64,
-    v: u64,
     y: u64,
     positions: u64,
     sinks: u64,
@@ -39,14 +52,168 @@ struct Args {
     heads: u32,
     kv_heads: u32,
     splits: u32,
-    first: u32,
     window: u32,
     chunk: u32,
     scale: f32,
     softcap: f32,
     by_softcap: f32,
-    capacity: u32,
     unused: u32,
+    cache: Cache,
+}
+
+/// attend_few.cu's `Turned`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct TurnedArgs {
+    seen: Args,
+    k: u64,
+    v: u64,
+    frequencies: u64,
+    q_weight: u64,
+    k_weight: u64,
+    dims: u32,
+    first: u32,
+    neighbours: u32,
+    every: u32,
+    amplitude: f32,
+    sign: f32,
+    q_eps: f32,
+    k_eps: f32,
+    q_normed: u32,
+    k_normed: u32,
+    of: [Cache; SEQUENCES],
+}
+
+/// How few queries are spread over the GPU.
+struct Few {
+    splits: usize,
+    clustered: bool,
+    shape: Shape,
+}
+
+impl Few {
+    /// For so many tokens and groups of heads, over caches with room for `capacity` entries.
+    fn new(device: &CudaDevice, tokens: usize, parts: usize, d: usize, capacity: usize) -> Result<Self> {
+        let splits = (BLOCKS[0] / (parts * tokens)).min(capacity.div_ceil(64)).clamp(1, BLOCKS[1]);
+        let clustered = (splits <= CLUSTER[0] || capacity <= CLUSTER[1]) && has_clusters(device)?;
+        let splits = if clustered { splits.min(CLUSTER[0]) } else { splits };
+        let grid = [splits, parts, tokens].map(|n| n as u32);
+        Ok(Few { splits, clustered, shape: Shape { grid, block: 128, shared: few_shared(d), early: true } })
+    }
+
+    /// Blocks of a cluster.
+    fn cluster(&self) -> u32 {
+        if self.clustered { self.splits as u32 } else { 1 }
+    }
+
+    /// Room for what blocks that are no cluster have to add up; a row has its peak and sum behind its lanes.
+    fn partial(&self, device: &CudaDevice, d: usize) -> Result<Option<Tensor>> {
+        let rows = self.shape.grid.iter().product::<u32>() as usize * 16;
+        let wanted = self.splits > 1 && !self.clustered;
+        wanted.then(|| unwritten(&[rows * (d + 4)], DType::F32, device)).transpose()
+    }
+}
+
+/// What both ways of starting have in common.
+fn args(seen: &Seen<'_>, [q, y]: [&Tensor; 2], splits: usize, partial: Option<&Tensor>) -> Result<Args> {
+    let ((tokens, heads, _), (capacity, kv_heads, _)) = (q.dims3()?, seen.keys.dims3()?);
+    let optional = |t: Option<&Tensor>| t.map_or(Ok(0), address);
+    let softcap = seen.softcap.unwrap_or(0.0);
+    Ok(Args {
+        q: address(q)?,
+        y: address(y)?,
+        positions: address(seen.positions)?,
+        sinks: optional(seen.sinks)?,
+        slopes: optional(seen.slopes)?,
+        partial: optional(partial)?,
+        arrived: if partial.is_some() { address(&counters(device_of(q)?)?)? } else { 0 },
+        tokens: tokens as u32,
+        heads: heads as u32,
+        kv_heads: kv_heads as u32,
+        splits: splits as u32,
+        window: seen.window.unwrap_or(0) as u32,
+        chunk: seen.chunk.unwrap_or(0) as u32,
+        scale: seen.scale,
+        softcap,
+        by_softcap: if softcap > 0.0 { 1.0 / (softcap * std::f32::consts::LOG2_E) } else { 0.0 },
+        unused: 0,
+        cache: Cache {
+            k: address(seen.keys)?,
+            v: optional(seen.values)?,
+            first: seen.origin,
+            capacity: capacity as u32,
+        },
+    })
+}
+
+/// Groups of heads that share a key and are sixteen at most.
+fn parts(heads: usize, kv_heads: usize) -> usize {
+    kv_heads * (heads / kv_heads.max(1)).div_ceil(16)
+}
+
+/// Whether one launch turns, joins caches and attends, for so many sequences of one token each.
+pub fn covers_turned(q: &Turned, kv_heads: usize, sequences: usize) -> Result<bool> {
+    let (tokens, heads, d) = q.x.dims3()?;
+    let whole = kv_heads > 0 && heads % kv_heads == 0 && 2 * q.frequencies.elem_count() <= d;
+    let device = device_of(&q.x)?;
+    let room = function(device, "attend_few", turned_name(true, d))?.most_shared;
+    Ok(whole && tokens == sequences && sequences <= SEQUENCES && few_shared(d) as usize <= room)
+}
+
+fn turned_name(clustered: bool, d: usize) -> &'static str {
+    match (clustered, d) {
+        (false, 64) => "attend_turned_few_64",
+        (false, 128) => "attend_turned_few_128",
+        (false, _) => "attend_turned_few_256",
+        (true, 64) => "attend_turned_clustered_64",
+        (true, 128) => "attend_turned_clustered_128",
+        (true, _) => "attend_turned_clustered_256",
+    }
+}
+
+/// Queries and keys `[sequences, .., d]` that are still to be turned, and values, of one token a sequence: the latter two join their
+/// sequence's cache, which the query looks at. `seen` says how, for all of them alike; its tables are the first sequence's.
+pub fn attend_turned(seen: &Seen<'_>, q: &Turned, k: &Turned, v: &Tensor, caches: &[Joined<'_>]) -> Result<Tensor> {
+    let ((tokens, heads, d), (_, kv_heads, _)) = (q.x.dims3()?, v.dims3()?);
+    let device = device_of(&q.x)?;
+    let (q_x, k_x, v) = (aligned(&q.x)?, aligned(&k.x)?, aligned(v)?);
+    let y = unwritten(&[tokens, heads, d], DType::BF16, device)?;
+    let mut of = [Cache::default(); SEQUENCES];
+    let mut most = 0;
+    for (to, cache) in of.iter_mut().zip(caches) {
+        let capacity = cache.keys.dim(0)?;
+        most = most.max(capacity);
+        let [k, v] = [address(cache.keys)?, address(cache.values)?];
+        *to = Cache { k, v, first: cache.origin, capacity: capacity as u32 };
+    }
+    let few = Few::new(device, tokens, parts(heads, kv_heads), d, most)?;
+    let partial = few.partial(device, d)?;
+    let weight = |t: &Turned| t.norm.as_ref().and_then(|(weight, _)| weight.as_ref()).map_or(Ok(0), address);
+    let eps = |t: &Turned| t.norm.as_ref().map_or(0.0, |(_, eps)| *eps);
+    let dims = 2 * q.frequencies.elem_count();
+    let work = TurnedArgs {
+        seen: args(seen, [&q_x, &y], few.splits, partial.as_ref())?,
+        k: address(&k_x)?,
+        v: address(&v)?,
+        frequencies: address(&q.frequencies)?,
+        q_weight: weight(q)?,
+        k_weight: weight(k)?,
+        dims: dims as u32,
+        first: if q.turn.last { (d - dims) as u32 } else { 0 },
+        neighbours: q.turn.neighbours.into(),
+        every: q.every.max(1) as u32,
+        amplitude: q.amplitude,
+        sign: if q.turn.back { -1.0 } else { 1.0 },
+        q_eps: eps(q),
+        k_eps: eps(k),
+        q_normed: q.norm.is_some().into(),
+        k_normed: k.norm.is_some().into(),
+        of,
+    };
+    let kernel = function(device, "attend_few", turned_name(few.clustered, d))?;
+    // SAFETY: as attend_few.cu says; caches have room for the token, which the kernel does not exceed, and counters are 0 between launches.
+    unsafe { kernel.launch_clustered(device, few.shape, few.cluster(), &[Arg::of(&work)])? };
+    Ok(y)
 }
 
 /// Whether these kernels can do it: for prompts of any length.
@@ -63,72 +230,36 @@ pub fn attend(seen: &Seen<'_>) -> Result<Option<Tensor>> {
     if !covers(seen.keys.dtype(), d, values.dim(2)?, false, kept, tokens) || kv_heads == 0 || heads % kv_heads != 0 {
         return Ok(None);
     }
-    let parts = kv_heads * (heads / kv_heads).div_ceil(16);
+    let parts = parts(heads, kv_heads);
     if parts > 65535 || heads > 65535 || (tokens < MANY && tokens * parts > COUNTERS) {
         return Ok(None);
     }
     let device = device_of(seen.q)?;
     let q = aligned(&seen.q.to_dtype(DType::BF16)?)?;
     let y = unwritten(&[tokens, heads, d], DType::BF16, device)?;
-    let optional = |t: Option<&Tensor>| t.map_or(Ok(0), address);
-    let few = tokens < MANY;
-    let splits = (BLOCKS[0] / (parts * tokens)).min(capacity.div_ceil(64)).clamp(1, BLOCKS[1]);
-    let clustered = few && (splits <= CLUSTER[0] || capacity <= CLUSTER[1]) && has_clusters(device)?;
-    let splits = if clustered { splits.min(CLUSTER[0]) } else { splits };
-    // A row has its peak and sum behind its lanes.
-    let partial = match few && splits > 1 && !clustered {
-        true => Some(unwritten(&[tokens * parts * splits * 16 * (d + 4)], DType::F32, device)?),
-        false => None,
+    let few = if tokens < MANY { Some(Few::new(device, tokens, parts, d, capacity)?) } else { None };
+    let partial = few.as_ref().map_or(Ok(None), |few| few.partial(device, d))?;
+    let args = args(seen, [&q, &y], few.as_ref().map_or(1, |few| few.splits), partial.as_ref())?;
+    let (file, name) = match (few.as_ref().map(|few| few.clustered), d) {
+        (Some(false), 64) => ("attend_few", "attend_few_64"),
+        (Some(false), 128) => ("attend_few", "attend_few_128"),
+        (Some(false), _) => ("attend_few", "attend_few_256"),
+        (Some(true), 64) => ("attend_few", "attend_clustered_64"),
+        (Some(true), 128) => ("attend_few", "attend_clustered_128"),
+        (Some(true), _) => ("attend_few", "attend_clustered_256"),
+        (None, 64) => ("attend_many", "attend_many_64"),
+        (None, _) => ("attend_many", "attend_many_128"),
     };
-    let softcap = seen.softcap.unwrap_or(0.0);
-    let args = Args {
-        q: address(&q)?,
-        k: address(seen.keys)?,
-        v: address(values)?,
-        y: address(&y)?,
-        positions: address(seen.positions)?,
-        sinks: optional(seen.sinks)?,
-        slopes: optional(seen.slopes)?,
-        partial: partial.as_ref().map_or(Ok(0), address)?,
-        arrived: if partial.is_some() { address(&counters(device)?)? } else { 0 },
-        tokens: tokens as u32,
-        heads: heads as u32,
-        kv_heads: kv_heads as u32,
-        splits: splits as u32,
-        first: seen.origin,
-        window: seen.window.unwrap_or(0) as u32,
-        chunk: seen.chunk.unwrap_or(0) as u32,
-        scale: seen.scale,
-        softcap,
-        by_softcap: if softcap > 0.0 { 1.0 / (softcap * std::f32::consts::LOG2_E) } else { 0.0 },
-        capacity: capacity as u32,
-        unused: 0,
-    };
-    let (file, name) = match (few, clustered, d) {
-        (true, false, 64) => ("attend_few", "attend_few_64"),
-        (true, false, 128) => ("attend_few", "attend_few_128"),
-        (true, false, _) => ("attend_few", "attend_few_256"),
-        (true, true, 64) => ("attend_few", "attend_clustered_64"),
-        (true, true, 128) => ("attend_few", "attend_clustered_128"),
-        (true, true, _) => ("attend_few", "attend_clustered_256"),
-        (false, _, 64) => ("attend_many", "attend_many_64"),
-        (false, ..) => ("attend_many", "attend_many_128"),
-    };
-    let shape = match few {
-        true => {
-            Shape { grid: [splits, parts, tokens].map(|n| n as u32), block: 128, shared: few_shared(d), early: true }
-        }
-        false => {
-            let grid = [tokens.div_ceil(64) as u32, heads as u32, 1];
-            Shape { grid, block: 128, shared: (2 * 2 * 64 * d * 2) as u32, early: true }
-        }
-    };
+    let grid = [tokens.div_ceil(64) as u32, heads as u32, 1];
+    let many = Shape { grid, block: 128, shared: (2 * 2 * 64 * d * 2) as u32, early: true };
+    let shape = few.as_ref().map_or(many, |few| few.shape);
     let kernel = function(device, file, name)?;
     if shape.shared as usize > kernel.most_shared {
         return Ok(None);
     }
+    let cluster = few.as_ref().map_or(1, Few::cluster);
     // SAFETY: as attention.cuh says; the cache holds keys up to the last query's position, and counters are 0 between launches.
-    unsafe { kernel.launch_clustered(device, shape, if clustered { splits as u32 } else { 1 }, &[Arg::of(&args)])? };
+    unsafe { kernel.launch_clustered(device, shape, cluster, &[Arg::of(&args)])? };
     y.to_dtype(seen.q.dtype()).map(Some)
 }
 

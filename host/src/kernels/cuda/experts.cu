@@ -3,15 +3,16 @@
 //
 // Few tokens (decoding): a block has some rows of one chosen expert; in the second product a warp has a choice, and the block adds the
 // choices up. Many tokens: the choices are sorted by expert first, and a block multiplies 32 tokens of one expert.
-#include "packed.cuh"
+#include "one.cuh"
+#include "route.cuh"
 
 // Bytes as Rust writes them (experts.rs).
 struct Experts {
     Packed gate, up, down;
     const __nv_bfloat16 *gate_bias, *up_bias, *down_bias; // [experts, rows], or none
     const __nv_bfloat16 *x;                               // [tokens, dim]
-    const uint32_t *chosen;                               // [tokens, k]
-    const float *weights;                                 // [tokens, k]
+    uint32_t *chosen;                                     // [tokens, k]
+    float *weights;                                       // [tokens, k]
     __nv_bfloat16 *inner;                                 // [tokens, k, hidden]
     __nv_bfloat16 *outer;                                 // [tokens, k, dim], for many tokens
     __nv_bfloat16 *y;                                     // [tokens, dim]
@@ -22,98 +23,161 @@ struct Experts {
     Normed normed;                // of x, for few tokens
     const __nv_bfloat16 *residual; // [tokens, dim], joins what few tokens give; or none
     float *squares;                // [tokens, dim_tiles], of what comes out then; or none
+    Route route;                   // has `chosen` and `weights` written, for few tokens
 };
+
+// Share `share` of `shares` of what a later kernel reads, to the L2 cache; asked for by one thread.
+__device__ __forceinline__ void fetch_share(const uint8_t *from, uint32_t bytes, uint32_t share, uint32_t shares) {
+#if __CUDA_ARCH__ >= 900
+    constexpr uint32_t PIECE = 2048;
+    for (uint32_t at = share * PIECE; at < bytes; at += shares * PIECE) asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from + at), "r"(min(PIECE, bytes - at)) : "memory");
+#endif
+}
 
 __device__ __forceinline__ float of_all(const float *partial, int warps, int stride, int i) {
     float sum = 0;
+#pragma unroll 4
     for (int w = 0; w < warps; w++) sum += partial[w * stride + i];
     return sum;
 }
 
 // Grid: (rows of tiles of `hidden`, tokens * k).
-template <int P, int GROUP, bool GATED, int S> __device__ __forceinline__ void up_few(const Experts &a, uint8_t *shared) {
+template <int P, int GROUP, bool HALF, bool GATED, int S> __device__ __forceinline__ void up_few(const Experts &a, uint8_t *shared) {
     constexpr int RT = GATED ? 2 : 1;
-    const int warp = threadIdx.x / 32, warps = blockDim.x / 32, tile = blockIdx.x, choice = blockIdx.y;
+    const int warp = threadIdx.x / 32, warps = blockDim.x / 32, lane = threadIdx.x % 32, tile = blockIdx.x, choice = blockIdx.y, token = choice / a.k;
+    uint8_t *rings = shared + staged_bytes(a.dim), *ring = rings + warp * one_ring<P, GROUP, RT, S>;
+    __shared__ uint32_t experts[MOST_CHOSEN];
+    __shared__ float weights[MOST_CHOSEN];
     let_next_start();
+    Arriving<P> own(a.x + size_t(token) * a.dim, a.normed.weight, a.dim, threadIdx.x, blockDim.x);
+    own.ask_weight();
     wait_for_previous();
-    const uint32_t expert = a.chosen[choice];
+    // Before the weights: these would keep them waiting.
+    own.ask();
+    float squares = 0;
+    if (warp == warps - 1 && a.normed.weight)
+        for (int i = lane; i < a.normed.parts; i += 32) squares += a.normed.squares[size_t(token) * a.normed.parts + i];
+    if (warp == 0) {
+        const size_t place = size_t(token) * a.k + lane;
+        uint32_t expert = 0;
+        float weight = 0;
+        if (a.route.logits) {
+            // Every block finds out by itself: that takes less than another kernel's start.
+            const float2 routed = route(a.route, token, reinterpret_cast<float *>(rings));
+            expert = __float_as_uint(routed.x), weight = routed.y;
+            if (tile == 0 && choice == token * a.k && lane < a.k) a.chosen[place] = expert, a.weights[place] = weight;
+        } else if (lane < a.k) {
+            expert = a.chosen[place], weight = a.weights[place];
+        }
+        if (lane < a.k) experts[lane] = expert, weights[lane] = weight;
+    }
+    uint4 *x = reinterpret_cast<uint4 *>(shared);
+    own.put(x);
+    __syncthreads();
+    const uint32_t expert = experts[choice % a.k];
     if (expert >= a.experts) return;
-    float factor = a.scaled_input ? a.weights[choice] : 1.f;
     Packed of[RT];
     int rows[RT];
 #pragma unroll
     for (int r = 0; r < RT; r++) of[r] = GATED && r == 0 ? a.gate : a.up, rows[r] = expert * a.hidden_tiles + tile;
-    const __nv_bfloat16 *x[1] = {a.x + size_t(choice / a.k) * a.dim};
-    float y[RT][1][4] = {};
-    __shared__ float normal;
-    uint8_t *behind = shared + warps * ring_bytes<P, GROUP, RT, 1, S>;
-    Normed own = a.normed;
-    own.squares += size_t(choice / a.k) * own.parts;
     auto ready = [&] {
-        if (own.weight) fetch_squares(own, uint32_t(__cvta_generic_to_shared(behind)), 1);
+        // What the second product reads of this expert, to the L2 cache.
+        const uint32_t tiles = a.dim_tiles * ((a.hidden + TILE_COLS - 1) / TILE_COLS), data = P == PLAIN ? uint32_t(a.dim) * a.hidden * 2 : tiles * 1024 * pieces<P>();
+        if (lane != 0) return;
+        fetch_share(a.down.data + size_t(expert) * data, data, tile * warps + warp, gridDim.x * warps);
+        if constexpr (P != PLAIN) fetch_share(a.down.scales + size_t(expert) * tiles * scale_bytes<P, GROUP>(), tiles * scale_bytes<P, GROUP>(), tile * warps + warp, gridDim.x * warps);
     };
-    product<P, GROUP, RT, 1, S>(of, rows, x, a.dim, warp, warps, shared + warp * ring_bytes<P, GROUP, RT, 1, S>, y, ready, own.weight);
-    if (own.weight) copies_end(), copies_wait<0>();
+    float y[RT][2] = {};
+    product_of_one<P, GROUP, HALF, RT, S>(of, rows, x, a.dim, warp, warps, ring, y, ready);
+    float *partial = reinterpret_cast<float *>(rings);
+    __shared__ float normal;
+    copies_wait<0>();
+    if (warp == warps - 1) {
+        squares = warp_sum(squares);
+        if (lane == 0) normal = a.normed.weight ? rsqrtf(squares / a.dim + a.normed.eps) : 1.f;
+    }
     __syncthreads();
-    if (own.weight && warp == 0) normal = norm_factor(own, reinterpret_cast<const float *>(behind), 0, a.dim);
-    float *partial = reinterpret_cast<float *>(shared);
-    put<RT, 1>(y, partial);
+    put_one<RT>(y, partial);
     __syncthreads();
     const int row = tile * 16 + threadIdx.x;
     if (threadIdx.x >= 16 || row >= a.hidden) return;
-    if (own.weight) factor *= normal;
+    const float factor = (tiny<P> ? UNSTAGED : 1.f) * (a.scaled_input ? weights[choice % a.k] : 1.f) * normal;
     const size_t bias = size_t(expert) * a.hidden + row;
-    float gate = factor * of_all(partial, warps, RT * 128, threadIdx.x), up = GATED ? factor * of_all(partial, warps, RT * 128, 128 + threadIdx.x) : gate;
-    if (GATED && a.gate_bias) gate += to_float(a.gate_bias[bias]);
+    float up = factor * of_all(partial, warps, RT * 16, (RT - 1) * 16 + threadIdx.x), gate = up;
     if (a.up_bias) up += to_float(a.up_bias[bias]);
-    a.inner[size_t(choice) * a.hidden + row] = __float2bfloat16(joined(a.joint, gate, up));
+    if (GATED) gate = factor * of_all(partial, warps, RT * 16, threadIdx.x);
+    if (GATED && a.gate_bias) gate += to_float(a.gate_bias[bias]);
+    a.inner[size_t(choice) * a.hidden + row] = __float2bfloat16(joined(a.joint, GATED ? gate : up, up));
 }
 
 // Grid: (rows of tiles of `dim`, tokens); as many warps as choices, or a multiple.
-template <int P, int GROUP, int S> __device__ __forceinline__ void down_few(const Experts &a, uint8_t *shared) {
-    const int warp = threadIdx.x / 32, warps = blockDim.x / 32, tile = blockIdx.x, token = blockIdx.y;
+template <int P, int GROUP, bool HALF, int S> __device__ __forceinline__ void down_few(const Experts &a, uint8_t *shared) {
+    const int warp = threadIdx.x / 32, warps = blockDim.x / 32, lane = threadIdx.x % 32, tile = blockIdx.x, token = blockIdx.y, staged = staged_bytes(a.hidden);
+    uint8_t *rings = shared + a.k * staged;
     let_next_start();
     wait_for_previous();
-    float sum[1][1][4] = {};
+    uint32_t expert = ~0u;
+    float weight = 0;
+    if (lane < a.k) expert = a.chosen[size_t(token) * a.k + lane], weight = a.weights[size_t(token) * a.k + lane];
+    const __nv_bfloat16 *inner = a.inner + size_t(token) * a.k * a.hidden;
+    // Choices lie one behind the other, unless rows are to be filled up.
+    const bool whole = staged == a.hidden * 2;
+    Arriving<P> own(inner, nullptr, whole ? a.k * a.hidden : 0, threadIdx.x, blockDim.x);
+    own.ask();
+    const int row = tile * 16 + lane;
+    float more = 0;
+    if (warp == 0 && lane < 16 && a.residual) more = to_float(a.residual[size_t(token) * a.dim + row]);
+    bool is_staged = false;
+    auto ready = [&] {
+        if (is_staged) return;
+        is_staged = true;
+        if (whole) own.put(reinterpret_cast<uint4 *>(shared));
+        else
+            for (int j = 0; j < a.k; j++) {
+                Arriving<P> one(inner + size_t(j) * a.hidden, nullptr, a.hidden, threadIdx.x, blockDim.x);
+                one.ask(), one.put(reinterpret_cast<uint4 *>(shared + j * staged));
+            }
+        __syncthreads();
+    };
+    float sum[1][2] = {};
     // Several warps share a choice's columns.
     const int share = max(1, warps / a.k);
     for (int j = warp / share; j < a.k; j += warps / share) {
-        const int choice = token * a.k + j;
-        const uint32_t expert = a.chosen[choice];
-        if (expert >= a.experts) continue;
-        const float factor = a.scaled_input ? 1.f : a.weights[choice];
+        const uint32_t chosen = __shfl_sync(~0u, expert, j);
+        const float factor = (tiny<P> ? UNSTAGED : 1.f) * (a.scaled_input ? 1.f : __shfl_sync(~0u, weight, j));
+        if (chosen >= a.experts) continue;
         const Packed of[1] = {a.down};
-        const int rows[1] = {int(expert) * a.dim_tiles + tile};
-        const __nv_bfloat16 *x[1] = {a.inner + size_t(choice) * a.hidden};
-        float y[1][1][4] = {};
-        product<P, GROUP, 1, 1, S>(of, rows, x, a.hidden, warp % share, share, shared + warp * ring_bytes<P, GROUP, 1, 1, S>, y, [] {});
-#pragma unroll
-        for (int i = 0; i < 4; i++) sum[0][0][i] += factor * y[0][0][i];
+        const int rows[1] = {int(chosen) * a.dim_tiles + tile};
+        float y[1][2] = {};
+        product_of_one<P, GROUP, HALF, 1, S>(of, rows, reinterpret_cast<const uint4 *>(shared + j * staged), a.hidden, warp % share, share, rings + warp * one_ring<P, GROUP, 1, S>, y, ready);
+        sum[0][0] += factor * y[0][0], sum[0][1] += factor * y[0][1];
     }
+    ready();
+    copies_wait<0>();
     __syncthreads();
-    float *partial = reinterpret_cast<float *>(shared);
-    put<1, 1>(sum, partial);
+    float *partial = reinterpret_cast<float *>(rings);
+    put_one<1>(sum, partial);
     __syncthreads();
-    const int row = tile * 16 + threadIdx.x;
-    if (threadIdx.x >= 16 || row >= a.dim) return;
-    float y = of_all(partial, warps, 128, threadIdx.x);
-    for (int j = 0; j < a.k; j++) {
-        const uint32_t expert = a.chosen[token * a.k + j];
-        const float weight = a.weights[token * a.k + j];
-        if (expert < a.experts) {
-            if (a.down_bias) y += (a.scaled_input ? 1.f : weight) * to_float(a.down_bias[size_t(expert) * a.dim + row]);
-        } else if (expert < a.experts + a.identity) {
-            y += weight * to_float(a.x[size_t(token) * a.dim + row]);
+    if (warp > 0) return;
+    float y = lane < 16 ? of_all(partial, warps, 16, lane) + more : 0.f;
+    if (a.down_bias || a.identity)
+        for (int j = 0; j < a.k; j++) {
+            const uint32_t chosen = __shfl_sync(~0u, expert, j);
+            const float share = __shfl_sync(~0u, weight, j);
+            if (lane >= 16) continue;
+            if (chosen < a.experts) {
+                if (a.down_bias) y += (a.scaled_input ? 1.f : share) * to_float(a.down_bias[size_t(chosen) * a.dim + row]);
+            } else if (chosen < a.experts + a.identity) {
+                y += share * to_float(a.x[size_t(token) * a.dim + row]);
+            }
         }
-    }
-    if (a.residual) y += to_float(a.residual[size_t(token) * a.dim + row]);
     const __nv_bfloat16 kept = __float2bfloat16(y);
-    a.y[size_t(token) * a.dim + row] = kept;
+    if (lane < 16) a.y[size_t(token) * a.dim + row] = kept;
     if (a.squares) {
         float square = to_float(kept) * to_float(kept);
 #pragma unroll
-        for (int step = 8; step > 0; step /= 2) square += __shfl_xor_sync(0xFFFFu, square, step);
-        if (threadIdx.x == 0) a.squares[size_t(token) * a.dim_tiles + tile] = square;
+        for (int step = 8; step > 0; step /= 2) square += __shfl_xor_sync(~0u, square, step);
+        if (lane == 0) a.squares[size_t(token) * a.dim_tiles + tile] = square;
     }
 }
 
@@ -222,20 +286,23 @@ extern "C" __global__ void __launch_bounds__(256) sum_choices(const __grid_const
         extern __shared__ __align__(16) uint8_t shared[];                                                                                  \
         CALL(a, shared);                                                                                                                   \
     }
-#define EXPERTS(NAME, P, GROUP)                                                                                                            \
-    KERNEL(up_few_##NAME, 256, (up_few<P, GROUP, false, 4>))                                                                               \
-    KERNEL(gated_few_##NAME, 256, (up_few<P, GROUP, true, 4>))                                                                             \
-    KERNEL(down_few_##NAME, 512, (down_few<P, GROUP, 4>))                                                                                  \
+#define FEW(NAME, P, GROUP, HALF)                                                                                                          \
+    KERNEL(up_few_##NAME, 256, (up_few<P, GROUP, HALF, false, 4>))                                                                         \
+    KERNEL(gated_few_##NAME, 256, (up_few<P, GROUP, HALF, true, 4>))                                                                       \
+    KERNEL(down_few_##NAME, 512, (down_few<P, GROUP, HALF, 4>))
+#define MANY(NAME, P, GROUP)                                                                                                               \
     KERNEL(up_many_##NAME, 128, (many<P, GROUP, true, false, 2>))                                                                          \
     KERNEL(gated_many_##NAME, 128, (many<P, GROUP, true, true, 2>))                                                                        \
     KERNEL(down_many_##NAME, 128, (many<P, GROUP, false, false, 2>))
+#define EXPERTS(NAME, P, GROUP) MANY(NAME, P, GROUP) FEW(NAME, P, GROUP, false)
+#define SCALED(NAME, P, GROUP) EXPERTS(NAME, P, GROUP) FEW(half_##NAME, P, GROUP, true)
 
-EXPERTS(nibble_32, NIBBLE, 32)
-EXPERTS(nibble_64, NIBBLE, 64)
-EXPERTS(nibble_128, NIBBLE, 128)
-EXPERTS(byte_32, BYTE, 32)
-EXPERTS(byte_64, BYTE, 64)
-EXPERTS(byte_128, BYTE, 128)
+SCALED(nibble_32, NIBBLE, 32)
+SCALED(nibble_64, NIBBLE, 64)
+SCALED(nibble_128, NIBBLE, 128)
+SCALED(byte_32, BYTE, 32)
+SCALED(byte_64, BYTE, 64)
+SCALED(byte_128, BYTE, 128)
 EXPERTS(mx4_32, MX4, 32)
 EXPERTS(plain_128, PLAIN, 128)
 EXPERTS(fp8_32, FP8, 32)

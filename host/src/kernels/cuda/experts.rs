@@ -3,8 +3,9 @@
 
 use super::{
     norm::joint,
-    packed::{Layout, Packed, Packing, Tiles, aligned, by_layout},
-    product::{Joint, Normed, Norming},
+    packed::{Layout, Packed, Packing, TILE, Tiles, aligned, by_layout},
+    product::{Joint, Normed, Norming, by_scales},
+    route::{Args as RouteArgs, MOST_CHOSEN, Route},
     program::{Arg, Shape, function},
     step::{address, device_of, unwritten},
 };
@@ -17,6 +18,11 @@ const MANY: usize = 385;
 const TOGETHER: usize = 32;
 /// Steps on their way at once, for few and for many, as experts.cu compiles them.
 const AHEAD: [usize; 2] = [4, 2];
+
+/// Bytes of shared memory that a token's activations take.
+fn staged(cols: usize) -> usize {
+    cols.next_multiple_of(TILE[0]) * 2
+}
 
 /// One projection of all experts.
 pub struct Projection {
@@ -51,6 +57,8 @@ pub struct Routed {
     pub chosen: Tensor,
     /// `[tokens, k]`
     pub weights: Tensor,
+    /// How `chosen` and `weights`, u32 and f32, are found, if that is yet to be done; where choices are few.
+    pub route: Option<Route>,
     /// What they do.
     pub kind: Kind,
 }
@@ -98,6 +106,7 @@ struct Args {
     normed: Normed,
     residual: u64,
     squares: u64,
+    route: RouteArgs,
 }
 
 impl Stacked {
@@ -107,11 +116,17 @@ impl Stacked {
         alike(&self.down) && self.gate.as_ref().is_none_or(alike)
     }
 
+    /// Whether so many choices are few: each is a product by itself then, and a token's are all in one block's shared memory.
+    pub fn are_few(&self, tokens: usize, k: usize) -> bool {
+        tokens * k < MANY && k <= MOST_CHOSEN && k * staged(self.up.rows) <= 64 << 10
+    }
+
     /// x `[tokens, dim]`, chosen and weights `[tokens, k]` -> the weighted sum `[tokens, dim]`, in bf16.
     pub fn forward(&self, x: &Tensor, chosen: &Tensor, weights: &Tensor, kind: Kind) -> Result<Tensor> {
         let x = aligned(&x.to_dtype(DType::BF16)?)?;
         let y = unwritten(x.dims(), DType::BF16, device_of(&x)?)?;
-        let routed = Routed { x, norm: None, chosen: chosen.clone(), weights: weights.clone(), kind };
+        let (chosen, weights) = (chosen.clone(), weights.clone());
+        let routed = Routed { x, norm: None, chosen, weights, route: None, kind };
         self.run(&routed, &y, None, None)?;
         Ok(y)
     }
@@ -119,7 +134,7 @@ impl Stacked {
     /// The same to y `[tokens, dim]`. For less than [`MANY`] choices a residual of y's shape can join it, and the sums of the squares of
     /// what comes out be written, `[tokens, dim / 16]`.
     pub fn run(&self, routed: &Routed, y: &Tensor, residual: Option<&Tensor>, squares: Option<&Tensor>) -> Result<()> {
-        let Routed { x, norm, chosen, weights, kind } = routed;
+        let Routed { x, norm, chosen, weights, route, kind } = routed;
         let ((tokens, dim), k) = (x.dims2()?, chosen.dim(1)?);
         let (device, hidden, choices) = (device_of(x)?, self.up.rows, tokens * k);
         if tokens > 65535 || choices > 1 << 21 || k == 0 {
@@ -128,8 +143,8 @@ impl Stacked {
         let x = aligned(x)?;
         let chosen = chosen.to_dtype(DType::U32)?.contiguous()?;
         let weights = weights.to_dtype(DType::F32)?.contiguous()?;
-        let many = choices >= MANY;
-        if many && (norm.is_some() || residual.is_some() || squares.is_some()) {
+        let many = !self.are_few(tokens, k);
+        if many && (norm.is_some() || residual.is_some() || squares.is_some() || route.is_some()) {
             bail!("{choices} choices of experts with a norm or a residual")
         }
         let blocks = if many { choices / TOGETHER + self.experts } else { 0 };
@@ -168,16 +183,16 @@ impl Stacked {
             normed: norm.as_ref().map_or(Ok(Normed::default()), Norming::normed)?,
             residual: residual.map_or(Ok(0), address)?,
             squares: squares.map_or(Ok(0), address)?,
+            route: route.as_ref().map_or(Ok(RouteArgs::default()), Route::args)?,
         };
         let layout = up.tiles.layout;
-        // What a token's norm needs, behind the rings.
-        let behind = norm.as_ref().map_or(0, |norm| norm.shared() / tokens.max(1));
-        let start = |name, grid: [usize; 2], warps: usize, own: usize| {
+        // A block has `staged` bytes of shared memory, and `own` for each warp.
+        let start = |name, grid: [usize; 2], warps: usize, [staged, own]: [usize; 2]| {
             let kernel = function(device, "experts", name)?;
-            let most = kernel.most_shared.saturating_sub(behind);
+            let most = kernel.most_shared.saturating_sub(staged);
             let warps = if own == 0 { warps } else { warps.min(most / own).max(1) };
             let grid = [grid[0] as u32, grid[1] as u32, 1];
-            let shape = Shape { grid, block: 32 * warps as u32, shared: (warps * own + behind) as u32, early: true };
+            let shape = Shape { grid, block: 32 * warps as u32, shared: (warps * own + staged) as u32, early: true };
             // SAFETY: as experts.cu says; every tensor above has the shape that is written there.
             unsafe { kernel.launch(device, shape, &[Arg::of(&args)]) }
         };
@@ -186,26 +201,26 @@ impl Stacked {
 
     fn run_few(
         &self,
-        start: impl Fn(&'static str, [usize; 2], usize, usize) -> Result<()>,
+        start: impl Fn(&'static str, [usize; 2], usize, [usize; 2]) -> Result<()>,
         layout: Layout,
         a: &Args,
     ) -> Result<()> {
-        let (tokens, k) = (a.tokens as usize, a.k as usize);
+        let [tokens, k, dim, hidden] = [a.tokens, a.k, a.dim, a.hidden].map(|n| n as usize);
         let (first, rows) = match self.gate {
-            Some(_) => (by_layout!(layout, "gated_few"), 2),
-            None => (by_layout!(layout, "up_few"), 1),
+            Some(_) => (by_scales!(layout, "gated_few"), 2),
+            None => (by_scales!(layout, "up_few"), 1),
         };
-        let warps = if tokens < 4 { 4 } else { 2 };
-        start(first, [a.hidden_tiles as usize, tokens * k], warps, layout.shared(rows, 1, AHEAD[0]))?;
+        let own = |rows| layout.shared(rows, 1, AHEAD[0]);
+        start(first, [a.hidden_tiles as usize, tokens * k], 2, [staged(dim), own(rows)])?;
         // A warp a choice, or several where choices are few.
-        let share = if tokens < 4 { (16 / k).clamp(1, (a.hidden as usize).div_ceil(256)) } else { 1 };
+        let share = (8 / k).clamp(1, hidden.div_ceil(256));
         let warps = (k * share).min(16);
-        start(by_layout!(layout, "down_few"), [a.dim_tiles as usize, tokens], warps, layout.shared(1, 1, AHEAD[0]))
+        start(by_scales!(layout, "down_few"), [a.dim_tiles as usize, tokens], warps, [k * staged(hidden), own(1)])
     }
 
     fn run_many(
         &self,
-        start: impl Fn(&'static str, [usize; 2], usize, usize) -> Result<()>,
+        start: impl Fn(&'static str, [usize; 2], usize, [usize; 2]) -> Result<()>,
         layout: Layout,
         a: &Args,
     ) -> Result<()> {
@@ -214,10 +229,10 @@ impl Stacked {
             Some(_) => (by_layout!(layout, "gated_many"), tiles),
             None => (by_layout!(layout, "up_many"), tiles.div_ceil(2)),
         };
-        let own = layout.shared(2, TOGETHER / 8, AHEAD[1]);
-        start("sort_choices", [1, 1], 32, (self.experts * 4).div_ceil(32))?;
+        let own = [0, layout.shared(2, TOGETHER / 8, AHEAD[1])];
+        start("sort_choices", [1, 1], 32, [0, (self.experts * 4).div_ceil(32)])?;
         start(first, [columns, blocks], 1, own)?;
         start(by_layout!(layout, "down_many"), [(a.dim_tiles as usize).div_ceil(2), blocks], 1, own)?;
-        start("sum_choices", [(a.dim as usize).div_ceil(512), a.tokens as usize], 8, 0)
+        start("sum_choices", [(a.dim as usize).div_ceil(512), a.tokens as usize], 8, [0, 0])
     }
 }

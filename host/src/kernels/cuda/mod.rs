@@ -10,6 +10,7 @@ pub mod product;
 pub mod program;
 pub mod recurrence;
 mod regroup;
+pub mod route;
 pub mod rows;
 pub mod sample;
 mod scratch;

@@ -7,11 +7,12 @@
         matmul_of_one<P, GROUP, HALF, RT, S, GATED>(a, shared);                                                                            \
     }
 
-// One or two rows of tiles a block, or a gate's and those that it lets through.
+// One or two rows of tiles a block, or a gate's and those that it lets through; steps on their way as product.rs counts them.
 #define FOR_FORMAT(NAME, P, GROUP, HALF)                                                                                                   \
     ONE(one_1_##NAME, P, GROUP, HALF, 1, 2, false, 512)                                                                                    \
+    ONE(one_1_ahead_##NAME, P, GROUP, HALF, 1, 3, false, 512)                                                                              \
     ONE(one_2_##NAME, P, GROUP, HALF, 2, 2, false, 512)                                                                                    \
-    ONE(one_gated_##NAME, P, GROUP, HALF, 2, 2, true, 512)
+    ONE(one_gated_##NAME, P, GROUP, HALF, 2, (P == PLAIN ? 3 : 2), true, 512)
 
 FOR_FORMAT(nibble_32, NIBBLE, 32, false)
 FOR_FORMAT(nibble_64, NIBBLE, 64, false)

@@ -43,6 +43,48 @@ template <int P> __device__ __forceinline__ void multiply_tiny(const uint32_t (&
     }
 }
 
+// A token's activations on their way to shared memory, times a norm's weights if it has some; those are nobody's output.
+template <int P> struct Arriving {
+    static constexpr int MOST = 4;
+    uint4 v[MOST], factors[MOST];
+    const __nv_bfloat16 *x, *weight;
+    int cols, thread, threads;
+    __device__ __forceinline__ Arriving(const __nv_bfloat16 *x, const __nv_bfloat16 *weight, int cols, int thread, int threads) : x(x), weight(weight), cols(cols), thread(thread), threads(threads) {}
+    __device__ __forceinline__ void ask_weight() {
+        if (weight)
+#pragma unroll
+            for (int i = 0; i < MOST; i++) factors[i] = activations(weight, (thread + i * threads) * 8, cols);
+    }
+    __device__ __forceinline__ void ask() {
+#pragma unroll
+        for (int i = 0; i < MOST; i++) v[i] = activations(x, (thread + i * threads) * 8, cols);
+    }
+    __device__ __forceinline__ void put(uint4 *to) const {
+        const int staged = staged_bytes(cols) / 16;
+        auto put_one = [&](int at, uint4 now) {
+            if constexpr (tiny<P>) now = times(now, make_uint4(STAGED, STAGED, STAGED, STAGED));
+            to[at] = now;
+        };
+#pragma unroll
+        for (int i = 0; i < MOST; i++)
+            if (thread + i * threads < staged) put_one(thread + i * threads, weight ? times(v[i], factors[i]) : v[i]);
+        for (int at = thread + MOST * threads; at < staged; at += threads) {
+            const uint4 now = activations(x, at * 8, cols);
+            put_one(at, weight ? times(now, activations(weight, at * 8, cols)) : now);
+        }
+    }
+};
+
+// What the warps of a block have summed up for a token, to `partial` [warps][RT][16 rows].
+template <int RT> __device__ __forceinline__ void put_one(const float (&y)[RT][2], float *partial) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    if (lane % 4 == 0)
+#pragma unroll
+        for (int r = 0; r < RT; r++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) partial[(warp * RT + r) * 16 + lane / 4 + 8 * h] = y[r][h];
+}
+
 // y[r] += rows g and g + 8 of row of tiles `rows[r]` of `of[r]`, times the activations at `x`; right in lanes with c = 0. `ready` is called
 // when the first weights have been asked for; the activations are there when it returns.
 template <int P, int GROUP, bool HALF, int RT, int S, class Ready>
@@ -161,33 +203,25 @@ __device__ __forceinline__ void matmul_of_one(const Matmul &a, uint8_t *shared) 
     }
     uint4 *x = reinterpret_cast<uint4 *>(shared);
     const int staged = staged_bytes(a.cols) / 16;
-    float squares = 0;
+    float squares = 0, more = 0;
     let_next_start();
     auto ready = [&] {
-        auto stage = [&](int at, uint4 v) {
-            constexpr uint4 more = {STAGED, STAGED, STAGED, STAGED};
-            if constexpr (tiny<P>) v = times(v, more);
-            x[at] = v;
-        };
-        // A norm's weights are nobody's output.
-        constexpr int MOST = 4;
-        uint4 factors[MOST];
-        if (a.normed.weight)
-#pragma unroll
-            for (int i = 0; i < MOST; i++) factors[i] = activations(a.normed.weight, (threadIdx.x + i * blockDim.x) * 8, a.cols);
+        Arriving<P> own(a.x, a.normed.weight, a.cols, threadIdx.x, blockDim.x);
+        own.ask_weight();
         wait_for_previous();
-        if (a.normed.weight && warp == 0)
-            for (int i = lane; i < a.normed.parts; i += 32) squares += a.normed.squares[i];
-#pragma unroll
-        for (int i = 0; i < MOST; i++) {
-            const int at = threadIdx.x + i * blockDim.x;
-            const uint4 v = activations(a.x, at * 8, a.cols);
-            if (at < staged) stage(at, a.normed.weight ? times(v, factors[i]) : v);
+        own.ask();
+        if (warp == 0) {
+            if (a.normed.weight)
+                for (int i = lane; i < a.normed.parts; i += 32) squares += a.normed.squares[i];
+            // Of the row that this lane will have.
+            const Mat &m = a.mats[which];
+            const int row = first * 16 + lane;
+            if (!GATED && lane < OWN * 16 && row < m.rows) {
+                if (m.bias) more = to_float(m.bias[row]);
+                if (m.residual) more += to_float(m.residual[row]);
+            }
         }
-        for (int at = threadIdx.x + MOST * blockDim.x; at < staged; at += blockDim.x) {
-            const uint4 v = activations(a.x, at * 8, a.cols);
-            stage(at, a.normed.weight ? times(v, activations(a.normed.weight, at * 8, a.cols)) : v);
-        }
+        own.put(x);
         __syncthreads();
     };
     float y[RT][2] = {};
@@ -197,11 +231,7 @@ __device__ __forceinline__ void matmul_of_one(const Matmul &a, uint8_t *shared) 
     float *partial = reinterpret_cast<float *>(rings);
     copies_wait<0>();
     __syncthreads();
-    if (lane % 4 == 0)
-#pragma unroll
-        for (int r = 0; r < RT; r++)
-#pragma unroll
-            for (int h = 0; h < 2; h++) partial[(warp * RT + r) * 16 + lane / 4 + 8 * h] = y[r][h];
+    put_one<RT>(y, partial);
     __syncthreads();
     if (warp > 0) return;
     float factor = tiny<P> ? UNSTAGED : 1.f;
@@ -217,6 +247,7 @@ __device__ __forceinline__ void matmul_of_one(const Matmul &a, uint8_t *shared) 
         const bool there = r < OWN && row < m.rows;
         auto total = [&](int r) {
             float sum = 0;
+#pragma unroll 4
             for (int w = 0; w < warps; w++) sum += partial[(w * RT + r) * 16 + i % 16];
             return sum * factor;
         };
@@ -228,9 +259,7 @@ __device__ __forceinline__ void matmul_of_one(const Matmul &a, uint8_t *shared) 
             if (a.mats[1].bias) up += to_float(a.mats[1].bias[row]);
             out = joined(a.joint, gate, up);
         } else {
-            out = total(r);
-            if (m.bias) out += to_float(m.bias[row]);
-            if (m.residual) out += to_float(m.residual[row]);
+            out = total(r) + more;
         }
         const __nv_bfloat16 kept = __float2bfloat16(out);
         if (there) m.y[row] = kept;

@@ -10,7 +10,7 @@ use candle_core::{DType, Result, Tensor, bail};
 
 /// Up to so many tokens a product can begin with a norm, or end with a gate.
 pub const MOST_NORMED: usize = 8;
-/// Steps of a warp that are on their way at once, as the kernels are compiled.
+/// Steps of a warp that are on their way at once in the kernels for several tokens, as they are compiled.
 const AHEAD: usize = 2;
 
 /// The same of a family that is compiled for each type of scales.
@@ -22,6 +22,7 @@ macro_rules! by_scales {
         }
     };
 }
+pub(super) use by_scales;
 
 /// packed.cuh's `Joint`.
 #[repr(C)]
@@ -110,17 +111,36 @@ fn spread(layout: Layout, tiles: usize, eights: usize) -> (usize, usize) {
     }
 }
 
-/// The same for one token, as an H200 likes it; many rows of bf16 go best where a warp has two steps.
-fn spread_one(layout: Layout, tiles: usize, cols: usize) -> (usize, usize) {
+/// A kernel for one token: its name, rows of tiles a block, and steps of a warp that are on their way at once, as one.cu compiles it.
+type One = (&'static str, usize, usize);
+
+/// Which one for so many tiles of so many columns, and how many warps, as an H200 likes it: many blocks of few warps for many rows, so that
+/// a multiprocessor always has some that wait for memory and some that multiply.
+fn one(layout: Layout, tiles: usize, cols: usize) -> (One, usize) {
+    let single = (by_scales!(layout, "one_1"), 1, 2);
+    let ahead = (by_scales!(layout, "one_1_ahead"), 1, 3);
+    let double = (by_scales!(layout, "one_2"), 2, 2);
     match (layout.packing, tiles) {
-        (Packing::Plain, ..=132) => (1, 16),
-        (Packing::Plain, ..=4000) => (1, 8),
-        (Packing::Plain, _) if cols >= 4096 => (1, 16),
-        (Packing::Plain, _) => (2, 8),
-        (_, ..=160) => (1, 16),
-        (_, ..=300) => (2, 16),
-        (_, ..=1000) => (2, 8),
-        _ => (2, 4),
+        (Packing::Plain, _) if cols > 4096 => (ahead, 16),
+        (Packing::Plain, ..=132) => (single, 16),
+        (Packing::Plain, ..=4000) => (ahead, 8),
+        (Packing::Plain, _) if cols >= 4096 => (ahead, 16),
+        (Packing::Plain, _) => (double, 8),
+        (_, ..=300) if cols > 8192 => (single, 16),
+        (_, ..=300) => (ahead, (cols / 256).clamp(8, 12)),
+        (_, ..=1000) => (double, 8),
+        _ => (double, 4),
+    }
+}
+
+/// The same for a gate and what it lets through, rows of tiles of both.
+fn one_gated(layout: Layout, tiles: usize, cols: usize) -> (One, usize) {
+    let name = by_scales!(layout, "one_gated");
+    match (layout.packing, tiles) {
+        (Packing::Plain, _) => ((name, 2, 3), if cols < 4096 { 2 } else { 8 }),
+        (_, ..=300) => ((name, 2, 2), 16),
+        (_, ..=1000) => ((name, 2, 2), 8),
+        _ => ((name, 2, 2), 4),
     }
 }
 
@@ -152,13 +172,9 @@ impl Product<'_> {
         let mats = self.mats()?;
         let all: usize = mats.0.iter().map(|mat| mat.tiles as usize).sum();
         if self.tokens() == 1 {
-            return self.start_one(&mats.0, None, |layout| {
-                let (rows, warps) = spread_one(layout, all, self.x.dims().last().copied().unwrap_or_default());
-                let name = match rows {
-                    1 => by_scales!(layout, "one_1"),
-                    _ => by_scales!(layout, "one_2"),
-                };
-                (name, rows, warps, mats.0.iter().map(|mat| mat.tiles.div_ceil(rows as u32)).sum())
+            return self.start_one(&mats.0, None, |layout, cols| {
+                let (one, warps) = one(layout, all, cols);
+                (one, warps, mats.0.iter().map(|mat| mat.tiles.div_ceil(one.1 as u32)).sum())
             });
         }
         self.start(&mats.0, None, |layout, eights| {
@@ -179,13 +195,9 @@ impl Product<'_> {
         let mats = self.mats()?;
         let tiles = mats.0[0].tiles;
         if self.tokens() == 1 {
-            return self.start_one(&mats.0, Some(joint), |layout| {
-                let cols = self.x.dims().last().copied().unwrap_or_default();
-                let (_, warps) = match layout.packing {
-                    Packing::Plain => (2, (cols / 512).clamp(4, 8)),
-                    _ => spread_one(layout, 2 * tiles as usize, cols),
-                };
-                (by_scales!(layout, "one_gated"), 2, warps, tiles)
+            return self.start_one(&mats.0, Some(joint), |layout, cols| {
+                let (one, warps) = one_gated(layout, 2 * tiles as usize, cols);
+                (one, warps, tiles)
             });
         }
         self.start(&mats.0, Some(joint), |layout, _| {
@@ -223,14 +235,14 @@ impl Product<'_> {
         &self,
         mats: &[Mat; 3],
         joint: Option<Joint>,
-        kernel: impl Fn(Layout) -> (&'static str, usize, usize, u32),
+        kernel: impl Fn(Layout, usize) -> (One, usize, u32),
     ) -> Result<()> {
         let Some(&(Tiles { layout, cols, .. }, _)) = self.matrices.first() else { return Ok(()) };
         let device = device_of(self.x)?;
         let x = aligned(&self.x.to_dtype(DType::BF16)?)?;
-        let (name, rows, warps, blocks) = kernel(*layout);
+        let ((name, rows, ahead), warps, blocks) = kernel(*layout, *cols);
         let kernel = function(device, "one", name)?;
-        let (staged, own) = (cols.next_multiple_of(TILE[0]) * 2, layout.shared(rows, 1, AHEAD));
+        let (staged, own) = (cols.next_multiple_of(TILE[0]) * 2, layout.shared(rows, 1, ahead));
         let warps = warps.min(kernel.most_shared.saturating_sub(staged) / own).max(1);
         let work = Matmul {
             mats: *mats,

@@ -36,13 +36,14 @@ pub enum RowOp {
     Div = 9,
 }
 
-struct Step {
-    op: RowOp,
-    a: Tensor,
-    b: Option<Tensor>,
-    y: Tensor,
-    indices: Option<Tensor>,
-    numbers: [f32; 2],
+/// One op of a chain.
+pub(super) struct Step {
+    pub op: RowOp,
+    pub a: Tensor,
+    pub b: Option<Tensor>,
+    pub y: Tensor,
+    pub indices: Option<Tensor>,
+    pub numbers: [f32; 2],
 }
 
 /// The steps, in order.
@@ -108,6 +109,11 @@ impl Chain {
     /// Whether some step writes it.
     pub fn writes(&self, id: TensorId) -> bool {
         self.steps.iter().any(|s| s.y.id() == id || s.indices.as_ref().is_some_and(|i| i.id() == id))
+    }
+
+    /// In order.
+    pub(super) fn steps(&self) -> &[Step] {
+        &self.steps
     }
 
     /// Whether nothing waits.

@@ -19,43 +19,63 @@ use candle_core::{DType, Result, Tensor};
 /// Queries of a sequence up to which the kernel for any width is faster than a matrix of scores.
 const FEW: usize = 16;
 
-/// Attention of one sequence's queries and keys that are still to be turned, with which they and the values go through one launch; none, and
-/// nothing done, where there is no kernel for it.
+/// Attention of queries and keys that are still to be turned, with which they and the values go through one launch if each sequence has one
+/// token, and through two if there is one sequence; none, and nothing done, where there is no kernel for it.
 pub fn attend_turned(
     cache: usize,
     [q, k]: [&Turned; 2],
     v: &Tensor,
     how: &Scores,
-    part: &mut Part,
+    parts: &mut [Part],
     place: &Placement,
     places: &Places,
 ) -> Result<Option<Tensor>> {
     let plain = how.selection.is_none() && how.blocks.is_none() && how.pooled.is_none() && how.lanes.is_none();
-    let ((tokens, _, d), offset) = (q.x.dims3()?, part.state.offset);
-    let (_, heads, e) = v.dims3()?;
-    let kv = remembered(part, cache)?;
-    let sight = kv.sight(how.window, how.chunk);
-    let fast = attention::covers(place.dtype, d, e, false, sight.keep > 0, tokens) && v.dtype() == place.dtype;
-    if !(plain && fast && kv.every == 1 && turn::covers(q, k)) {
+    let ((tokens, _, d), (_, heads, e)) = (q.x.dims3()?, v.dims3()?);
+    let Some(first) = parts.first() else { return Ok(None) };
+    let sight = remembered(first, cache)?.sight(how.window, how.chunk);
+    let alike = parts.iter().map(|part| {
+        let kv = remembered(part, cache)?;
+        Ok(kv.every == 1 && kv.sight(how.window, how.chunk) == sight)
+    });
+    let alike = alike.collect::<Result<Vec<_>>>()?.into_iter().all(|alike| alike);
+    let fast = attention::covers(place.dtype, d, e, false, sight.keep > 0, 1) && v.dtype() == place.dtype;
+    let single = parts.iter().all(|part| part.tokens.len() == 1);
+    if !(plain && fast && alike && turn::covers(q, k)) || !(single || parts.len() == 1) {
+        return Ok(None);
+    }
+    let single = single && attention::covers_turned(q, heads, parts.len())?;
+    if !single && parts.len() != 1 {
         return Ok(None);
     }
     let wide = |t: &Option<Tensor>| t.as_ref().map(|t| t.to_dtype(DType::F32)?.contiguous()).transpose();
     let (sinks, slopes) = (wide(&how.sinks)?, wide(&how.slopes)?);
-    let kv = memory(part, cache)?;
-    kv.shaped([heads, k.x.dim(2)?, heads, e])?;
-    kv.append_by([Some(&k.x), Some(v)], offset, |tables, origin| match tables {
-        [Some(keys), Some(values)] => turn::turn(q, k, v, &Joined { keys, values, origin }, &places.positions),
-        _ => candle_core::bail!("the cache holds no tensors"),
-    })?;
-    let origin = kv.origin(offset + tokens)?;
-    let Some(keys) = kv.keys.whole() else { candle_core::bail!("the cache is empty") };
+    // In the order of their tokens.
+    parts.sort_by_key(|part| part.tokens.start);
+    let mut joined = Vec::with_capacity(parts.len());
+    for part in parts.iter_mut() {
+        let offset = part.state.offset;
+        let kv = memory(part, cache)?;
+        kv.shaped([heads, k.x.dim(2)?, heads, e])?;
+        let row = |t: &Tensor| t.narrow(0, 0, if single { 1 } else { tokens });
+        kv.append_by([Some(&row(&k.x)?), Some(&row(v)?)], offset, |tables, origin| match tables {
+            [Some(keys), Some(values)] => {
+                joined.push((keys.clone(), values.clone(), origin));
+                Ok(())
+            }
+            _ => candle_core::bail!("the cache holds no tensors"),
+        })?;
+    }
+    let caches: Vec<Joined<'_>> =
+        joined.iter().map(|(keys, values, origin)| Joined { keys, values, origin: *origin }).collect();
+    let Some(Joined { keys, values, origin }) = caches.first() else { return Ok(None) };
     let seen = Seen {
         q: &q.y,
         keys,
-        values: kv.values.whole(),
+        values: Some(values),
         lanes: 0,
         positions: &places.positions,
-        origin,
+        origin: *origin,
         window: sight.window,
         chunk: sight.chunk,
         keep: sight.keep,
@@ -64,6 +84,10 @@ pub fn attend_turned(
         sinks: sinks.as_ref(),
         slopes: slopes.as_ref(),
     };
+    if single {
+        return attention::attend_turned(&seen, q, k, v, &caches).map(Some);
+    }
+    turn::turn(q, k, v, &caches[0], &places.positions)?;
     attend::attend(&seen).map(Some)
 }
 
