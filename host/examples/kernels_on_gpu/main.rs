@@ -3,6 +3,7 @@
 
 mod drawn;
 mod fused;
+mod joined;
 mod recurring;
 
 use candle_core::{DType, Device, Result, Tensor};
@@ -317,6 +318,8 @@ fn main() -> ExitCode {
         checks.matrices()?;
         checks.products()?;
         checks.turns()?;
+        checks.turned_attention()?;
+        checks.routed_experts()?;
         checks.norms()?;
         checks.experts()?;
         checks.attention()?;

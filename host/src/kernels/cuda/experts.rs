@@ -5,8 +5,8 @@ use super::{
     norm::joint,
     packed::{Layout, Packed, Packing, TILE, Tiles, aligned, by_layout},
     product::{Joint, Normed, Norming, by_scales},
-    route::{Args as RouteArgs, MOST_CHOSEN, Route},
     program::{Arg, Shape, function},
+    route::{Args as RouteArgs, MOST_CHOSEN, Route},
     step::{address, device_of, unwritten},
 };
 use crate::{kernels::cpu::Matrix, layers::experts::Kind};

@@ -49,7 +49,8 @@ impl Route {
         let logits = steps.peek()?.a.clone();
         let (width, dtype) = (logits.dims().last().copied()?, logits.dtype());
         let mut next = |op: RowOp, a: &Tensor| steps.next_if(|s| s.op == op && s.a.id() == a.id());
-        let scored = next(RowOp::Softmax, &logits).map(|s| (1, s)).or_else(|| Some((2, next(RowOp::Sigmoid, &logits)?)));
+        let scored =
+            next(RowOp::Softmax, &logits).map(|s| (1, s)).or_else(|| Some((2, next(RowOp::Sigmoid, &logits)?)));
         let (score, scores) = scored.map_or((0, &logits), |(score, s)| (score, &s.y));
         let corrected = next(RowOp::Add, scores);
         let bias = corrected.and_then(|s| s.b.clone());
