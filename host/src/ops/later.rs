@@ -25,8 +25,8 @@ use crate::{
 use candle_core::{DType, Result, Tensor, TensorId};
 use std::{cell::RefCell, sync::Arc};
 
-/// Most tokens of a step whose launches wait.
-pub const MOST: usize = MOST_NORMED;
+/// Most tokens of a step whose launches wait. Beyond [`MOST_NORMED`] of them products still join a residual, but no norm and no gate.
+pub const MOST: usize = 32;
 
 #[derive(Clone)]
 struct Normed {
@@ -206,7 +206,8 @@ impl Later {
 
     /// x `[.., cols]`, few tokens, times a matrix, or what a product with several has for it.
     pub fn product(&self, tiles: &Tiles, bias: Option<&Tensor>, x: &Tensor) -> Result<Option<Tensor>> {
-        if x.dtype() != DType::BF16 || x.elem_count() > MOST * tiles.cols {
+        let tokens = x.elem_count() / tiles.cols.max(1);
+        if x.dtype() != DType::BF16 || tokens > MOST || tokens > tiles.layout.few() {
             return Ok(None);
         }
         let Some((together, place)) = &tiles.together else {
@@ -241,8 +242,9 @@ impl Later {
             let device = device_of(a)?;
             let y = unwritten(a.dims(), DType::BF16, device)?;
             let width = a.dims().last().copied().unwrap_or_default();
-            let squares = match width.is_multiple_of(64) && width > 0 {
-                true => Some(unwritten(&[a.elem_count() / width, width / 16], DType::F32, device)?),
+            let tokens = a.elem_count() / width.max(1);
+            let squares = match width.is_multiple_of(64) && (1..=MOST_NORMED).contains(&tokens) {
+                true => Some(unwritten(&[tokens, width / 16], DType::F32, device)?),
                 false => None,
             };
             run(&work, std::slice::from_ref(&y), Some((&residual.contiguous()?, squares.as_ref())))?;
@@ -256,7 +258,10 @@ impl Later {
     pub fn gated(&self, gate: &Tensor, up: &Tensor, activation: Activation) -> Result<Option<Tensor>> {
         let work = self.waiting.borrow().iter().find_map(|w| match (&w.work, &w.writes[..]) {
             (Work::Group { together, x, norm, .. }, [a, b])
-                if !w.written && [a.id(), b.id()] == [gate.id(), up.id()] && a.dims() == b.dims() =>
+                if !w.written
+                    && [a.id(), b.id()] == [gate.id(), up.id()]
+                    && a.dims() == b.dims()
+                    && a.elem_count() <= MOST_NORMED * a.dims().last().copied().unwrap_or_default() =>
             {
                 Some((together.clone(), x.clone(), norm.clone()))
             }

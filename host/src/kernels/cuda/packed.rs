@@ -88,7 +88,7 @@ impl Layout {
     }
 
     /// Up to so many tokens the weights are multiplied as they lie here.
-    fn few(self) -> usize {
+    pub fn few(self) -> usize {
         if self.packing == Packing::Plain { MOST_NORMED } else { FEW }
     }
 

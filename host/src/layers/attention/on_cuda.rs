@@ -39,8 +39,9 @@ pub fn attend_turned(
         Ok(kv.every == 1 && kv.sight(how.window, how.chunk) == sight)
     });
     let alike = alike.collect::<Result<Vec<_>>>()?.into_iter().all(|alike| alike);
-    let fast = attention::covers(place.dtype, d, e, false, sight.keep > 0, 1) && v.dtype() == place.dtype;
     let single = parts.iter().all(|part| part.tokens.len() == 1);
+    let queries = if single { 1 } else { tokens };
+    let fast = attention::covers(place.dtype, d, e, false, sight.keep > 0, queries) && v.dtype() == place.dtype;
     if !(plain && fast && alike && turn::covers(q, k)) || !(single || parts.len() == 1) {
         return Ok(None);
     }
@@ -57,7 +58,7 @@ pub fn attend_turned(
         let offset = part.state.offset;
         let kv = memory(part, cache)?;
         kv.shaped([heads, k.x.dim(2)?, heads, e])?;
-        let row = |t: &Tensor| t.narrow(0, 0, if single { 1 } else { tokens });
+        let row = |t: &Tensor| t.narrow(0, 0, queries);
         kv.append_by([Some(&row(&k.x)?), Some(&row(v)?)], offset, |tables, origin| match tables {
             [Some(keys), Some(values)] => {
                 joined.push((keys.clone(), values.clone(), origin));
