@@ -127,6 +127,9 @@ impl Bench {
         };
         if !self.json {
             line(format_args!("Median:   {}", row(&middle, &read)))?;
+            if let Some(why) = lm.model.not_replayed() {
+                line(format_args!("Steps run op by op: {why}"))?;
+            }
             return Ok(ExitCode::SUCCESS);
         }
         json(&json!({
@@ -136,6 +139,7 @@ impl Bench {
             "weight_bytes_a_token": read.bytes,
             "weights_gb_per_s": read.gb_per_s(&middle),
             "bandwidth": bandwidth,
+            "not_replayed": lm.model.not_replayed(),
             "median": middle,
             "trials": figures,
         }))?;
