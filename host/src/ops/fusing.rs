@@ -93,16 +93,12 @@ impl Running<'_> {
 
     pub(super) fn rotate_later(&mut self, rope: &Rope, x: Handle, block: usize, turn: Turn) -> Outcome<Option<Value>> {
         let (Some((x, _)), Some(places)) = (self.unread(x)?, &self.places) else { return Ok(None) };
-<<<<<<< HEAD
-        // Of several sequences, each has a cache of its own to join.
-        let [part] = self.parts.as_slice() else { return Ok(None) };
-        let text = (part.state.offset + part.tokens.len()).max(part.state.horizon);
-        let Some(how) = rope.on_cuda(&self.place.device, [text].into_iter())? else { return Ok(None) };
-=======
         // Several sequences have a cache each to join, and one token each that does.
-        let alone = self.parts.len() == 1 || self.parts.len() == self.tokens;
-        let Some(how) = rope.on_cuda(&self.place.device)?.filter(|_| alone) else { return Ok(None) };
->>>>>>> f2c5135 (Turn queries, join caches and attend in one launch for all sequences; choose experts in the kernel that runs them)
+        if self.parts.len() != 1 && self.parts.len() != self.tokens {
+            return Ok(None);
+        }
+        let texts = self.parts.iter().map(|part| (part.state.offset + part.tokens.len()).max(part.state.horizon));
+        let Some(how) = rope.on_cuda(&self.place.device, texts)? else { return Ok(None) };
         Ok(self.arena.later.turn(&x, &places.positions, how, block, turn)?.map(Value::Real))
     }
 
