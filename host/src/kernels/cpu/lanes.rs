@@ -1,11 +1,15 @@
-//! One vocabulary for vector arithmetic, so that every kernel is written once and compiled for AVX-512, AVX2 and plain Rust.
+//! One vocabulary for vector arithmetic, so that every kernel is written once and compiled for AVX-512, AVX2, NEON and plain Rust.
 //! A kernel is a `Job`; `dispatch` runs it inside a function that has the instruction set switched on. That only works
 //! while everything the job calls is inlined into it: `#[inline(always)]`, and no closures on the hot path.
 
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod portable;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
+#[cfg(target_arch = "aarch64")]
+pub(super) use neon::from_f16;
 pub use portable::Portable;
 use std::sync::OnceLock;
 
@@ -217,6 +221,8 @@ pub unsafe fn dispatch<J: Job>(isa: Isa, job: J) -> J::Out {
             Isa::Amx | Isa::Vnni | Isa::Avx512 => x86::run_avx512(job),
             #[cfg(target_arch = "x86_64")]
             Isa::AvxVnni | Isa::Avx2 => x86::run_avx2(job),
+            #[cfg(target_arch = "aarch64")]
+            Isa::Dot | Isa::Neon => job.run::<neon::Neon>(),
             _ => job.run::<Portable>(),
         }
     }

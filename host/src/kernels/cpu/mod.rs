@@ -1,6 +1,6 @@
 //! Kernels for the CPU, in f32 arithmetic: packed matrices of every format, attention, and the small ops around them.
-//! Each is written once over `lanes` and compiled for AVX-512, AVX2 and plain Rust (NEON on ARM); the machine picks at run
-//! time. No result depends on the number of threads.
+//! Each is written once over `lanes` and compiled for AVX-512, AVX2, NEON and plain Rust; the machine picks at run time.
+//! No result depends on the number of threads.
 //! Where the machine can, weights of whole numbers are multiplied as such (`panels`) and bfloat16 as bfloat16 (`bf16`), both on the
 //! processor's matrix unit if it has one (`amx`).
 

@@ -1,4 +1,4 @@
-//! The vocabulary of `Lanes` in plain Rust: arrays of eight, which LLVM turns into NEON or SSE2. It is also what the tests
+//! The vocabulary of `Lanes` in plain Rust: arrays of eight, which LLVM turns into SSE2 as far as it can. It is also what the tests
 //! hold the other instruction sets against.
 
 use super::Lanes;

@@ -2,6 +2,7 @@
 //! weights are signed; without it, pairs of products of bytes are added in 16 bits, as in AVX2.
 
 use super::{Job, Sixteen};
+use crate::kernels::cpu::lanes::from_f16;
 use std::arch::{aarch64::*, asm};
 
 /// Four vectors, with the dot product or without.
@@ -64,15 +65,6 @@ unsafe fn sdot(sum: int32x4_t, a: int8x16_t, b: int8x16_t) -> int32x4_t {
         asm!("sdot {0:v}.4s, {1:v}.16b, {2:v}.16b", inout(vreg) sum, in(vreg) a, in(vreg) b, options(pure, nomem, nostack));
     }
     sum
-}
-
-/// Four f16 to f32.
-#[inline(always)]
-unsafe fn from_f16(v: uint16x4_t) -> float32x4_t {
-    let wide: float32x4_t;
-    // SAFETY: every NEON has the instruction, for which Rust has no stable name.
-    unsafe { asm!("fcvtl {0:v}.4s, {1:v}.4h", out(vreg) wide, in(vreg) v, options(pure, nomem, nostack)) };
-    wide
 }
 
 /// The same four bytes in all lanes.
