@@ -57,7 +57,8 @@ impl Checks {
         for (name, sampling) in settings() {
             let logits = self.logits(128_256, true);
             let row = Tensor::from_slice(&logits, (1, 128_256), &self.device)?;
-            let numbers = |n: usize| Tensor::zeros(n, DType::U32, &self.device);
+            let device = self.device.clone();
+        let numbers = |n: usize| Tensor::zeros(n, DType::U32, &device);
             let (id, told) = (numbers(1)?, numbers(3)?);
             let sampler = Sampler::new(&sampling).map_err(candle_core::Error::wrap)?;
             let Some(drawing) = Drawing::new(&sampler, &[1, 2, 3], 128_256, device_of(&row)?)? else { continue };
@@ -92,7 +93,8 @@ impl Checks {
         let wrap = candle_core::Error::wrap;
         let mut sampler = Sampler::new(sampling).map_err(wrap)?;
         let mut text: Vec<u32> = (0..30).map(|_| self.random.below(width) as u32).collect();
-        let numbers = |n: usize| Tensor::zeros(n, DType::U32, &self.device);
+        let device = self.device.clone();
+        let numbers = |n: usize| Tensor::zeros(n, DType::U32, &device);
         let (id, told) = (numbers(1)?, numbers(3)?);
         let Some(mut drawing) = Drawing::new(&sampler, &text, width, device_of(&id)?)? else {
             candle_core::bail!("not to be drawn on the GPU")
