@@ -87,7 +87,6 @@ impl Lanes for Neon {
     } }
 
     lanes! { at(q) {
-        splat(x: f32) -> F = vdupq_n_f32(x);
         load(p: *const f32) -> F = vld1q_f32(p.add(4 * q));
         load_bf16(p: *const u8) -> F = vreinterpretq_f32_u32(vshll_n_u16::<16>(vld1_u16(p.add(8 * q).cast())));
         load_f16(p: *const u8) -> F = from_f16(vld1_u16(p.add(8 * q).cast()));
@@ -115,6 +114,7 @@ impl Lanes for Neon {
     } }
 
     lanes! { one {
+        splat(x: f32) -> F = [vdupq_n_f32(x); 2];
         store(p: *mut f32, v: F) -> () = {
             vst1q_f32(p, v[0]);
             vst1q_f32(p.add(4), v[1]);
