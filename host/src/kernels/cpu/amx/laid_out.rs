@@ -127,3 +127,55 @@ impl Bring {
         self.at = (row, step);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Numbers that bfloat16 holds, each once.
+    fn numbers(n: usize) -> Vec<f32> {
+        (0..n as u32).map(|i| f32::from_bits((0x3f80 + i) << 16)).collect()
+    }
+
+    #[test]
+    fn activations_lie_by_pairs_of_columns_whatever_there_is_of_the_last_tile() {
+        for (tokens, cols) in [(1, 32), (7, 70), (16, 5), (16, 64), (16, 81)] {
+            let (x, depth) = (numbers(tokens * cols), usize::next_multiple_of(cols, STEP));
+            let mut pairs = vec![u32::MAX; tokens * depth / 2];
+            if !bf16::runs_here() {
+                return;
+            }
+            // SAFETY: `runs_here`, and room for whole steps.
+            unsafe { lay_out(&x, cols, &mut pairs) };
+            for (i, pair) in pairs.into_iter().enumerate() {
+                let (column, t) = (i / tokens * 2, i % tokens);
+                let bits = |c: usize| if c < cols { x[t * cols + c].to_bits() >> 16 } else { 0 };
+                assert_eq!(pair, bits(column + 1) << 16 | bits(column), "[{tokens}, {cols}], pair {i}");
+            }
+        }
+    }
+
+    #[test]
+    fn weights_lie_step_by_step_in_however_many_bursts_they_come() {
+        let (rows, cols, first) = (37, 90, 32);
+        let steps = usize::div_ceil(cols - first, STEP);
+        let weights: Vec<u16> = (1..=(rows * cols) as u16).collect();
+        for burst in [1, 3, 1000] {
+            let mut lines = vec![Line([u16::MAX; STEP]); rows.next_multiple_of(PAIR) * steps];
+            let (from, columns, to) = (weights[first..].as_ptr(), cols - first, lines.as_mut_ptr());
+            let mut bring = Bring { from, pitch: cols, columns, to, rows, steps, at: (0, 0), burst };
+            if !bf16::runs_here() {
+                return;
+            }
+            while bring.at.0 < rows {
+                // SAFETY: `runs_here`; rows of the matrix, and room for them.
+                unsafe { bring.lines(burst) };
+            }
+            for (row, step) in (0..rows * steps).map(|i| (i / steps, i % steps)) {
+                let line = lines[(row / PAIR * steps + step) * PAIR + row % PAIR].0;
+                let want = |c: usize| if c < cols { weights[row * cols + c] } else { 0 };
+                assert!((0..STEP).all(|c| line[c] == want(first + step * STEP + c)), "row {row}, step {step}");
+            }
+        }
+    }
+}
