@@ -58,7 +58,7 @@ impl Checks {
             let logits = self.logits(128_256, true);
             let row = Tensor::from_slice(&logits, (1, 128_256), &self.device)?;
             let device = self.device.clone();
-        let numbers = |n: usize| Tensor::zeros(n, DType::U32, &device);
+            let numbers = |n: usize| Tensor::zeros(n, DType::U32, &device);
             let (id, told) = (numbers(1)?, numbers(3)?);
             let sampler = Sampler::new(&sampling).map_err(candle_core::Error::wrap)?;
             let Some(drawing) = Drawing::new(&sampler, &[1, 2, 3], 128_256, device_of(&row)?)? else { continue };
