@@ -17,7 +17,7 @@ use crate::{
     template::{ChatOptions, Message},
 };
 use clap::Args;
-use std::{mem::ManuallyDrop, path::PathBuf, process::ExitCode};
+use std::{path::PathBuf, process::ExitCode};
 
 /// Flags of `dylm generate`.
 #[derive(Args)]
@@ -74,8 +74,7 @@ impl Generate {
     pub fn run(&self) -> Done {
         let prompt = text_or_stdin(&self.prompt)?;
         let saved = open_cache(self.prompt_cache_file.as_deref())?;
-        // The process ends with the text: what it holds need not be taken apart first, which takes as long as several tokens.
-        let mut lm = ManuallyDrop::new(self.model.load(model_of(self.model.model.as_deref(), saved.as_ref())?)?);
+        let mut lm = self.model.load(model_of(self.model.model.as_deref(), saved.as_ref())?)?;
         self.conversation.set_template(&mut lm.tokenizer)?;
         let draft = self.draft_model.as_deref().map(|spec| self.load_draft(spec)).transpose()?;
         let opening = Opening::new(&self.conversation, saved.as_ref())?;
@@ -140,6 +139,9 @@ impl Generate {
                 line(format_args!("Tokens were drawn on the cpu, one step after the other: {why}"))?;
             }
         }
+        drop(generation);
+        // The process ends with the text: a vocabulary need not be taken apart first, which takes as long as several tokens.
+        std::mem::forget(lm.tokenizer);
         let stopped = interrupted.load(std::sync::atomic::Ordering::Relaxed);
         Ok(if stopped { ExitCode::from(130) } else { ExitCode::SUCCESS })
     }
