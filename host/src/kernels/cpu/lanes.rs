@@ -35,7 +35,8 @@ pub enum Isa {
 }
 
 impl Isa {
-    /// The best one of this machine. `DYLM_ISA=vnni|avx512|avxvnni|avx2|neon|portable` lowers it, for comparisons.
+    /// The best one of this machine. `DYLM_ISA=vnni|avx512|avxvnni|avx2|neon|portable` lowers it, for comparisons; what the
+    /// machine has not is not taken.
     pub fn best() -> Isa {
         static BEST: OnceLock<Isa> = OnceLock::new();
         *BEST.get_or_init(|| {

@@ -32,16 +32,16 @@ pub(super) fn tokenizer(gguf: &Gguf) -> Result<(Tokenizer, Json)> {
     json["version"] = "1.0".into();
     json["model"] = json!({"type": "BPE", "vocab": {}, "merges": []});
     json["post_processor"] = post_processor(gguf, &vocabulary, &config);
-    let whole = || -> tokenizers::Result<Tokenizer> {
-        let mut tokenizer = Tokenizer::from_str(&json.to_string())?;
-        tokenizer.with_model(model.build()?);
-        tokenizer.add_tokens(vocabulary.added_tokens())?;
-        Ok(tokenizer)
-    };
-    let whole = whole();
-    let tokenizer = whole
+    let tokenizer = whole(&json, model, vocabulary.added_tokens())
         .map_err(|e| wrong(gguf, format!("its tokenizer cannot be built ({e}): take the model's tokenizer.json")))?;
     Ok((tokenizer, config))
+}
+
+fn whole(json: &Json, model: BpeBuilder, added: Vec<AddedToken>) -> tokenizers::Result<Tokenizer> {
+    let mut tokenizer = Tokenizer::from_str(&json.to_string())?;
+    tokenizer.with_model(model.build()?);
+    tokenizer.add_tokens(added)?;
+    Ok(tokenizer)
 }
 
 /// Tokens that end a text: `eos`, and `eot` (the end of a turn), from the metadata or, failing that, by its usual names.
