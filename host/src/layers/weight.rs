@@ -11,11 +11,11 @@ use crate::{
     device::Placement,
     error::Result,
     kernels::{
-        cpu::{Float, Format, Matrix, Panels},
+        cpu::{Factor, Float, Format, Matrix, Panels},
         metal,
     },
 };
-use candle_core::{D, DType, Tensor};
+use candle_core::{D, DType, Device, Tensor};
 
 /// A matrix `[rows, cols]` = `[outputs, inputs]`.
 #[derive(Clone)]
@@ -131,8 +131,8 @@ impl Weight {
             *last = self.rows();
         }
         match self {
-            Weight::Packed(m) => with_f32(x, |x| filled(dims, |out| m.matmul(x, out)))?,
-            Weight::Panels(m) => with_f32(x, |x| filled(dims, |out| m.matmul(x, out)))?,
+            Weight::Packed(m) => with_f32(x, |x| Tensor::from_vec(Factor::Rows(m).times(x), dims, &Device::Cpu))?,
+            Weight::Panels(m) => with_f32(x, |x| Tensor::from_vec(Factor::Panels(m).times(x), dims, &Device::Cpu))?,
             Weight::Dense(w) => {
                 let rows = x.elem_count() / w.dims()[1].max(1);
                 let flat = x.reshape((rows, w.dims()[1]))?.to_dtype(w.dtype())?;

@@ -10,6 +10,7 @@ use super::{
     matrix::Matrix,
     tasks::{Output, by_list, in_streams, in_tasks},
     team::each_chunk,
+    unwritten::unwritten,
 };
 use std::{arch::x86_64::*, ops::Range, sync::OnceLock};
 
@@ -37,7 +38,8 @@ pub(super) fn multiply(of: &mut [(&Matrix, &mut [f32])], x: &[f32]) {
     let tokens = x.len() / cols;
     // Rows whose starts are a power of two apart would all fall into the same few lines of the first-level cache.
     let stride = cols.next_multiple_of(LANES) + LANES;
-    let mut halves = vec![0u16; tokens * stride];
+    // SAFETY: `round` writes a token's whole stride.
+    let mut halves = unsafe { unwritten::<u16>(tokens * stride) };
     let rounded = |(to, x): (&mut [u16], &[f32])| {
         // SAFETY: `runs_here`; a token's room is whole vectors longer than its columns.
         unsafe { round(x, to) }

@@ -10,6 +10,7 @@
 mod ahead;
 #[cfg(target_arch = "x86_64")]
 mod amx;
+mod asked;
 pub mod attention;
 #[cfg(target_arch = "x86_64")]
 mod bf16;
@@ -30,6 +31,7 @@ mod team;
 mod tile;
 mod together;
 mod unpack;
+mod unwritten;
 
 pub use ahead::begin_step;
 pub use attention::{Attend, Rows, attend, attend_all};

@@ -3,7 +3,7 @@
 
 #[cfg(target_arch = "x86_64")]
 use super::bf16;
-use super::{Matrix, Panels, panels, team::each_chunk};
+use super::{Matrix, Panels, panels, team::each_chunk, unwritten::unwritten};
 
 /// A matrix of weights.
 #[derive(Clone, Copy)]
@@ -12,6 +12,26 @@ pub enum Factor<'a> {
     Rows(&'a Matrix),
     /// Sixteen rows after sixteen rows.
     Panels(&'a Panels),
+}
+
+impl Factor<'_> {
+    /// x · Wᵀ: `x` is `[tokens, cols]`, what comes `[tokens, rows]`.
+    ///
+    /// # Panics
+    /// If `x` is not as long as some tokens.
+    pub fn times(self, x: &[f32]) -> Vec<f32> {
+        let (rows, cols) = match self {
+            Factor::Rows(m) => (m.rows(), m.cols()),
+            Factor::Panels(m) => (m.rows(), m.cols()),
+        };
+        // SAFETY: a product writes all its rows for all tokens, and reads none of them.
+        let mut out = unsafe { unwritten(x.len() / cols.max(1) * rows) };
+        match self {
+            Factor::Rows(m) => m.matmul(x, &mut out),
+            Factor::Panels(m) => m.matmul(x, &mut out),
+        }
+        out
+    }
 }
 
 /// out = x · Wᵀ for each of `of`, all of the same columns: `x` is `[tokens, cols]`, an `out` `[tokens, rows]`.

@@ -14,6 +14,7 @@ use crate::kernels::cpu::{
     matrix::Matrix,
     tasks::{Output, by_list, in_streams, in_tasks},
     team::each_chunk,
+    unwritten::unwritten,
 };
 use std::{arch::x86_64::*, ops::Range};
 
@@ -44,7 +45,8 @@ struct Scratch {
 pub(in crate::kernels::cpu) fn multiply(of: &mut [(&Matrix, &mut [f32])], x: &[f32]) {
     let Some(cols) = of.first().map(|(m, _)| m.cols()) else { return };
     let (tokens, depth) = (x.len() / cols, cols.next_multiple_of(STEP));
-    let mut pairs = vec![0u32; tokens * depth / 2];
+    // SAFETY: `lay_out` writes all pairs of all tokens.
+    let mut pairs = unsafe { unwritten::<u32>(tokens * depth / 2) };
     each_chunk(&mut pairs, TILE * depth / 2, |i, to| {
         let x = &x[i * TILE * cols..];
         // SAFETY: the unit is `available`, and with it all of AVX-512 that is asked for.
@@ -113,10 +115,26 @@ impl Product {
                     ..self.tokens_of(b, 0, 0)
                 };
                 tiles.zero();
-                tiles.halves(from, self.cols / STEP);
+                self.few_steps(&tiles, from, row);
                 tiles.store(&raw mut sums.0);
                 self.put_all(&sums, (row, a), (0, b));
             }
+        }
+    }
+
+    /// All columns of some rows from `row` on, while the rows behind them are asked for, one after the other: memory gives one stream half as
+    /// much again as the rows of two tiles side by side.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    unsafe fn few_steps(self, tiles: &Tiles, mut from: Operands, row: usize) {
+        let next = self.weights.wrapping_add((row + PAIR) * self.cols).cast::<Line>();
+        for step in 0..self.cols / STEP {
+            for line in step * PAIR..(step + 1) * PAIR {
+                _mm_prefetch::<_MM_HINT_T1>(next.wrapping_add(line).cast());
+            }
+            // SAFETY: passed on to the caller; columns are whole steps.
+            unsafe { tiles.halves(from, 1) };
+            from = from.further(1);
         }
     }
 

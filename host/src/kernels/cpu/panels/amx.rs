@@ -17,6 +17,7 @@ use super::{
 use crate::kernels::cpu::{
     amx::{Operands, Shape, TILE, Tiles},
     team::each_chunk_of_two,
+    unwritten::{Plain, unwritten},
 };
 use std::{arch::x86_64::*, ops::Range};
 
@@ -50,7 +51,8 @@ impl Tiled {
         let (layout, cols) = (&panels.layout, panels.cols);
         let (groups, planes, depth) = (cols / layout.group, layout.planes(), layout.group.min(64));
         let (blocks, lines) = (tokens.div_ceil(TILE), (planes * cols * TILE).div_ceil(64));
-        let mut bytes = vec![Line([0; 64]); blocks * lines];
+        // SAFETY: tokens are written below, and of those that are none the unit reads nothing.
+        let mut bytes = unsafe { unwritten::<Line>(blocks * lines) };
         let none = Beside16 { steps: [0.0; TILE], sums: [0.0; TILE], offsets: [0; TILE] };
         let mut beside = vec![none; blocks * groups];
         each_chunk_of_two((&mut bytes, lines), (&mut beside, groups), |block, bytes, beside| {
@@ -83,6 +85,8 @@ pub(super) struct Scratch {
     numbers: Vec<Line>,
     scales: Vec<[Line; 2]>,
 }
+
+impl Plain for Line {}
 
 /// The sums of two tiles of tokens' bytes with two panels.
 #[repr(C, align(64))]

@@ -15,6 +15,7 @@ use crate::kernels::cpu::{
     dequantize::e4m3_to_f32,
     tasks::{Output, by_list, in_streams, in_tasks},
     team::each_chunk,
+    unwritten::unwritten,
 };
 use std::{arch::x86_64::*, ops::Range};
 
@@ -36,7 +37,8 @@ pub(super) fn runs_here() -> bool {
 pub(super) fn multiply(of: &mut [(&Panels, &mut [f32])], x: &[f32]) {
     let Some(&(first, _)) = of.first() else { return };
     let (cols, tokens) = (first.cols, x.len() / first.cols);
-    let mut halves = vec![0u16; tokens * cols];
+    // SAFETY: `round` writes all columns of all tokens.
+    let mut halves = unsafe { unwritten::<u16>(tokens * cols) };
     each_chunk(&mut halves, cols * ROUNDED, |i, halves| {
         for (to, x) in halves.chunks_exact_mut(cols).zip(x.chunks_exact(cols).skip(i * ROUNDED)) {
             // SAFETY: `runs_here`; columns are a multiple of 32.

@@ -12,7 +12,7 @@ use super::{
 #[cfg(target_arch = "x86_64")]
 use super::{amx, floats};
 use crate::kernels::cpu::{
-    ahead,
+    ahead, asked,
     lanes::Isa,
     tasks::{Output, by_list, in_streams, in_tasks},
 };
@@ -76,7 +76,8 @@ fn multiply_on(isa: Isa, of: &mut [(&Panels, &mut [f32])], x: &[f32]) {
         if tokens <= FEW {
             ahead::pass(&panels.bytes);
         }
-        products.push(Product { isa, panels, rounded: &rounded, tokens, out: Output(out.as_mut_ptr()) });
+        let (out, asks) = (Output(out.as_mut_ptr()), asked::is_wanted());
+        products.push(Product { isa, panels, rounded: &rounded, tokens, out, asks });
     }
     match (first.layout.bits, first.layout.e2m1) {
         (2, _) => run(&products, Quarters),

@@ -6,7 +6,7 @@ use super::{
     layout::{Layout, Order},
     sixteen::{Job, Sixteen, dispatch},
 };
-use crate::kernels::cpu::{lanes::Isa, team::each_chunk_of_two};
+use crate::kernels::cpu::{lanes::Isa, team::each_chunk_of_two, unwritten::unwritten};
 
 /// Tokens that are worth a task of their own.
 const MANY: usize = 16;
@@ -48,7 +48,8 @@ impl Rounded {
         let (tokens, groups, planes) = (x.len() / cols, cols / layout.group, layout.planes());
         let pitch = cols.next_multiple_of(64);
         let mut all = Self {
-            bytes: vec![0; tokens * planes * pitch],
+            // SAFETY: written token by token below, and read after that.
+            bytes: unsafe { unwritten(tokens * planes * pitch) },
             beside: vec![Beside { offset: 0, step: 0.0, sum: 0.0 }; tokens * groups],
             pitch,
             planes,
@@ -58,6 +59,9 @@ impl Rounded {
         each_chunk_of_two((&mut all.bytes, most), (&mut all.beside, beside), |i, bytes, beside| {
             let tokens = bytes.chunks_exact_mut(planes * pitch).zip(beside.chunks_exact_mut(groups));
             for ((bytes, beside), x) in tokens.zip(x.chunks_exact(cols).skip(i * MANY)) {
+                if pitch > cols {
+                    bytes.fill(0);
+                }
                 // SAFETY: a token's room is as its layout wants it; who names an instruction set has it.
                 unsafe { dispatch(isa, Line { layout, x, beside, bytes, pitch }) };
             }

@@ -9,7 +9,7 @@ use super::{
     scales::scales,
     sixteen::{Job, Sixteen},
 };
-use crate::kernels::cpu::{lanes::Isa, tasks::Output};
+use crate::kernels::cpu::{asked, lanes::Isa, tasks::Output};
 
 /// One product.
 #[derive(Clone, Copy)]
@@ -19,6 +19,8 @@ pub(super) struct Product<'a> {
     pub(super) rounded: &'a Rounded,
     pub(super) tokens: usize,
     pub(super) out: Output,
+    /// Whether weights that stream from memory are to be asked for.
+    pub(super) asks: bool,
 }
 
 /// Where numbers lie that have been taken out of their panels, `pitch` bytes a panel.
@@ -28,8 +30,8 @@ pub(super) struct Opened {
     pub(super) pitch: usize,
 }
 
-/// `P` panels from panel `p` on with `T` tokens from token `t` on. A single panel is read as the one stream that it is, and nothing is fetched
-/// ahead: the processor does that better.
+/// `P` panels from panel `p` on with `T` tokens from token `t` on. A single panel is read as the one stream that it is, and
+/// [asked for](asked) only where the processor does not foresee that better.
 pub(super) struct Tile<'a, N, const P: usize, const T: usize> {
     pub(super) product: Product<'a>,
     pub(super) numbers: N,
@@ -66,12 +68,17 @@ impl<N: Numbers, const P: usize, const T: usize> Job for Tile<'_, N, P, T> {
             let low_bytes = if self.opened.is_some() { blocks.groups * steps * N::LOW } else { blocks.bytes };
             let mut sums = [[S::splat_f32(0.0); T]; P];
             let mut g = 0;
+            let asks = P == 1 && self.opened.is_none() && self.product.asks;
+            let share = blocks.bytes / blocks.groups;
             for block in 0..blocks.count {
                 let mut bases = panels;
                 for base in &mut bases {
                     *base = base.add(block * blocks.bytes);
                 }
                 for group in 0..blocks.groups {
+                    if asks {
+                        asked::behind(bases[0].wrapping_add(group * share), share, N::BYTES == 2);
+                    }
                     let of = self.group::<S>(tokens, g, |k, step| {
                         let low = lows[k].add(block * low_bytes + (group * steps + step) * N::LOW);
                         let high = bases[k].add(blocks.at[HIGH] + N::high(group * steps + step));
