@@ -65,6 +65,8 @@ fn cuda(folder: &Path, out: &Path) -> io::Result<()> {
     };
     // Machine code for Hopper; for any other GPU from Ampere on, PTX that its driver compiles.
     let targets = ["-gencode=arch=compute_90,code=sm_90", "-gencode=arch=compute_80,code=compute_80"];
+    // Instructions that later GPUs no longer have.
+    let hopper = ["-gencode=arch=compute_90a,code=sm_90a"];
     let mut compilers = Vec::new();
     for source in sources {
         let name = source.file_stem().unwrap_or_default().to_string_lossy().into_owned();
@@ -76,6 +78,7 @@ fn cuda(folder: &Path, out: &Path) -> io::Result<()> {
             continue;
         }
         let mut command = std::process::Command::new(&nvcc);
+        let targets = if name.ends_with("_hopper") { &hopper[..] } else { &targets[..] };
         command.args(["-std=c++17", "-O3", "-fatbin"]).args(targets).arg("-o").arg(&image).arg(&source);
         compilers.push((source, image, command.spawn().map_err(missing)?));
     }

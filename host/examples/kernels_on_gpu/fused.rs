@@ -81,8 +81,10 @@ impl Checks {
             (3, 6, 2, 64, 64, false, true, false),
             (2, 4, 4, 256, 64, false, false, true),
             (1, 5, 1, 64, 32, true, false, false),
+            (300, 6, 2, 128, 96, true, true, true),
+            (41, 12, 4, 64, 64, false, false, false),
         ] {
-            let (origin, past, capacity) = (3u32, 9usize, 20);
+            let (origin, past, capacity) = (3u32, 9usize, 320);
             let positions: Vec<u32> = (0..tokens).map(|t| origin + (past + t) as u32).collect();
             let frequencies: Vec<f32> = (0..dims / 2).map(|i| 1.0 / (1.0 + i as f32)).collect();
             let (q, k, v) = (
@@ -131,7 +133,7 @@ impl Checks {
                 }
                 y
             };
-            let what = format!("turn of {d} lanes, {heads} heads over {kv_heads}");
+            let what = format!("turn of {d} lanes, {heads} heads over {kv_heads}, {tokens} tokens");
             self.held(&format!("{what}: queries"), &queries.y, &expected(&q, heads))?;
             let rows = |table: &Tensor| table.narrow(0, past, tokens);
             self.held(&format!("{what}: keys"), &rows(&key_table)?, &expected(&k, kv_heads))?;

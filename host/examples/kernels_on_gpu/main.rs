@@ -13,6 +13,7 @@ use dylm::{
         cpu::{Float, Format, Matrix},
         cuda::{
             attend::{Seen, attend},
+            attention::attend_by,
             experts::{Projection, Stacked},
             norm,
             packed::Tiles,
@@ -158,9 +159,14 @@ impl Checks {
                 let weight = self.random.numbers(dim);
                 let weights = Tensor::from_slice(&weight, dim, &self.device)?;
                 let (x_gpu, more_gpu) = (self.tensor(&x, &[7, dim])?, self.tensor(&more, &[7, dim])?);
-                let Some([y, _]) = norm::norm(&x_gpu, Some(&more_gpu), [Some(&weights), None], 1e-5, centred)? else {
+                let Some([y, sum]) = norm::norm(&x_gpu, Some(&more_gpu), [Some(&weights), None], 1e-5, centred)? else {
                     candle_core::bail!("no kernel for a norm of {dim}")
                 };
+                let sums: Vec<f64> = x.iter().zip(&more).map(|(a, b)| f64::from(Float::BF16.round(a + b))).collect();
+                self.held(&format!("sum ahead of a norm of {dim}"), &sum, &sums)?;
+                let added = sum.zeros_like()?;
+                norm::add_into(&x_gpu, &more_gpu, &added)?;
+                self.held(&format!("sum of {} numbers", sums.len()), &added, &sums)?;
                 let mut expected = Vec::new();
                 for (x, more) in x.chunks(dim).zip(more.chunks(dim)) {
                     let sum: Vec<f64> = x.iter().zip(more).map(|(a, b)| f64::from(Float::BF16.round(a + b))).collect();
@@ -172,6 +178,21 @@ impl Checks {
                 }
                 self.held(&format!("norm of {dim}, centred {centred}"), &y, &expected)?;
             }
+        }
+        // Not all of them by eights.
+        for count in [8, 1001, 40_000] {
+            let (gate, up) = (self.random.numbers(count), self.random.numbers(count));
+            let (on, other) = (self.tensor(&gate, &[count])?, self.tensor(&up, &[count])?);
+            let expected = |of: fn(f64, f64) -> f64| -> Vec<f64> {
+                gate.iter().zip(&up).map(|(&g, &u)| of(f64::from(g), f64::from(u))).collect()
+            };
+            let y = on.zeros_like()?;
+            norm::add_into(&on, &other, &y)?;
+            self.held(&format!("sum of {count}"), &y, &expected(|g, u| g + u))?;
+            let Some(y) = norm::join(Activation::Swiglu, &on, &other)? else {
+                candle_core::bail!("no kernel for a gate of {count}")
+            };
+            self.held(&format!("gate of {count}"), &y, &expected(|g, u| g / (1.0 + (-g).exp()) * u))?;
         }
         Ok(())
     }
@@ -235,7 +256,7 @@ impl Checks {
 
     fn attention(&mut self) -> Result<()> {
         for (case, d) in [(0, 64), (1, 128), (2, 64), (3, 128), (4, 256), (5, 128), (6, 64)] {
-            for tokens in if d == 256 { vec![1, 4] } else { vec![1, 4, 150] } {
+            for tokens in if d == 256 { vec![1, 4] } else { vec![1, 4, 150, 301] } {
                 let (kv_heads, group, past) = (1 + case % 3, [1, 4, 7, 20][case % 4], [0, 700, 61][case % 3]);
                 let (heads, held) = (kv_heads * group, past + tokens);
                 let capacity = held + 50;
@@ -290,14 +311,14 @@ impl Checks {
                     }
                     expected.extend(y);
                 }
-                let y = attend(&seen)?;
-                self.held(
-                    &format!(
-                        "attention {case} of {d} lanes, {heads} heads over {kv_heads}, {tokens} tokens after {past}"
-                    ),
-                    &y,
-                    &expected,
-                )?;
+                let what = format!(
+                    "attention {case} of {d} lanes, {heads} heads over {kv_heads}, {tokens} tokens after {past}"
+                );
+                self.held(&what, &attend(&seen)?, &expected)?;
+                // What a GPU that is not a Hopper runs.
+                if let Some(y) = attend_by(&seen, false)? {
+                    self.held(&format!("{what}, elsewhere"), &y, &expected)?;
+                }
             }
         }
         Ok(())

@@ -2,7 +2,6 @@
 //! such that the kernels can. Every function gives none where the op is to be done at once.
 
 use super::{
-    later::MOST,
     running::Running,
     value::{Outcome, Value},
 };
@@ -28,7 +27,7 @@ impl Running<'_> {
     pub(super) fn may_wait(&self) -> bool {
         let plain =
             self.ops.is_none() && self.seat.is_none() && !self.arena.is_exact() && self.place.dtype == DType::BF16;
-        plain && self.places.is_some() && self.tokens <= MOST && !self.layers.is_empty()
+        plain && self.places.is_some() && !self.layers.is_empty()
     }
 
     /// A tensor that may be unwritten, and its last axis.

@@ -1,6 +1,6 @@
 //! Launches on an NVIDIA GPU that wait until somebody reads what they write: an op gives its tensor at once, and the op that reads it may
 //! have swallowed the launch. A norm joins the product behind it, a sum the product before it, a gate both products, and what queries and
-//! keys go through is one launch.
+//! keys go through is one launch. Of many tokens products do not wait, and a sum joins the norm behind it.
 //!
 //! Any other reader ([`Later::read`], which the arena calls) has the tensor written first, so whatever is not foreseen here is slower and
 //! never wrong. A tensor whose last owner goes without having read it is not written at all.
@@ -25,7 +25,7 @@ use crate::{
 use candle_core::{DType, Result, Tensor, TensorId};
 use std::{cell::RefCell, sync::Arc};
 
-/// Most tokens of a step whose launches wait. Beyond [`MOST_NORMED`] of them products still join a residual, but no norm and no gate.
+/// Most tokens of a step whose products wait. Beyond [`MOST_NORMED`] of them products still join a residual, but no norm and no gate.
 pub const MOST: usize = 32;
 
 #[derive(Clone)]
@@ -53,6 +53,8 @@ enum Work {
         x: Tensor,
         norm: Option<Norming>,
     },
+    /// Of many tokens.
+    Sum([Tensor; 2]),
     Turn {
         turned: Turned,
         positions: Tensor,
@@ -181,6 +183,14 @@ impl Later {
         if x.dtype() != DType::BF16 || !norm::covers(dim) || !layer.is_plain(dim) {
             return Ok(None);
         }
+        if let Some(terms) =
+            self.find(x.id(), |work| if let Work::Sum(terms) = work { Some(terms.clone()) } else { None })
+        {
+            let y = unwritten(x.dims(), DType::BF16, device_of(x)?)?;
+            norm::of_sum_into([&terms[0], &terms[1]], layer.weight.as_ref(), layer.eps, [x, &y])?;
+            self.has_written(x.id());
+            return Ok(Some(y));
+        }
         self.read(x.id())?;
         let squares = self.squares.borrow().iter().rev().find(|(id, _)| *id == x.id()).map(|(_, s)| s.clone());
         let narrow = layer.narrow.clone().filter(|_| squares.is_some());
@@ -227,10 +237,17 @@ impl Later {
         Ok(y.into_iter().nth(*place))
     }
 
-    /// a + b, where one of them is a product that nobody has read yet.
+    /// a + b, where one of them is a product that nobody has read yet, or where there are so many tokens that a norm may join it.
     pub fn sum(&self, a: &Tensor, b: &Tensor) -> Result<Option<Tensor>> {
         if a.dims() != b.dims() || [a.dtype(), b.dtype()] != [DType::BF16; 2] {
             return Ok(None);
+        }
+        if a.rank() == 2 && a.dim(0)? > MOST && u32::try_from(a.elem_count()).is_ok() {
+            self.read(a.id())?;
+            self.read(b.id())?;
+            let y = unwritten(a.dims(), DType::BF16, device_of(a)?)?;
+            self.wait(vec![y.clone()], Work::Sum([a.clone(), b.clone()]));
+            return Ok(Some(y));
         }
         for (residual, product) in [(a, b), (b, a)] {
             let work = self.find(product.id(), |work| match work {
@@ -345,6 +362,10 @@ fn run(work: &Work, y: &[Tensor], end: Option<(&Tensor, Option<&Tensor>)>) -> Re
             let matrices = together.matrices();
             Product { matrices: &matrices, x, y, norm: norm.as_ref(), residual, squares }.run()
         }
+        Work::Sum([a, b]) => match y.first() {
+            Some(y) => norm::add_into(a, b, y),
+            None => Ok(()),
+        },
         Work::Turn { turned, positions } => {
             let Turned { x, norm, frequencies, amplitude, every, turn, y } = turned;
             let normed = match norm {

@@ -1,9 +1,10 @@
-//! `attend_few.cu` and `attend_many.cu` from Rust: attention over bf16 caches whose keys and values are equally wide, on tensor cores. How
+//! `attend_few.cu`, `attend_many.cu` and (by way of `hopper`) `attend_hopper.cu` from Rust: attention over bf16 caches whose keys and values are equally wide, on tensor cores. How
 //! long a cache is the kernels read from the queries' positions; how it is split over blocks depends on its capacity alone, so that a
 //! recorded step computes the very same sums.
 
 use super::{
     attend::Seen,
+    hopper,
     packed::aligned,
     program::{Arg, Shape, function, has_clusters},
     step::{address, device_of, unwritten},
@@ -40,7 +41,7 @@ struct Cache {
 /// attention.cuh's `Seen`.
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct Args {
+pub(super) struct Args {
     q: u64,
     y: u64,
     positions: u64,
@@ -224,6 +225,11 @@ pub fn covers(dtype: DType, d: usize, e: usize, lanes: bool, kept: bool, tokens:
 
 /// q `[tokens, heads, d]` -> `[tokens, heads, d]`; `None` for what the kernels do not cover.
 pub fn attend(seen: &Seen<'_>) -> Result<Option<Tensor>> {
+    attend_by(seen, hopper::covers(device_of(seen.q)?, seen.q.dim(2)?)?)
+}
+
+/// The same, many queries by `attend_hopper.cu` where that is so, which the GPU and the lanes must allow, and else by `attend_many.cu`.
+pub fn attend_by(seen: &Seen<'_>, on_hopper: bool) -> Result<Option<Tensor>> {
     let ((tokens, heads, d), (capacity, kv_heads, _)) = (seen.q.dims3()?, seen.keys.dims3()?);
     let Some(values) = seen.values else { return Ok(None) };
     let kept = seen.keep > 0;
@@ -240,6 +246,10 @@ pub fn attend(seen: &Seen<'_>) -> Result<Option<Tensor>> {
     let few = if tokens < MANY { Some(Few::new(device, tokens, parts, d, capacity)?) } else { None };
     let partial = few.as_ref().map_or(Ok(None), |few| few.partial(device, d))?;
     let args = args(seen, [&q, &y], few.as_ref().map_or(1, |few| few.splits), partial.as_ref())?;
+    if few.is_none() && on_hopper {
+        hopper::attend(&args, &q, seen.keys, values)?;
+        return y.to_dtype(seen.q.dtype()).map(Some);
+    }
     let (file, name) = match (few.as_ref().map(|few| few.clustered), d) {
         (Some(false), 64) => ("attend_few", "attend_few_64"),
         (Some(false), 128) => ("attend_few", "attend_few_128"),

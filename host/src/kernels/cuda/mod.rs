@@ -3,6 +3,7 @@
 pub mod attend;
 pub mod attention;
 pub mod experts;
+mod hopper;
 pub mod ids;
 pub mod norm;
 pub mod packed;

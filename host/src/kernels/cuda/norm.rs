@@ -31,9 +31,17 @@ pub fn covers(dim: usize) -> bool {
 
 /// RMSNorm of x `[.., dim]`, bf16, into y; weight `[dim]` in f32.
 pub fn into(x: &Tensor, weight: Option<&Tensor>, eps: f32, y: &Tensor) -> Result<()> {
-    match normed(x, None, [weight, None], eps, false, Some(y))? {
+    match normed(x, None, [weight, None], eps, false, [None, Some(y)])? {
         Some(_) => Ok(()),
         None => candle_core::bail!("no norm of {:?} of {:?} on the GPU", x.dims(), x.dtype()),
+    }
+}
+
+/// The same of `terms`' sum, which is written too.
+pub fn of_sum_into(terms: [&Tensor; 2], weight: Option<&Tensor>, eps: f32, [sum, y]: [&Tensor; 2]) -> Result<()> {
+    match normed(terms[0], Some(terms[1]), [weight, None], eps, false, [Some(sum), Some(y)])? {
+        Some(_) => Ok(()),
+        None => candle_core::bail!("no norm of a sum of {:?} on the GPU", terms.map(Tensor::dims)),
     }
 }
 
@@ -46,7 +54,7 @@ pub fn norm(
     eps: f32,
     centred: bool,
 ) -> Result<Option<[Tensor; 2]>> {
-    normed(x, residual, [weight, bias], eps, centred, None)
+    normed(x, residual, [weight, bias], eps, centred, [None, None])
 }
 
 fn normed(
@@ -55,7 +63,7 @@ fn normed(
     [weight, bias]: [Option<&Tensor>; 2],
     eps: f32,
     centred: bool,
-    y: Option<&Tensor>,
+    [sum, y]: [Option<&Tensor>; 2],
 ) -> Result<Option<[Tensor; 2]>> {
     let dim = x.dim(D::Minus1)?;
     let plain = |t: &Tensor| t.dtype() == DType::F32 && t.elem_count() == dim;
@@ -71,8 +79,8 @@ fn normed(
     let optional = |t: Option<&Tensor>| t.map(aligned).transpose();
     let (weight, bias) = (optional(weight)?, optional(bias)?);
     let rows = x.elem_count() / dim;
-    let y = y.map_or_else(|| unwritten(x.dims(), DType::BF16, device), |y| Ok(y.clone()))?;
-    let sum = if residual.is_some() { unwritten(x.dims(), DType::BF16, device)? } else { x.clone() };
+    let given = |t: Option<&Tensor>| t.map_or_else(|| unwritten(x.dims(), DType::BF16, device), |t| Ok(t.clone()));
+    let (y, sum) = (given(y)?, if residual.is_some() { given(sum)? } else { x.clone() });
     let place = |t: &Option<Tensor>| t.as_ref().map_or(Ok(0), address);
     let args = Args {
         x: address(&x)?,
@@ -119,7 +127,7 @@ pub fn join(activation: Activation, gate: &Tensor, up: &Tensor) -> Result<Option
     if !on_gpu || gate.dims() != up.dims() || [gate.dtype(), up.dtype()] != [DType::BF16; 2] {
         return Ok(None);
     }
-    let (gate, up, device) = (gate.contiguous()?, up.contiguous()?, device_of(gate)?);
+    let (gate, up, device) = (aligned(gate)?, aligned(up)?, device_of(gate)?);
     let Ok(count) = u32::try_from(gate.elem_count()) else { return Ok(None) };
     let (y, joint) = (unwritten(gate.dims(), DType::BF16, device)?, joint(activation));
     let args = [
@@ -131,8 +139,24 @@ pub fn join(activation: Activation, gate: &Tensor, up: &Tensor) -> Result<Option
         Arg::F32(joint.alpha),
         Arg::F32(joint.limit),
     ];
-    let shape = Shape { grid: [count.div_ceil(256).min(4096), 1, 1], block: 256, shared: 0, early: true };
-    // SAFETY: as norm.cu says; three tensors of `count` numbers.
-    unsafe { function(device, "norm", "join")?.launch(device, shape, &args)? };
+    // SAFETY: as norm.cu says; three tensors of `count` numbers that start at multiples of 16 bytes.
+    unsafe { function(device, "norm", "join")?.launch(device, by_eights(count), &args)? };
     Ok(Some(y))
+}
+
+/// a + b into y, all of one shape, in bf16.
+pub fn add_into(a: &Tensor, b: &Tensor, y: &Tensor) -> Result<()> {
+    let (a, b, device) = (aligned(a)?, aligned(b)?, device_of(a)?);
+    let alike = |t: &Tensor| t.dims() == y.dims() && t.dtype() == DType::BF16;
+    let Some(count) = u32::try_from(y.elem_count()).ok().filter(|_| [&a, &b, y].into_iter().all(alike)) else {
+        candle_core::bail!("no sum of {:?} and {:?} on the GPU", a.dims(), b.dims())
+    };
+    let args = [Arg::Ptr(address(&a)?), Arg::Ptr(address(&b)?), Arg::Ptr(address(y)?), Arg::U32(count)];
+    // SAFETY: as above.
+    unsafe { function(device, "norm", "add")?.launch(device, by_eights(count), &args) }
+}
+
+/// A thread for eight of so many numbers.
+fn by_eights(count: u32) -> Shape {
+    Shape { grid: [count.div_ceil(8 * 256).max(1), 1, 1], block: 256, shared: 0, early: true }
 }

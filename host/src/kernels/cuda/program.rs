@@ -124,6 +124,14 @@ pub fn has_clusters(device: &CudaDevice) -> Result<bool> {
     Ok(device.cuda_stream().context().attribute(major).w()? >= 9)
 }
 
+/// Whether code for Hopper alone (`*_hopper.cu`) runs there.
+pub fn is_hopper(device: &CudaDevice) -> Result<bool> {
+    use sys::CUdevice_attribute as Of;
+    let of = |what| device.cuda_stream().context().attribute(what).w();
+    let major = of(Of::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+    Ok((major, of(Of::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?) == (9, 0))
+}
+
 impl Kernel {
     /// Puts the kernel into the device's stream.
     ///

@@ -1,11 +1,16 @@
 //! `turn.cu` from Rust: what stands between the projections of queries, keys and values and attention, in one launch.
 
 use super::{
+    packed::aligned,
     program::{Arg, Shape, function},
     step::{address, device_of},
 };
 use crate::kernels::cpu::Turn;
 use candle_core::{Result, Tensor};
+
+/// Warps of a block, as turn.cu has it, and blocks that keep a GPU busy.
+const WARPS: usize = 8;
+const BLOCKS: usize = 264;
 
 /// Queries or keys on their way to attention.
 #[derive(Clone)]
@@ -71,7 +76,8 @@ struct Args {
 pub fn covers(q: &Turned, k: &Turned) -> bool {
     let same = |a: &Tensor, b: &Tensor| a.id() == b.id();
     let alike = q.amplitude == k.amplitude && q.every == k.every && q.turn == k.turn;
-    let narrow = q.x.dims().last().is_some_and(|&d| d <= 512) && q.frequencies.elem_count() <= 256;
+    let fits = |d: &usize| *d <= 512 && d.is_multiple_of(4);
+    let narrow = q.x.dims().last().is_some_and(fits) && q.frequencies.elem_count() <= 256;
     alike && narrow && same(&q.frequencies, &k.frequencies)
 }
 
@@ -79,7 +85,7 @@ pub fn covers(q: &Turned, k: &Turned) -> bool {
 pub fn turn(q: &Turned, k: &Turned, v: &Tensor, to: &Joined<'_>, positions: &Tensor) -> Result<()> {
     let ((tokens, heads, d), (_, kv_heads, e)) = (q.x.dims3()?, v.dims3()?);
     let device = device_of(&q.x)?;
-    let (q_x, k_x, v) = (q.x.contiguous()?, k.x.contiguous()?, v.contiguous()?);
+    let (q_x, k_x, v) = (aligned(&q.x)?, aligned(&k.x)?, aligned(v)?);
     let dims = 2 * q.frequencies.elem_count();
     let weight = |t: &Turned| t.norm.as_ref().and_then(|(weight, _)| weight.as_ref()).map_or(Ok(0), address);
     let eps = |t: &Turned| t.norm.as_ref().map_or(0.0, |(_, eps)| *eps);
@@ -111,9 +117,10 @@ pub fn turn(q: &Turned, k: &Turned, v: &Tensor, to: &Joined<'_>, positions: &Ten
         origin: to.origin,
         capacity: to.keys.dim(0)? as u32,
     };
-    let threads = (d / 2).next_multiple_of(32).clamp(32, 256) as u32;
-    let grid = [(heads + 2 * kv_heads) as u32, tokens as u32, 1];
-    let shape = Shape { grid, block: threads, shared: 0, early: true };
+    // Few tokens' heads are spread over more blocks, a warp each if need be.
+    let shares = (BLOCKS / tokens.max(1)).clamp(1, (heads + 2 * kv_heads).div_ceil(WARPS));
+    let grid = [tokens as u32, shares as u32, 1];
+    let shape = Shape { grid, block: 32 * WARPS as u32, shared: 0, early: true };
     // SAFETY: as turn.cu says; caches have room for the tokens, and the kernel stays within their capacity.
     unsafe { function(device, "turn", "turn")?.launch(device, shape, &[Arg::of(&args)]) }
 }
