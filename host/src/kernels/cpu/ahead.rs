@@ -130,6 +130,18 @@ fn fetch(at: *const u8) {
     let _ = at;
 }
 
+/// Asks for a cache line that is read in a moment; none need be there.
+#[inline(always)]
+pub(super) fn fetch_next(at: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: as above.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(at.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

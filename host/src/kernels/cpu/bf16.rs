@@ -5,7 +5,8 @@
 //! alone, in a batch and on any number of threads.
 
 use super::{
-    ahead, amx,
+    ahead::{self, fetch_next},
+    amx,
     lanes::Isa,
     matrix::Matrix,
     tasks::{Output, by_list, in_streams, in_tasks},
@@ -16,11 +17,21 @@ use std::{arch::x86_64::*, ops::Range, sync::OnceLock};
 /// Columns of a vector.
 const LANES: usize = 32;
 /// Up to this many tokens weights are streamed from memory once, rows before tokens.
-const FEW: usize = 4;
+const FEW: usize = 16;
 /// Tokens that are worth a task of their own to be rounded.
 const ROUNDED: usize = 16;
 /// Bytes of weights that stay in a core's second-level cache while tokens pass.
 const CACHED: usize = 1 << 19;
+
+/// A cache line: a vector that straddles two takes twice as long to load.
+#[repr(C, align(64))]
+#[derive(Clone, Copy)]
+struct Line([u16; LANES]);
+
+fn flat(lines: &mut [Line]) -> &mut [u16] {
+    // SAFETY: a line is its numbers and nothing else.
+    unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), lines.len() * LANES) }
+}
 
 /// Whether this machine has the instruction.
 pub(super) fn runs_here() -> bool {
@@ -37,12 +48,13 @@ pub(super) fn multiply(of: &mut [(&Matrix, &mut [f32])], x: &[f32]) {
     let tokens = x.len() / cols;
     // Rows whose starts are a power of two apart would all fall into the same few lines of the first-level cache.
     let stride = cols.next_multiple_of(LANES) + LANES;
-    let mut halves = vec![0u16; tokens * stride];
+    let mut lines = vec![Line([0; LANES]); tokens * stride / LANES];
+    let halves = flat(&mut lines);
     let rounded = |(to, x): (&mut [u16], &[f32])| {
         // SAFETY: `runs_here`; a token's room is whole vectors longer than its columns.
         unsafe { round(x, to) }
     };
-    each_chunk(&mut halves, stride * ROUNDED, |i, halves| {
+    each_chunk(halves, stride * ROUNDED, |i, halves| {
         halves.chunks_exact_mut(stride).zip(x.chunks_exact(cols).skip(i * ROUNDED)).for_each(rounded);
     });
     let product = |(m, out): &mut (&Matrix, &mut [f32])| {
@@ -64,7 +76,7 @@ pub(super) fn multiply(of: &mut [(&Matrix, &mut [f32])], x: &[f32]) {
     let rows = products.iter().map(|p| p.rows).sum();
     let lengths = || products.iter().map(|p| p.rows);
     if tokens <= FEW {
-        in_streams(rows, cols * tokens, 8, |(): &mut (), range| {
+        in_streams(rows, cols * tokens, if tokens > 4 { 4 } else { 8 }, |(): &mut (), range| {
             // SAFETY: rows of the matrix; tasks write disjoint rows of `out`; `runs_here`.
             by_list(range, lengths(), |i, range| unsafe { products[i].few(range) });
         });
@@ -110,38 +122,59 @@ unsafe impl Sync for Product {}
 impl Product {
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
     unsafe fn few(self, range: Range<usize>) {
-        let mut r = range.start;
-        while r < range.end {
-            // SAFETY: passed on to the caller.
-            unsafe {
-                r += match (self.tokens, range.end - r) {
-                    (1, 4..) => self.four::<1>(r),
-                    (2, 4..) => self.four::<2>(r),
-                    (3, 4..) => self.four::<3>(r),
-                    (4, 4..) => self.four::<4>(r),
-                    (1, _) => self.tile::<1, 1>(r, 0),
-                    (2, _) => self.tile::<1, 2>(r, 0),
-                    (3, _) => self.tile::<1, 3>(r, 0),
-                    (_, _) => self.tile::<1, 4>(r, 0),
-                }
-            };
+        for r in range.clone().step_by(4) {
+            let mut t = 0;
+            while t < self.tokens {
+                // SAFETY: passed on to the caller.
+                t += unsafe {
+                    match self.tokens - t {
+                        8.. => self.some::<8, true>(r, t, range.end),
+                        4.. if self.tokens > 4 => self.some::<4, true>(r, t, range.end),
+                        4.. => self.some::<4, false>(r, t, range.end),
+                        3 => self.some::<3, false>(r, t, range.end),
+                        2 => self.some::<2, false>(r, t, range.end),
+                        _ => self.some::<1, false>(r, t, range.end),
+                    }
+                };
+            }
         }
     }
 
-    /// Four rows with `T` tokens, one row after the other: memory gives one stream half as much again as four side by side, and more yet where
-    /// nothing is fetched ahead that the processor foresees by itself.
+    /// Four rows, or what there is before `end`, with `T` tokens; says how many tokens.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-    unsafe fn four<const T: usize>(self, r: usize) -> usize {
+    unsafe fn some<const T: usize, const NEXT: bool>(self, r: usize, t: usize, end: usize) -> usize {
+        // SAFETY: passed on to the caller.
+        unsafe {
+            if end - r >= 4 {
+                self.four::<T, NEXT>(r, t);
+            } else {
+                for r in r..end {
+                    self.tile::<1, T>(r, t);
+                }
+            }
+        }
+        T
+    }
+
+    /// Four rows with `T` tokens, one row after the other: memory gives one stream half as much again as four side by side, and more yet where
+    /// nothing is fetched ahead that the processor foresees by itself. Where more tokens follow, which find the rows in cache, the first of
+    /// them fetch the `NEXT` rows.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    unsafe fn four<const T: usize, const NEXT: bool>(self, r: usize, t: usize) {
         let mut sums = [[_mm512_setzero_ps(); 4]; T];
         let whole = self.cols / LANES * LANES;
         // SAFETY: rows of the matrix and tokens of `x`; what lies beyond the last column is masked away.
         unsafe {
-            let tokens: [*const u16; T] = std::array::from_fn(|k| self.x.add(k * self.stride));
+            let tokens: [*const u16; T] = std::array::from_fn(|k| self.x.add((t + k) * self.stride));
             for i in 0..4 {
                 let row = self.weights.add((r + i) * self.cols);
                 for c in (0..whole).step_by(LANES) {
                     let w = halves(_mm512_loadu_si512(row.add(c).cast()));
+                    if NEXT {
+                        fetch_next(row.wrapping_add(4 * self.cols + c).cast());
+                    }
                     for k in 0..T {
                         let x = halves(_mm512_loadu_si512(tokens[k].add(c).cast()));
                         sums[k][i] = _mm512_dpbf16_ps(sums[k][i], w, x);
@@ -157,10 +190,9 @@ impl Product {
                 }
             }
             for k in 0..T {
-                _mm_storeu_ps(self.out.pointer().add(k * self.rows + r), added_up(sums[k]));
+                _mm_storeu_ps(self.out.pointer().add((t + k) * self.rows + r), added_up(sums[k]));
             }
         }
-        4
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
