@@ -119,8 +119,9 @@ impl Walk {
     }
 }
 
-#[inline]
-fn fetch(at: *const u8) {
+/// Asks for the cache line at an address, which need not be ours.
+#[inline(always)]
+pub(super) fn fetch(at: *const u8) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: a prefetch reads nothing: an address that is no longer ours does no harm.
     unsafe {
@@ -130,9 +131,9 @@ fn fetch(at: *const u8) {
     let _ = at;
 }
 
-/// Asks for a cache line that is read in a moment; none need be there.
+/// The same, into the first-level cache.
 #[inline(always)]
-pub(super) fn fetch_next(at: *const u8) {
+pub(super) fn fetch_near(at: *const u8) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: as above.
     unsafe {

@@ -5,7 +5,7 @@
 //! alone, in a batch and on any number of threads.
 
 use super::{
-    ahead::{self, fetch_next},
+    ahead::{self, fetch},
     amx,
     lanes::Isa,
     matrix::Matrix,
@@ -18,6 +18,8 @@ use std::{arch::x86_64::*, ops::Range, sync::OnceLock};
 const LANES: usize = 32;
 /// Up to this many tokens weights are streamed from memory once, rows before tokens.
 const FEW: usize = 16;
+/// Up to this many one row after the other: memory is what they wait for.
+const LEAST: usize = 4;
 /// Tokens that are worth a task of their own to be rounded.
 const ROUNDED: usize = 16;
 /// Bytes of weights that stay in a core's second-level cache while tokens pass.
@@ -76,7 +78,7 @@ pub(super) fn multiply(of: &mut [(&Matrix, &mut [f32])], x: &[f32]) {
     let rows = products.iter().map(|p| p.rows).sum();
     let lengths = || products.iter().map(|p| p.rows);
     if tokens <= FEW {
-        in_streams(rows, cols * tokens, if tokens > 4 { 4 } else { 8 }, |(): &mut (), range| {
+        in_streams(rows, cols * tokens, if tokens > LEAST { 4 } else { 8 }, |(): &mut (), range| {
             // SAFETY: rows of the matrix; tasks write disjoint rows of `out`; `runs_here`.
             by_list(range, lengths(), |i, range| unsafe { products[i].few(range) });
         });
@@ -122,59 +124,57 @@ unsafe impl Sync for Product {}
 impl Product {
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
     unsafe fn few(self, range: Range<usize>) {
-        for r in range.clone().step_by(4) {
-            let mut t = 0;
-            while t < self.tokens {
-                // SAFETY: passed on to the caller.
-                t += unsafe {
-                    match self.tokens - t {
-                        8.. => self.some::<8, true>(r, t, range.end),
-                        4.. if self.tokens > 4 => self.some::<4, true>(r, t, range.end),
-                        4.. => self.some::<4, false>(r, t, range.end),
-                        3 => self.some::<3, false>(r, t, range.end),
-                        2 => self.some::<2, false>(r, t, range.end),
-                        _ => self.some::<1, false>(r, t, range.end),
-                    }
-                };
-            }
+        let mut r = range.start;
+        while r < range.end {
+            // SAFETY: passed on to the caller.
+            unsafe {
+                r += match (self.tokens, range.end - r) {
+                    (1, 4..) => self.four::<1>(r),
+                    (2, 4..) => self.four::<2>(r),
+                    (3, 4..) => self.four::<3>(r),
+                    (4, 4..) => self.four::<4>(r),
+                    (5.., 4..) => self.all::<4>(r),
+                    (_, _) => self.all::<1>(r),
+                }
+            };
         }
     }
 
-    /// Four rows, or what there is before `end`, with `T` tokens; says how many tokens.
+    /// `R` rows with all tokens; says how many rows.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-    unsafe fn some<const T: usize, const NEXT: bool>(self, r: usize, t: usize, end: usize) -> usize {
-        // SAFETY: passed on to the caller.
-        unsafe {
-            if end - r >= 4 {
-                self.four::<T, NEXT>(r, t);
-            } else {
-                for r in r..end {
-                    self.tile::<1, T>(r, t);
+    unsafe fn all<const R: usize>(self, r: usize) -> usize {
+        let mut t = 0;
+        while t < self.tokens {
+            // SAFETY: passed on to the caller.
+            t += unsafe {
+                match self.tokens - t {
+                    6.. if t == 0 => self.tile::<R, 6, true>(r, t),
+                    6.. => self.tile::<R, 6, false>(r, t),
+                    4.. if t == 0 => self.tile::<R, 4, true>(r, t),
+                    4.. => self.tile::<R, 4, false>(r, t),
+                    2.. => self.tile::<R, 2, false>(r, t),
+                    _ => self.tile::<R, 1, false>(r, t),
                 }
-            }
+            };
         }
-        T
+        R
     }
 
     /// Four rows with `T` tokens, one row after the other: memory gives one stream half as much again as four side by side, and more yet where
-    /// nothing is fetched ahead that the processor foresees by itself. Where more tokens follow, which find the rows in cache, the first of
-    /// them fetch the `NEXT` rows.
+    /// nothing is fetched ahead that the processor foresees by itself.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-    unsafe fn four<const T: usize, const NEXT: bool>(self, r: usize, t: usize) {
+    unsafe fn four<const T: usize>(self, r: usize) -> usize {
         let mut sums = [[_mm512_setzero_ps(); 4]; T];
         let whole = self.cols / LANES * LANES;
         // SAFETY: rows of the matrix and tokens of `x`; what lies beyond the last column is masked away.
         unsafe {
-            let tokens: [*const u16; T] = std::array::from_fn(|k| self.x.add((t + k) * self.stride));
+            let tokens: [*const u16; T] = std::array::from_fn(|k| self.x.add(k * self.stride));
             for i in 0..4 {
                 let row = self.weights.add((r + i) * self.cols);
                 for c in (0..whole).step_by(LANES) {
                     let w = halves(_mm512_loadu_si512(row.add(c).cast()));
-                    if NEXT {
-                        fetch_next(row.wrapping_add(4 * self.cols + c).cast());
-                    }
                     for k in 0..T {
                         let x = halves(_mm512_loadu_si512(tokens[k].add(c).cast()));
                         sums[k][i] = _mm512_dpbf16_ps(sums[k][i], w, x);
@@ -190,9 +190,10 @@ impl Product {
                 }
             }
             for k in 0..T {
-                _mm_storeu_ps(self.out.pointer().add((t + k) * self.rows + r), added_up(sums[k]));
+                _mm_storeu_ps(self.out.pointer().add(k * self.rows + r), added_up(sums[k]));
             }
         }
+        4
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
@@ -214,20 +215,25 @@ impl Product {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
     unsafe fn column<const T: usize>(self, range: Range<usize>, t: usize) -> usize {
-        let mut r = range.start;
-        // SAFETY: passed on to the caller.
-        unsafe {
-            while r < range.end {
-                r += if range.end - r >= 4 { self.tile::<4, T>(r, t) } else { self.tile::<1, T>(r, t) };
+        for r in range.clone().step_by(4) {
+            // SAFETY: passed on to the caller.
+            unsafe {
+                if range.end - r >= 4 {
+                    self.tile::<4, T, false>(r, t);
+                } else {
+                    for r in r..range.end {
+                        self.tile::<1, T, false>(r, t);
+                    }
+                }
             }
         }
         T
     }
 
-    /// `R` rows with `T` tokens; says how many rows.
+    /// `R` rows with `T` tokens, while the `NEXT` rows are fetched; says how many tokens.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-    unsafe fn tile<const R: usize, const T: usize>(self, r: usize, t: usize) -> usize {
+    unsafe fn tile<const R: usize, const T: usize, const NEXT: bool>(self, r: usize, t: usize) -> usize {
         // SAFETY: rows of the matrix and tokens of `x`; what lies beyond the last column is masked away.
         unsafe {
             let rows: [*const u16; R] = std::array::from_fn(|i| self.weights.add((r + i) * self.cols));
@@ -237,6 +243,11 @@ impl Product {
             let mut c = 0;
             while c < whole {
                 let weights: [__m512bh; R] = std::array::from_fn(|i| halves(_mm512_loadu_si512(rows[i].add(c).cast())));
+                if NEXT {
+                    for row in rows {
+                        fetch(row.wrapping_add(R * self.cols + c).cast());
+                    }
+                }
                 for k in 0..T {
                     let x = halves(_mm512_loadu_si512(tokens[k].add(c).cast()));
                     for i in 0..R {
@@ -269,7 +280,7 @@ impl Product {
                 }
             }
         }
-        R
+        T
     }
 }
 

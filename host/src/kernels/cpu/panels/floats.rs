@@ -11,7 +11,7 @@ use super::{
     sixteen::Avx512,
 };
 use crate::kernels::cpu::{
-    ahead::{self, fetch_next},
+    ahead::{self, fetch_near},
     bf16,
     dequantize::e4m3_to_f32,
     tasks::{Output, by_list, in_streams, in_tasks},
@@ -154,14 +154,15 @@ impl Product<'_> {
                 // SAFETY: passed on to the caller.
                 t += unsafe {
                     match (self.tokens - t, steps % 4) {
-                        (8.., _) => self.tile::<1, 1, 8, true>(table, none, p, t),
-                        (4.., _) if self.tokens > 4 => self.tile::<1, 1, 4, true>(table, none, p, t),
-                        (1, 0) => self.tile::<4, 1, 1, false>(table, none, p, t),
-                        (1, _) => self.tile::<1, 1, 1, false>(table, none, p, t),
-                        (2, 0) => self.tile::<2, 1, 2, false>(table, none, p, t),
-                        (2, _) => self.tile::<1, 1, 2, false>(table, none, p, t),
-                        (3, _) => self.tile::<1, 1, 3, false>(table, none, p, t),
-                        _ => self.tile::<1, 1, 4, false>(table, none, p, t),
+                        (8.., _) => self.tile::<1, 1, 8>(table, none, p, t),
+                        (1, 0) => self.tile::<4, 1, 1>(table, none, p, t),
+                        (1, _) => self.tile::<1, 1, 1>(table, none, p, t),
+                        (2, 0) => self.tile::<2, 1, 2>(table, none, p, t),
+                        (2, _) => self.tile::<1, 1, 2>(table, none, p, t),
+                        (3, 0) => self.tile::<2, 1, 3>(table, none, p, t),
+                        (3, _) => self.tile::<1, 1, 3>(table, none, p, t),
+                        (_, 0) => self.tile::<2, 1, 4>(table, none, p, t),
+                        (_, _) => self.tile::<1, 1, 4>(table, none, p, t),
                     }
                 };
             }
@@ -204,9 +205,9 @@ impl Product<'_> {
         unsafe {
             while t < self.tokens {
                 t += match self.tokens - t {
-                    6.. => self.tile::<0, P, 6, false>(table, opened, p, t),
-                    3.. => self.tile::<0, P, 3, false>(table, opened, p, t),
-                    _ => self.tile::<0, P, 1, false>(table, opened, p, t),
+                    6.. => self.tile::<0, P, 6>(table, opened, p, t),
+                    3.. => self.tile::<0, P, 3>(table, opened, p, t),
+                    _ => self.tile::<0, P, 1>(table, opened, p, t),
                 };
             }
         }
@@ -214,11 +215,11 @@ impl Product<'_> {
     }
 
     /// `P` panels from panel `p` on with `T` tokens from token `t` on; says how many tokens. Numbers have been opened, or lie in their panels
-    /// where some times 32 columns are added up side by side, `ABREAST`, so that they need not wait for each other; the `NEXT` panel may be
-    /// fetched meanwhile.
+    /// where some times 32 columns are added up side by side, `ABREAST`, so that they need not wait for each other. While several tokens
+    /// pass, the next panel is fetched.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vbmi")]
-    unsafe fn tile<const ABREAST: usize, const P: usize, const T: usize, const NEXT: bool>(
+    unsafe fn tile<const ABREAST: usize, const P: usize, const T: usize>(
         &self,
         table: Table,
         opened: [*const u8; P],
@@ -255,8 +256,8 @@ impl Product<'_> {
                                     [_mm512_loadu_si512(line.cast()), _mm512_loadu_si512(line.add(LINE).cast())]
                                 } else {
                                     let line = bases[k].add(blocks.at[LOW] + ((step + u) * COLUMNS / 4 + four) * LINE);
-                                    if NEXT {
-                                        fetch_next(line.wrapping_add(blocks.count * blocks.bytes));
+                                    if P == 1 && T > 1 {
+                                        fetch_near(line.wrapping_add(blocks.count * blocks.bytes));
                                     }
                                     table.open(_mm512_loadu_si512(line.cast()))
                                 };

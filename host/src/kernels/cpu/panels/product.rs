@@ -143,14 +143,11 @@ impl<N: Numbers> Job for Few<'_, N> {
                 // SAFETY: passed on to the caller.
                 t += unsafe {
                     match product.tokens - t {
-                        8.. if S::WIDE => S::run(Tile::<N, 1, 8, true> { product, numbers, opened: None, p, t }),
-                        4.. if product.tokens > 4 => {
-                            S::run(Tile::<N, 1, 4, true> { product, numbers, opened: None, p, t })
-                        }
-                        1 => S::run(Tile::<N, 1, 1, false> { product, numbers, opened: None, p, t }),
-                        2 => S::run(Tile::<N, 1, 2, false> { product, numbers, opened: None, p, t }),
-                        3 => S::run(Tile::<N, 1, 3, false> { product, numbers, opened: None, p, t }),
-                        _ => S::run(Tile::<N, 1, 4, false> { product, numbers, opened: None, p, t }),
+                        8.. if S::WIDE => S::run(Tile::<N, 1, 8> { product, numbers, opened: None, p, t }),
+                        1 => S::run(Tile::<N, 1, 1> { product, numbers, opened: None, p, t }),
+                        2 => S::run(Tile::<N, 1, 2> { product, numbers, opened: None, p, t }),
+                        3 => S::run(Tile::<N, 1, 3> { product, numbers, opened: None, p, t }),
+                        _ => S::run(Tile::<N, 1, 4> { product, numbers, opened: None, p, t }),
                     }
                 };
             }
@@ -221,10 +218,10 @@ impl<N: Numbers> Many<'_, N> {
         unsafe {
             while t < product.tokens {
                 t += match (product.tokens - t, M::BYTES) {
-                    (6.., 1) if S::WIDE => S::run(Tile::<M, P, 6, false> { product, numbers, opened, p, t }),
-                    (4.., _) => S::run(Tile::<M, P, 4, false> { product, numbers, opened, p, t }),
-                    (2.., _) => S::run(Tile::<M, P, 2, false> { product, numbers, opened, p, t }),
-                    (_, _) => S::run(Tile::<M, P, 1, false> { product, numbers, opened, p, t }),
+                    (6.., 1) if S::WIDE => S::run(Tile::<M, P, 6> { product, numbers, opened, p, t }),
+                    (4.., _) => S::run(Tile::<M, P, 4> { product, numbers, opened, p, t }),
+                    (2.., _) => S::run(Tile::<M, P, 2> { product, numbers, opened, p, t }),
+                    (_, _) => S::run(Tile::<M, P, 1> { product, numbers, opened, p, t }),
                 };
             }
         }

@@ -9,7 +9,7 @@ use super::{
     scales::scales,
     sixteen::{Job, Sixteen},
 };
-use crate::kernels::cpu::{ahead::fetch_next, lanes::Isa, tasks::Output};
+use crate::kernels::cpu::{ahead::fetch_near, lanes::Isa, tasks::Output};
 
 /// One product.
 #[derive(Clone, Copy)]
@@ -29,8 +29,8 @@ pub(super) struct Opened {
 }
 
 /// `P` panels from panel `p` on with `T` tokens from token `t` on. A single panel is read as the one stream that it is, and nothing is fetched
-/// ahead: the processor does that better; only where more tokens follow, which find the panel in cache, the first of them fetch the `NEXT` one.
-pub(super) struct Tile<'a, N, const P: usize, const T: usize, const NEXT: bool> {
+/// ahead for one token: the processor does that better. Several keep it busy while the next panel comes.
+pub(super) struct Tile<'a, N, const P: usize, const T: usize> {
     pub(super) product: Product<'a>,
     pub(super) numbers: N,
     pub(super) opened: Option<Opened>,
@@ -38,7 +38,7 @@ pub(super) struct Tile<'a, N, const P: usize, const T: usize, const NEXT: bool> 
     pub(super) t: usize,
 }
 
-impl<N: Numbers, const P: usize, const T: usize, const NEXT: bool> Job for Tile<'_, N, P, T, NEXT> {
+impl<N: Numbers, const P: usize, const T: usize> Job for Tile<'_, N, P, T> {
     /// How many tokens.
     type Out = usize;
     #[inline(always)]
@@ -75,9 +75,9 @@ impl<N: Numbers, const P: usize, const T: usize, const NEXT: bool> Job for Tile<
                     let of = self.group::<S>(tokens, g, |k, step| {
                         let low = lows[k].add(block * low_bytes + (group * steps + step) * N::LOW);
                         let high = bases[k].add(blocks.at[HIGH] + N::high(group * steps + step));
-                        if NEXT {
+                        if P == 1 && T > 1 && self.opened.is_none() {
                             let next = low.wrapping_add(blocks.count * blocks.bytes);
-                            (0..N::LOW).step_by(64).for_each(|line| fetch_next(next.wrapping_add(line)));
+                            (0..N::LOW).step_by(64).for_each(|line| fetch_near(next.wrapping_add(line)));
                         }
                         (low, high, group * steps + step)
                     });
@@ -117,7 +117,7 @@ impl<N: Numbers, const P: usize, const T: usize, const NEXT: bool> Job for Tile<
     }
 }
 
-impl<N: Numbers, const P: usize, const T: usize, const NEXT: bool> Tile<'_, N, P, T, NEXT> {
+impl<N: Numbers, const P: usize, const T: usize> Tile<'_, N, P, T> {
     /// The products of group `g`, added up. `at` says where a panel's step of the group begins, and which of its block it is.
     #[inline(always)]
     unsafe fn group<S: Sixteen>(
