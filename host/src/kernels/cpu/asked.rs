@@ -1,6 +1,8 @@
 //! Streams of weights asked for before they are needed, line by line, where the processor wants to be told. Intel's prefetcher ends with
 //! every page of four kilobytes, and with it as much as a third of the memory's speed; AMD's goes on by itself, and asking costs it a sixth.
 
+use super::ahead::{fetch, fetch_near};
+
 /// Bytes between what is read and what is asked for: into the first-level cache, and where that is not enough, into the second.
 const NEAR: [usize; 2] = [4 << 10, 1 << 10];
 const FAR: usize = 16 << 10;
@@ -26,18 +28,11 @@ pub(super) fn is_wanted() -> bool {
 /// second-level cache, which can wait for more lines at a time.
 #[inline(always)]
 pub(super) fn behind(at: *const u8, bytes: usize, twice: bool) {
-    #[cfg(target_arch = "x86_64")]
     for line in (0..bytes).step_by(64) {
-        use std::arch::x86_64::*;
         let at = at.wrapping_add(line);
-        // SAFETY: a prefetch reads nothing: an address that is not ours does no harm.
-        unsafe {
-            if twice {
-                _mm_prefetch::<_MM_HINT_T1>(at.wrapping_add(FAR).cast());
-            }
-            _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(NEAR[usize::from(twice)]).cast());
+        if twice {
+            fetch(at.wrapping_add(FAR));
         }
+        fetch_near(at.wrapping_add(NEAR[usize::from(twice)]));
     }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = (at, bytes, twice);
 }

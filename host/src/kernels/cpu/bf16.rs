@@ -5,23 +5,38 @@
 //! alone, in a batch and on any number of threads.
 
 use super::{
-    ahead, amx,
+    ahead::{self, fetch},
+    amx,
     lanes::Isa,
     matrix::Matrix,
     tasks::{Output, by_list, in_streams, in_tasks},
     team::each_chunk,
-    unwritten::unwritten,
+    unwritten::{Plain, unwritten},
 };
 use std::{arch::x86_64::*, ops::Range, sync::OnceLock};
 
 /// Columns of a vector.
 const LANES: usize = 32;
 /// Up to this many tokens weights are streamed from memory once, rows before tokens.
-const FEW: usize = 4;
+const FEW: usize = 16;
+/// Up to this many one row after the other: memory is what they wait for.
+const LEAST: usize = 4;
 /// Tokens that are worth a task of their own to be rounded.
 const ROUNDED: usize = 16;
 /// Bytes of weights that stay in a core's second-level cache while tokens pass.
 const CACHED: usize = 1 << 19;
+
+/// A cache line: a vector that straddles two takes twice as long to load.
+#[repr(C, align(64))]
+#[derive(Clone, Copy)]
+struct Line([u16; LANES]);
+
+impl Plain for Line {}
+
+fn flat(lines: &mut [Line]) -> &mut [u16] {
+    // SAFETY: a line is its numbers and nothing else.
+    unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), lines.len() * LANES) }
+}
 
 /// Whether this machine has the instruction.
 pub(super) fn runs_here() -> bool {
@@ -39,12 +54,13 @@ pub(super) fn multiply(of: &mut [(&Matrix, &mut [f32])], x: &[f32]) {
     // Rows whose starts are a power of two apart would all fall into the same few lines of the first-level cache.
     let stride = cols.next_multiple_of(LANES) + LANES;
     // SAFETY: `round` writes a token's whole stride.
-    let mut halves = unsafe { unwritten::<u16>(tokens * stride) };
+    let mut lines = unsafe { unwritten::<Line>(tokens * stride / LANES) };
+    let halves = flat(&mut lines);
     let rounded = |(to, x): (&mut [u16], &[f32])| {
         // SAFETY: `runs_here`; a token's room is whole vectors longer than its columns.
         unsafe { round(x, to) }
     };
-    each_chunk(&mut halves, stride * ROUNDED, |i, halves| {
+    each_chunk(halves, stride * ROUNDED, |i, halves| {
         halves.chunks_exact_mut(stride).zip(x.chunks_exact(cols).skip(i * ROUNDED)).for_each(rounded);
     });
     let product = |(m, out): &mut (&Matrix, &mut [f32])| {
@@ -66,7 +82,7 @@ pub(super) fn multiply(of: &mut [(&Matrix, &mut [f32])], x: &[f32]) {
     let rows = products.iter().map(|p| p.rows).sum();
     let lengths = || products.iter().map(|p| p.rows);
     if tokens <= FEW {
-        in_streams(rows, cols * tokens, 8, |(): &mut (), range| {
+        in_streams(rows, cols * tokens, if tokens > LEAST { 4 } else { 8 }, |(): &mut (), range| {
             // SAFETY: rows of the matrix; tasks write disjoint rows of `out`; `runs_here`.
             by_list(range, lengths(), |i, range| unsafe { products[i].few(range) });
         });
@@ -121,13 +137,32 @@ impl Product {
                     (2, 4..) => self.four::<2>(r),
                     (3, 4..) => self.four::<3>(r),
                     (4, 4..) => self.four::<4>(r),
-                    (1, _) => self.tile::<1, 1>(r, 0),
-                    (2, _) => self.tile::<1, 2>(r, 0),
-                    (3, _) => self.tile::<1, 3>(r, 0),
-                    (_, _) => self.tile::<1, 4>(r, 0),
+                    (5.., 4..) => self.all::<4>(r),
+                    (_, _) => self.all::<1>(r),
                 }
             };
         }
+    }
+
+    /// `R` rows with all tokens; says how many rows.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    unsafe fn all<const R: usize>(self, r: usize) -> usize {
+        let mut t = 0;
+        while t < self.tokens {
+            // SAFETY: passed on to the caller.
+            t += unsafe {
+                match self.tokens - t {
+                    6.. if t == 0 => self.tile::<R, 6, true>(r, t),
+                    6.. => self.tile::<R, 6, false>(r, t),
+                    4.. if t == 0 => self.tile::<R, 4, true>(r, t),
+                    4.. => self.tile::<R, 4, false>(r, t),
+                    2.. => self.tile::<R, 2, false>(r, t),
+                    _ => self.tile::<R, 1, false>(r, t),
+                }
+            };
+        }
+        R
     }
 
     /// Four rows with `T` tokens, one row after the other: memory gives one stream half as much again as four side by side, and more yet where
@@ -184,20 +219,25 @@ impl Product {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
     unsafe fn column<const T: usize>(self, range: Range<usize>, t: usize) -> usize {
-        let mut r = range.start;
-        // SAFETY: passed on to the caller.
-        unsafe {
-            while r < range.end {
-                r += if range.end - r >= 4 { self.tile::<4, T>(r, t) } else { self.tile::<1, T>(r, t) };
+        for r in range.clone().step_by(4) {
+            // SAFETY: passed on to the caller.
+            unsafe {
+                if range.end - r >= 4 {
+                    self.tile::<4, T, false>(r, t);
+                } else {
+                    for r in r..range.end {
+                        self.tile::<1, T, false>(r, t);
+                    }
+                }
             }
         }
         T
     }
 
-    /// `R` rows with `T` tokens; says how many rows.
+    /// `R` rows with `T` tokens, while the `NEXT` rows are fetched; says how many tokens.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-    unsafe fn tile<const R: usize, const T: usize>(self, r: usize, t: usize) -> usize {
+    unsafe fn tile<const R: usize, const T: usize, const NEXT: bool>(self, r: usize, t: usize) -> usize {
         // SAFETY: rows of the matrix and tokens of `x`; what lies beyond the last column is masked away.
         unsafe {
             let rows: [*const u16; R] = std::array::from_fn(|i| self.weights.add((r + i) * self.cols));
@@ -207,6 +247,11 @@ impl Product {
             let mut c = 0;
             while c < whole {
                 let weights: [__m512bh; R] = std::array::from_fn(|i| halves(_mm512_loadu_si512(rows[i].add(c).cast())));
+                if NEXT {
+                    for row in rows {
+                        fetch(row.wrapping_add(R * self.cols + c).cast());
+                    }
+                }
                 for k in 0..T {
                     let x = halves(_mm512_loadu_si512(tokens[k].add(c).cast()));
                     for i in 0..R {
@@ -239,7 +284,7 @@ impl Product {
                 }
             }
         }
-        R
+        T
     }
 }
 

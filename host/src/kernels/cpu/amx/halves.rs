@@ -130,7 +130,7 @@ impl Product {
         let next = self.weights.wrapping_add((row + PAIR) * self.cols).cast::<Line>();
         for step in 0..self.cols / STEP {
             for line in step * PAIR..(step + 1) * PAIR {
-                _mm_prefetch::<_MM_HINT_T1>(next.wrapping_add(line).cast());
+                ahead::fetch(next.wrapping_add(line).cast());
             }
             // SAFETY: passed on to the caller; columns are whole steps.
             unsafe { tiles.halves(from, 1) };

@@ -11,7 +11,8 @@ use super::{
     sixteen::Avx512,
 };
 use crate::kernels::cpu::{
-    ahead, bf16,
+    ahead::{self, fetch_near},
+    bf16,
     dequantize::e4m3_to_f32,
     tasks::{Output, by_list, in_streams, in_tasks},
     team::each_chunk,
@@ -19,8 +20,8 @@ use crate::kernels::cpu::{
 };
 use std::{arch::x86_64::*, ops::Range};
 
-/// Up to this many tokens bytes become bfloat16 in registers.
-const FEW: usize = 4;
+/// Up to this many tokens bytes become bfloat16 in registers, from a panel that stays in the first-level cache while tokens pass.
+const FEW: usize = 16;
 /// Tokens that are worth a task of their own to be rounded.
 const ROUNDED: usize = 16;
 /// Columns whose products are added up before they meet a scale; groups are multiples of it.
@@ -55,7 +56,7 @@ pub(super) fn multiply(of: &mut [(&Panels, &mut [f32])], x: &[f32]) {
     let lengths = || products.iter().map(|p| p.panels.rows.div_ceil(LANES));
     let (panels, size) = (lengths().sum(), LANES * cols * tokens);
     if tokens <= FEW {
-        in_streams(panels, size, 4, |(): &mut (), range| {
+        in_streams(panels, size, if tokens > 4 { 1 } else { 4 }, |(): &mut (), range| {
             // SAFETY: panels that there are; tasks write disjoint rows of the output; `runs_here`.
             by_list(range, lengths(), |i, range| unsafe { products[i].few(range) });
         });
@@ -150,17 +151,23 @@ impl Product<'_> {
         let (table, none) = (Table::new(), [std::ptr::null()]);
         let steps = self.panels.blocks.groups * self.panels.layout.group / COLUMNS;
         for p in range {
-            // SAFETY: passed on to the caller.
-            unsafe {
-                match (self.tokens, steps % 4) {
-                    (1, 0) => self.tile::<4, 1, 1>(table, none, p, 0),
-                    (1, _) => self.tile::<1, 1, 1>(table, none, p, 0),
-                    (2, 0) => self.tile::<2, 1, 2>(table, none, p, 0),
-                    (2, _) => self.tile::<1, 1, 2>(table, none, p, 0),
-                    (3, _) => self.tile::<1, 1, 3>(table, none, p, 0),
-                    _ => self.tile::<1, 1, 4>(table, none, p, 0),
-                }
-            };
+            let mut t = 0;
+            while t < self.tokens {
+                // SAFETY: passed on to the caller.
+                t += unsafe {
+                    match (self.tokens - t, steps % 4) {
+                        (8.., _) => self.tile::<1, 1, 8>(table, none, p, t),
+                        (1, 0) => self.tile::<4, 1, 1>(table, none, p, t),
+                        (1, _) => self.tile::<1, 1, 1>(table, none, p, t),
+                        (2, 0) => self.tile::<2, 1, 2>(table, none, p, t),
+                        (2, _) => self.tile::<1, 1, 2>(table, none, p, t),
+                        (3, 0) => self.tile::<2, 1, 3>(table, none, p, t),
+                        (3, _) => self.tile::<1, 1, 3>(table, none, p, t),
+                        (_, 0) => self.tile::<2, 1, 4>(table, none, p, t),
+                        (_, _) => self.tile::<1, 1, 4>(table, none, p, t),
+                    }
+                };
+            }
         }
     }
 
@@ -210,7 +217,8 @@ impl Product<'_> {
     }
 
     /// `P` panels from panel `p` on with `T` tokens from token `t` on; says how many tokens. Numbers have been opened, or lie in their panels
-    /// where some times 32 columns are added up side by side, `ABREAST`, so that they need not wait for each other.
+    /// where some times 32 columns are added up side by side, `ABREAST`, so that they need not wait for each other. While several tokens
+    /// pass, the next panel is fetched.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vbmi")]
     unsafe fn tile<const ABREAST: usize, const P: usize, const T: usize>(
@@ -249,8 +257,11 @@ impl Product<'_> {
                                     let line = opened[k].add(column / 4 * 2 * LINE);
                                     [_mm512_loadu_si512(line.cast()), _mm512_loadu_si512(line.add(LINE).cast())]
                                 } else {
-                                    let line = ((step + u) * COLUMNS / 4 + four) * LINE;
-                                    table.open(_mm512_loadu_si512(bases[k].add(blocks.at[LOW] + line).cast()))
+                                    let line = bases[k].add(blocks.at[LOW] + ((step + u) * COLUMNS / 4 + four) * LINE);
+                                    if P == 1 && T > 1 {
+                                        fetch_near(line.wrapping_add(blocks.count * blocks.bytes));
+                                    }
+                                    table.open(_mm512_loadu_si512(line.cast()))
                                 };
                                 for i in 0..T {
                                     let two = x[i].add(column).cast::<i32>();

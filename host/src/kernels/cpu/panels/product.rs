@@ -18,8 +18,9 @@ use crate::kernels::cpu::{
 };
 use std::ops::Range;
 
-/// Up to this many tokens numbers are taken out in registers.
-const FEW: usize = 4;
+/// Up to this many tokens numbers are taken out in registers, from a panel that comes from memory once: it stays in the first-level cache while
+/// tokens pass, and the next one is fetched meanwhile.
+const FEW: usize = 16;
 
 /// Whether this machine has the instructions.
 pub(super) fn runs_here(layout: &Layout) -> bool {
@@ -94,21 +95,21 @@ fn run<N: Numbers>(products: &[Product], numbers: N) {
     let Some(first) = products.first() else { return };
     let lengths = || products.iter().map(|p| p.panels.rows.div_ceil(LANES));
     let (panels, size) = (lengths().sum(), LANES * first.panels.cols * first.tokens);
-    if first.tokens <= FEW {
-        in_streams(panels, size, 4, |(): &mut (), range| {
-            // SAFETY: panels that there are; tasks write disjoint rows of the output; panels exist only where the machine has the instructions.
-            by_list(range, lengths(), |i, range| unsafe {
-                dispatch(first.isa, Few { product: products[i], numbers, range })
-            });
-        });
-        return;
-    }
     #[cfg(target_arch = "x86_64")]
     if first.isa == Isa::Amx && amx::is_worth_while(first) {
         let x = amx::Tiled::new(first);
         in_tasks(panels, size, 4, usize::MAX, |scratch, range| {
-            // SAFETY: as above.
+            // SAFETY: panels that there are; tasks write disjoint rows of the output; panels exist only where the machine has the instructions.
             by_list(range, lengths(), |i, range| unsafe { products[i].on_tiles(numbers, &x, range, scratch) });
+        });
+        return;
+    }
+    if first.tokens <= FEW {
+        in_streams(panels, size, if first.tokens > 4 { 1 } else { 4 }, |(): &mut (), range| {
+            // SAFETY: as above.
+            by_list(range, lengths(), |i, range| unsafe {
+                dispatch(first.isa, Few { product: products[i], numbers, range })
+            });
         });
         return;
     }
@@ -138,13 +139,17 @@ impl<N: Numbers> Job for Few<'_, N> {
     unsafe fn run<S: Sixteen>(self) {
         let Self { product, numbers, range } = self;
         for p in range {
-            // SAFETY: passed on to the caller.
-            unsafe {
-                match product.tokens {
-                    1 => S::run(Tile::<N, 1, 1> { product, numbers, opened: None, p, t: 0 }),
-                    2 => S::run(Tile::<N, 1, 2> { product, numbers, opened: None, p, t: 0 }),
-                    3 => S::run(Tile::<N, 1, 3> { product, numbers, opened: None, p, t: 0 }),
-                    _ => S::run(Tile::<N, 1, 4> { product, numbers, opened: None, p, t: 0 }),
+            let mut t = 0;
+            while t < product.tokens {
+                // SAFETY: passed on to the caller.
+                t += unsafe {
+                    match product.tokens - t {
+                        8.. if S::WIDE => S::run(Tile::<N, 1, 8> { product, numbers, opened: None, p, t }),
+                        1 => S::run(Tile::<N, 1, 1> { product, numbers, opened: None, p, t }),
+                        2 => S::run(Tile::<N, 1, 2> { product, numbers, opened: None, p, t }),
+                        3 => S::run(Tile::<N, 1, 3> { product, numbers, opened: None, p, t }),
+                        _ => S::run(Tile::<N, 1, 4> { product, numbers, opened: None, p, t }),
+                    }
                 };
             }
         }

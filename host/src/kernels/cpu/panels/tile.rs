@@ -9,7 +9,7 @@ use super::{
     scales::scales,
     sixteen::{Job, Sixteen},
 };
-use crate::kernels::cpu::{asked, lanes::Isa, tasks::Output};
+use crate::kernels::cpu::{ahead::fetch_near, asked, lanes::Isa, tasks::Output};
 
 /// One product.
 #[derive(Clone, Copy)]
@@ -30,8 +30,8 @@ pub(super) struct Opened {
     pub(super) pitch: usize,
 }
 
-/// `P` panels from panel `p` on with `T` tokens from token `t` on. A single panel is read as the one stream that it is, and
-/// [asked for](asked) only where the processor does not foresee that better.
+/// `P` panels from panel `p` on with `T` tokens from token `t` on. A single panel is read as the one stream that it is, for one token
+/// [asked for](asked) only where the processor does not foresee that better. Several keep it busy while the next panel comes.
 pub(super) struct Tile<'a, N, const P: usize, const T: usize> {
     pub(super) product: Product<'a>,
     pub(super) numbers: N,
@@ -68,7 +68,7 @@ impl<N: Numbers, const P: usize, const T: usize> Job for Tile<'_, N, P, T> {
             let low_bytes = if self.opened.is_some() { blocks.groups * steps * N::LOW } else { blocks.bytes };
             let mut sums = [[S::splat_f32(0.0); T]; P];
             let mut g = 0;
-            let asks = P == 1 && self.opened.is_none() && self.product.asks;
+            let asks = [P, T] == [1, 1] && self.t == 0 && self.opened.is_none() && self.product.asks;
             let share = blocks.bytes / blocks.groups;
             for block in 0..blocks.count {
                 let mut bases = panels;
@@ -82,6 +82,10 @@ impl<N: Numbers, const P: usize, const T: usize> Job for Tile<'_, N, P, T> {
                     let of = self.group::<S>(tokens, g, |k, step| {
                         let low = lows[k].add(block * low_bytes + (group * steps + step) * N::LOW);
                         let high = bases[k].add(blocks.at[HIGH] + N::high(group * steps + step));
+                        if P == 1 && T > 1 && self.opened.is_none() {
+                            let next = low.wrapping_add(blocks.count * blocks.bytes);
+                            (0..N::LOW).step_by(64).for_each(|line| fetch_near(next.wrapping_add(line)));
+                        }
                         (low, high, group * steps + step)
                     });
                     for k in 0..P {
