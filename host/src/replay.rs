@@ -51,8 +51,9 @@ struct Recorded {
     positions: Tensor,
     /// `[sequences, 3]`: id, log-probability, soundness.
     told: Tensor,
-    /// The same on the host, for this step and the one ahead.
-    heard: [PinnedHostSlice<u32>; 2],
+    /// `[2, sequences, 3]`, the same on the host, where the step writes it at the end: a token at an even position, then one at an odd one,
+    /// so that a step ahead leaves the one in hand alone.
+    heard: PinnedHostSlice<u32>,
     /// `[sequences, vocab]`, f32; known once the step ran op by op.
     logits: Option<Tensor>,
     /// Whether they are rounded to bf16.
@@ -72,8 +73,6 @@ struct Recorded {
     ahead: Option<(CudaEvent, bool)>,
     /// The sampler on the device: where the host's is, or a token further where the step in hand or that ahead has drawn one.
     drawing: Option<Drawing>,
-    /// Which of `heard` the latest step tells.
-    turn: usize,
 }
 
 // SAFETY: graphs may be used on any thread, by one at a time, and the mutex lets in one at a time.
@@ -141,19 +140,26 @@ impl Replays {
     }
 }
 
+impl Drop for Recorded {
+    fn drop(&mut self) {
+        // A step ahead still writes to the host; if that cannot be waited for there is nobody to tell.
+        let _ = self.device.cuda_stream().synchronize();
+    }
+}
+
 impl Recorded {
     fn new(device: &CudaDevice, sequences: usize) -> Result<Self> {
         let on = &Device::Cuda(device.clone());
         let numbers = |count: usize| Tensor::zeros(count, DType::U32, on);
         let context = device.cuda_stream().context().clone();
-        // SAFETY: nothing is read there before a copy to it has ended.
-        let pinned = || unsafe { context.alloc_pinned_with_flags::<u32>(3 * sequences, 0) }.w();
+        // SAFETY: nothing is read there before a step that writes it has ended.
+        let heard = unsafe { context.alloc_pinned_with_flags::<u32>(2 * 3 * sequences, 0) }.w()?;
         Ok(Recorded {
             device: device.clone(),
             ids: numbers(sequences)?,
             positions: numbers(sequences)?,
             told: Tensor::zeros((sequences, 3), DType::U32, on)?,
-            heard: [pinned()?, pinned()?],
+            heard,
             logits: None,
             coarse: false,
             scratch: Vec::new(),
@@ -164,7 +170,6 @@ impl Recorded {
             done: None,
             ahead: None,
             drawing: None,
-            turn: 0,
         })
     }
 
@@ -203,7 +208,6 @@ impl Recorded {
             if done.1 {
                 self.drawing = None;
             }
-            self.turn ^= 1;
             self.upload(&reads)?;
         } else if !known {
             self.upload(&reads)?;
@@ -228,7 +232,7 @@ impl Recorded {
                 .map(|(i, _)| i)
                 .collect();
             self.logits = Some(kept);
-            self.done = Some((self.tell()?, false));
+            self.done = Some((self.end()?, false));
             return Ok(());
         };
         if fits {
@@ -239,7 +243,7 @@ impl Recorded {
             self.caches = caches;
         }
         self.launch()?;
-        self.done = Some((self.tell()?, false));
+        self.done = Some((self.end()?, false));
         Ok(())
     }
 
@@ -263,7 +267,9 @@ impl Recorded {
     }
 
     fn choose(&self, logits: &Tensor, kept: &Tensor) -> candle_core::Result<()> {
-        step::choose(logits, kept, &self.ids, &self.positions, &self.told)
+        // Pinned memory has one address for the host and the device.
+        let heard = self.heard.as_ptr().w()? as u64;
+        step::choose(logits, kept, [&self.ids, &self.positions, &self.told], heard)
     }
 
     fn record(&mut self, model: &Model, inputs: &mut [Input], logits: &Tensor) -> Result<CudaGraph> {
@@ -296,14 +302,15 @@ impl Recorded {
         Ok(graph.launch().w()?)
     }
 
-    /// Sends what was chosen to the host.
-    fn tell(&mut self) -> Result<CudaEvent> {
-        let stream = self.device.cuda_stream();
-        let told = address(&self.told)?;
-        let heard = self.heard[self.turn].as_mut_slice().w()?;
-        // SAFETY: both have three numbers a sequence; nobody reads there before the event below.
-        unsafe { result::memcpy_dtoh_async(heard, told, stream.cu_stream()) }.w()?;
-        Ok(stream.record_event(None).w()?)
+    /// When what is in the stream has been done.
+    fn end(&self) -> Result<CudaEvent> {
+        Ok(self.device.cuda_stream().record_event(None).w()?)
+    }
+
+    /// Where `heard` has what was chosen for a sequence behind the token at a position.
+    fn place(&self, sequence: usize, position: usize) -> std::ops::Range<usize> {
+        let at = 3 * (position % 2 * (self.heard.len() / 6) + sequence);
+        at..at + 3
     }
 
     /// A replayed step wrote a row for each sequence.
@@ -325,7 +332,8 @@ impl Recorded {
             return Err(Error::Device("--device cuda: no step was started".into()));
         };
         if let Ending::Drawn(sampler, text) = ending
-            && let Some(drawn) = self.draw_by(sampler, text, has_drawn)?
+            && let Some(drawn) =
+                self.draw_by(sampler, text, has_drawn, inputs.first().map_or(0, |i| i.state.offset - 1))?
         {
             done = drawn;
         }
@@ -333,23 +341,24 @@ impl Recorded {
         if matches!(ending, Ending::Logits) || draws && self.drawing.is_none() {
             return Ok(Made::Logits(logits.to_vec2::<f32>()?));
         }
-        let turn = self.turn;
         if self.graph.is_some() && caches(model, inputs)? == self.caches {
-            self.turn ^= 1;
             self.launch()?;
-            self.ahead = Some((if draws { self.draw(true)? } else { self.tell()? }, draws));
+            let next = inputs.first().map_or(0, |i| i.state.offset);
+            self.ahead = Some((if draws { self.draw(true, next)? } else { self.end()? }, draws));
         }
         done.synchronize().w()?;
         let mut chosen = Vec::with_capacity(inputs.len());
-        for told in self.heard[turn].as_slice().w()?.chunks_exact(3) {
-            if told[2] == 0 {
+        let heard = self.heard.as_slice().w()?;
+        for (sequence, input) in inputs.iter().enumerate() {
+            let Some(&[id, logprob, sound]) = heard.get(self.place(sequence, input.state.offset - 1)) else { break };
+            if sound == 0 {
                 return Err(Error::Generate(
                     "logits: one is no number, or infinite, so no token can be chosen: the weights are damaged, or the dtype is too narrow \
                      for this model"
                         .into(),
                 ));
             }
-            chosen.push((told[0], f32::from_bits(told[1])));
+            chosen.push((id, f32::from_bits(logprob)));
         }
         if let (true, Some(drawing), Some(&(id, _))) = (draws, &mut self.drawing, chosen.first()) {
             drawing.heard(id);

@@ -4,11 +4,14 @@
 use super::{Made, Recorded};
 use crate::{
     error::{Error, Result},
-    kernels::cuda::sample::Drawing,
+    kernels::cuda::{sample::Drawing, step::address},
     model::{Input, Model},
     sampler::{Choice, Sampler},
 };
-use candle_core::cuda_backend::cudarc::driver::CudaEvent;
+use candle_core::cuda_backend::{
+    WrapErr,
+    cudarc::driver::{CudaEvent, result},
+};
 
 /// What is wanted of a step.
 #[derive(Clone, Copy)]
@@ -38,9 +41,15 @@ impl Model {
 }
 
 impl Recorded {
-    /// Draws a token from the logits of the step in hand, unless it `has_drawn` one already as this sampler would; when it will have been
+    /// Draws a token from the logits of the step in hand, that of the token at `position`, unless it `has_drawn` one already as this sampler would; when it will have been
     /// heard of. Where the settings cannot be taken to the device there is no `drawing` afterwards.
-    pub(super) fn draw_by(&mut self, sampler: &Sampler, text: &[u32], has_drawn: bool) -> Result<Option<CudaEvent>> {
+    pub(super) fn draw_by(
+        &mut self,
+        sampler: &Sampler,
+        text: &[u32],
+        has_drawn: bool,
+        position: usize,
+    ) -> Result<Option<CudaEvent>> {
         let Some(logits) = &self.logits else { return Ok(None) };
         let width = logits.dim(1)?;
         let fits = self.drawing.as_ref().is_some_and(|drawing| drawing.is_at(sampler, text, width));
@@ -48,17 +57,23 @@ impl Recorded {
             self.drawing = Drawing::new(sampler, text, width, &self.device)?;
         }
         match self.drawing.is_some() && !(fits && has_drawn) {
-            true => self.draw(!has_drawn).map(Some),
+            true => self.draw(!has_drawn, position).map(Some),
             false => Ok(None),
         }
     }
 
-    /// Draws a token from the logits of the latest step, the largest of which it has told if it is `known`.
-    pub(super) fn draw(&mut self, known: bool) -> Result<CudaEvent> {
+    /// Draws a token from the logits of the latest step, that of the token at `position`, the largest of which it has told if it is `known`.
+    pub(super) fn draw(&mut self, known: bool, position: usize) -> Result<CudaEvent> {
         let (Some(drawing), Some(logits)) = (&self.drawing, &self.logits) else {
             return Err(Error::Device("--device cuda: no sampler is there".into()));
         };
         drawing.run(logits, [self.coarse, known], &self.ids, &self.told)?;
-        self.tell()
+        let (place, from) = (self.place(0, position), address(&self.told)?);
+        let stream = self.device.cuda_stream();
+        if let Some(heard) = self.heard.as_mut_slice().w()?.get_mut(place) {
+            // SAFETY: both have three numbers; nobody reads there before the event below.
+            unsafe { result::memcpy_dtoh_async(heard, from, stream.cu_stream()) }.w()?;
+        }
+        self.end()
     }
 }

@@ -3,27 +3,42 @@
 // is read once for all of them. Keys and values come through shared memory that each lane fills and reads alone, in its own order.
 #include "attention.cuh"
 
-constexpr int WARPS = 4, AHEAD = 2, MOST_SEQUENCES = 32;
+// Blocks of a cluster are 8 at most.
+constexpr int AHEAD = 2, MOST_SEQUENCES = 32, MOST_SPLITS = 8;
+// Warps of a block. Clusters are for few queries, which leave multiprocessors alone; what they wait for is the longest share of a warp.
+template <int D, bool CLUSTERED> constexpr int warps_of = CLUSTERED && D <= 128 ? 8 : 4;
 
 template <int D> constexpr int PIECES = 4 * (D / 32) ;
 // Shared memory: queries, then each warp's ring; in its place later what the warps add up.
-template <int D> constexpr int few_shared = 16 * (D + 32) * 2 + (WARPS * AHEAD * PIECES<D> * 512 > WARPS * 16 * (D + 4) * 4 ? WARPS * AHEAD * PIECES<D> * 512 : WARPS * 16 * (D + 4) * 4);
+template <int D, int WARPS> constexpr int few_shared = 16 * (D + 32) * 2 + (WARPS * AHEAD * PIECES<D> * 512 > WARPS * 16 * (D + 4) * 4 ? WARPS * AHEAD * PIECES<D> * 512 : WARPS * 16 * (D + 4) * 4);
 
-// A number in the shared memory of another block of the cluster, at the same place there as `at` is here.
-__device__ __forceinline__ float of_block(const float *at, int block) {
-    float x = 0;
+// In clusters, behind that: what the other blocks give this one to add up.
+template <int D, int WARPS> constexpr int given_shared = (16 * D + 7 * 32 * WARPS) * 4;
+
+// Writes to the shared memory of another block of the cluster, at the same place there as `at` is here.
+__device__ __forceinline__ void give(float *at, int block, float x) {
 #if __CUDA_ARCH__ >= 900
     uint32_t there;
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(uint32_t(__cvta_generic_to_shared(at))), "r"(block));
-    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(there) : "memory");
+    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(x) : "memory");
 #endif
-    return x;
 }
-// All threads of the cluster come here, and see what the others wrote before.
+// All threads of the cluster come here: to say that their block runs, and to know that all do, or to see what the others wrote before.
+__device__ __forceinline__ void cluster_runs() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
 __device__ __forceinline__ void cluster_sync() {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 #endif
+    cluster_wait();
 }
 
 // What queries, keys and values go through on their way here, where that has not been done: norms of heads, turns by positions, and the
@@ -42,7 +57,7 @@ struct Turned {
 };
 
 // A warp takes a head that it has in `x`, lane by lane; `put` has the number that goes to a lane.
-template <int D, class Put> __device__ __forceinline__ void turn_head(const Turned &t, float (&x)[D / 32], bool normed, const float *weight, float eps, const float2 *angles, float *row, Put put) {
+template <int D, class Put> __device__ __forceinline__ void turn_head(const Turned &t, float (&x)[D / 32], bool normed, const float (&weight)[D / 32], float eps, const float2 *angles, float *row, Put put) {
     const int lane = threadIdx.x % 32;
     if (normed) {
         float squares = 0;
@@ -53,7 +68,7 @@ template <int D, class Put> __device__ __forceinline__ void turn_head(const Turn
         const float scale = rsqrtf(squares / D + eps);
         // Rounded as a norm by itself rounds.
 #pragma unroll
-        for (int i = 0; i < D / 32; i++) x[i] = to_float(__float2bfloat16(x[i] * scale * (weight ? weight[lane + 32 * i] : 1.f)));
+        for (int i = 0; i < D / 32; i++) x[i] = to_float(__float2bfloat16(x[i] * scale * weight[i]));
     }
 #pragma unroll
     for (int i = 0; i < D / 32; i++) row[lane + 32 * i] = x[i];
@@ -74,7 +89,7 @@ template <int D, class Put> __device__ __forceinline__ void turn_head(const Turn
 // CLUSTERED: the splits of a query are one cluster, whose blocks look into each other's shared memory, and no device memory is needed.
 // TURNED: queries are to be turned first, and keys and values to join their cache.
 template <int D, bool CLUSTERED, bool TURNED> __device__ __forceinline__ void attend_few(const Seen &a, const Turned *t, uint8_t *shared) {
-    constexpr int STEPS = D / 32, HALVES = D / 64, QROW = D + 32, ROW = D + 4;
+    constexpr int STEPS = D / 32, HALVES = D / 64, QROW = D + 32, ROW = D + 4, WARPS = warps_of<D, CLUSTERED>;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, c = lane % 4;
     const int group = a.heads / a.kv_heads, parts = (group + 15) / 16;
     const int kv = blockIdx.y / parts, head = kv * group + blockIdx.y % parts * 16, rows = min(16, group - blockIdx.y % parts * 16);
@@ -82,6 +97,7 @@ template <int D, bool CLUSTERED, bool TURNED> __device__ __forceinline__ void at
     // Rows of queries lie half of all banks apart, so that the two that are read at once do not meet.
     __nv_bfloat16 *queries = reinterpret_cast<__nv_bfloat16 *>(shared);
     let_next_start();
+    if (CLUSTERED && a.splits > 1) cluster_runs();
     // Positions are older than any kernel that may still run: a step begins when the one before it has ended.
     const uint32_t position = a.positions[token];
     const Cache cache = TURNED ? t->of[token] : a.cache;
@@ -128,6 +144,12 @@ template <int D, bool CLUSTERED, bool TURNED> __device__ __forceinline__ void at
             angles[i] = make_float2(cosine * t->amplitude, sine * t->amplitude * t->sign);
         }
         for (int i = threadIdx.x; i < (16 - rows) * (D / 8); i += blockDim.x) *reinterpret_cast<uint4 *>(queries + (rows + i / (D / 8)) * QROW + i % (D / 8) * 8) = make_uint4(0, 0, 0, 0);
+        float q_weight[D / 32], k_weight[D / 32];
+#pragma unroll
+        for (int i = 0; i < D / 32; i++) {
+            q_weight[i] = t->q_weight ? t->q_weight[lane + 32 * i] : 1.f;
+            k_weight[i] = t->k_weight ? t->k_weight[lane + 32 * i] : 1.f;
+        }
         __syncthreads();
         wait_for_previous();
         // The block with the last entries takes the new one in; where heads that share keys have several blocks, each writes the same.
@@ -150,7 +172,10 @@ template <int D, bool CLUSTERED, bool TURNED> __device__ __forceinline__ void at
             load(r + WARPS);
             const bool query = r < rows;
             __nv_bfloat16 *to = query ? queries + r * QROW : cache.k + entry;
-            turn_head<D>(*t, x, query ? t->q_normed : t->k_normed, query ? t->q_weight : t->k_weight, query ? t->q_eps : t->k_eps, angles, turning[warp], [&](int at, float v) { to[at] = __float2bfloat16(v); });
+            float weight[D / 32];
+#pragma unroll
+            for (int i = 0; i < D / 32; i++) weight[i] = query ? q_weight[i] : k_weight[i];
+            turn_head<D>(*t, x, query ? t->q_normed : t->k_normed, weight, query ? t->q_eps : t->k_eps, angles, turning[warp], [&](int at, float v) { to[at] = __float2bfloat16(v); });
         }
         __syncthreads();
         if (!before)
@@ -260,50 +285,64 @@ template <int D, bool CLUSTERED, bool TURNED> __device__ __forceinline__ void at
     };
     auto weight = [](float top, float peak) { return top == -INFINITY ? 0.f : power_of_two(top - peak); };
     // The block's own part, of its warps.
-    __shared__ float own_top[16], own_total[16];
-    const size_t place = size_t(token) * gridDim.y + blockIdx.y;
-    float *all = a.partial + place * a.splits * 16 * ROW;
-    for (int i = threadIdx.x; i < rows * D; i += blockDim.x) {
-        const int r = i / D, x = i % D;
-        float peak = -INFINITY, sum = 0, value = 0;
+    __shared__ float own_top[16], own_total[16], shares_of[WARPS][16];
+    // A block has as many lanes of the result to add up as it has threads, then another block its own, and so on in turns. It is given them
+    // [splits][each], and every block's tops and totals.
+    __shared__ float tops_given[MOST_SPLITS][16], totals_given[MOST_SPLITS][16];
+    float *given = reinterpret_cast<float *>(shared + few_shared<D, WARPS>);
+    const int each_given = (rows * D + a.splits * blockDim.x - 1) / (a.splits * blockDim.x) * blockDim.x;
+    if (threadIdx.x < rows) {
+        const int r = threadIdx.x;
+        float peak = -INFINITY, sum = 0;
 #pragma unroll
         for (int w = 0; w < WARPS; w++) peak = fmaxf(peak, sums[(w * 16 + r) * ROW + D]);
 #pragma unroll
         for (int w = 0; w < WARPS; w++) {
-            const float *part = sums + (w * 16 + r) * ROW;
-            float share = weight(part[D], peak);
-            sum += share * part[D + 1], value += share * part[x];
+            const float share = weight(sums[(w * 16 + r) * ROW + D], peak);
+            shares_of[w][r] = share, sum += share * sums[(w * 16 + r) * ROW + D + 1];
         }
+        own_top[r] = peak, own_total[r] = sum;
+    }
+    if (CLUSTERED && a.splits > 1) cluster_wait();
+    __syncthreads();
+    const size_t place = size_t(token) * gridDim.y + blockIdx.y;
+    float *all = a.partial + place * a.splits * 16 * ROW;
+#pragma unroll 4
+    for (int i = threadIdx.x, n = 0; i < rows * D; i += blockDim.x, n++) {
+        const int r = i / D, x = i % D;
+        float value = 0;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) value += shares_of[w][r] * sums[(w * 16 + r) * ROW + x];
         if (a.splits == 1) {
-            finish(r, x, peak, sum, value);
+            finish(r, x, own_top[r], own_total[r], value);
         } else if constexpr (CLUSTERED) {
-            // Nobody else reads here any more.
-            sums[r * ROW + x] = value;
-            if (x == 0) own_top[r] = peak, own_total[r] = sum;
+            give(given + split * each_given + n / a.splits * blockDim.x + threadIdx.x, n % a.splits, value);
         } else {
             float *to = all + (split * 16 + r) * ROW;
             to[x] = value;
-            if (x == 0) to[D] = peak, to[D + 1] = sum;
+            if (x == 0) to[D] = own_top[r], to[D + 1] = own_total[r];
         }
     }
     if (a.splits == 1) return;
     if constexpr (CLUSTERED) {
+        for (int i = threadIdx.x; i < rows * a.splits; i += blockDim.x) {
+            const int r = i / a.splits, block = i % a.splits;
+            give(&tops_given[split][r], block, own_top[r]), give(&totals_given[split][r], block, own_total[r]);
+        }
         cluster_sync();
-        for (int i = split * blockDim.x + threadIdx.x; i < rows * D; i += a.splits * blockDim.x) {
+        for (int i = split * blockDim.x + threadIdx.x, n = threadIdx.x; i < rows * D; i += a.splits * blockDim.x, n += blockDim.x) {
             const int r = i / D, x = i % D;
-            float tops[8], peak = -INFINITY, sum = 0, value = 0;
+            float tops[MOST_SPLITS], peak = -INFINITY, sum = 0, value = 0;
 #pragma unroll
-            for (int s = 0; s < 8; s++) tops[s] = s < a.splits ? of_block(own_top + r, s) : -INFINITY, peak = fmaxf(peak, tops[s]);
+            for (int s = 0; s < MOST_SPLITS; s++) tops[s] = s < a.splits ? tops_given[s][r] : -INFINITY, peak = fmaxf(peak, tops[s]);
 #pragma unroll
-            for (int s = 0; s < 8; s++)
+            for (int s = 0; s < MOST_SPLITS; s++)
                 if (s < a.splits) {
                     const float share = weight(tops[s], peak);
-                    sum += share * of_block(own_total + r, s), value += share * of_block(sums + r * ROW + x, s);
+                    sum += share * totals_given[s][r], value += share * given[s * each_given + n];
                 }
             finish(r, x, peak, sum, value);
         }
-        // Shared memory stays until everybody has read it.
-        cluster_sync();
         return;
     }
     // The block that comes last adds up all splits.
@@ -350,11 +389,11 @@ template <int D, bool CLUSTERED, bool TURNED> __device__ __forceinline__ void at
 }
 
 #define ATTEND_FEW(D, NAME, CLUSTERED)                                                                                                     \
-    extern "C" __global__ void __launch_bounds__(WARPS * 32) attend_##NAME##_##D(const __grid_constant__ Seen a) {                        \
+    extern "C" __global__ void __launch_bounds__(warps_of<D, CLUSTERED> * 32) attend_##NAME##_##D(const __grid_constant__ Seen a) {                        \
         extern __shared__ __align__(16) uint8_t shared[];                                                                                  \
         attend_few<D, CLUSTERED, false>(a, nullptr, shared);                                                                               \
     }                                                                                                                                      \
-    extern "C" __global__ void __launch_bounds__(WARPS * 32) attend_turned_##NAME##_##D(const __grid_constant__ Turned t) {               \
+    extern "C" __global__ void __launch_bounds__(warps_of<D, CLUSTERED> * 32) attend_turned_##NAME##_##D(const __grid_constant__ Turned t) {               \
         extern __shared__ __align__(16) uint8_t shared[];                                                                                  \
         attend_few<D, CLUSTERED, true>(t.seen, &t, shared);                                                                                \
     }

@@ -96,10 +96,11 @@ impl Few {
     /// For so many tokens and groups of heads, over caches with room for `capacity` entries.
     fn new(device: &CudaDevice, tokens: usize, parts: usize, d: usize, capacity: usize) -> Result<Self> {
         let splits = (BLOCKS[0] / (parts * tokens)).min(capacity.div_ceil(64)).clamp(1, BLOCKS[1]);
-        let clustered = (splits <= CLUSTER[0] || capacity <= CLUSTER[1]) && has_clusters(device)?;
+        let clustered = splits > 1 && (splits <= CLUSTER[0] || capacity <= CLUSTER[1]) && has_clusters(device)?;
         let splits = if clustered { splits.min(CLUSTER[0]) } else { splits };
         let grid = [splits, parts, tokens].map(|n| n as u32);
-        Ok(Few { splits, clustered, shape: Shape { grid, block: 128, shared: few_shared(d), early: true } })
+        let shape = Shape { grid, block: 32 * warps(d, clustered), shared: few_shared(d, clustered), early: true };
+        Ok(Few { splits, clustered, shape })
     }
 
     /// Blocks of a cluster.
@@ -158,7 +159,7 @@ pub fn covers_turned(q: &Turned, kv_heads: usize, sequences: usize) -> Result<bo
     let whole = kv_heads > 0 && heads % kv_heads == 0 && 2 * q.frequencies.elem_count() <= d;
     let device = device_of(&q.x)?;
     let room = function(device, "attend_few", turned_name(true, d))?.most_shared;
-    Ok(whole && tokens == sequences && sequences <= SEQUENCES && few_shared(d) as usize <= room)
+    Ok(whole && tokens == sequences && sequences <= SEQUENCES && few_shared(d, true) as usize <= room)
 }
 
 fn turned_name(clustered: bool, d: usize) -> &'static str {
@@ -273,10 +274,17 @@ pub fn attend_by(seen: &Seen<'_>, on_hopper: bool) -> Result<Option<Tensor>> {
     y.to_dtype(seen.q.dtype()).map(Some)
 }
 
-/// As attend_few.cu counts it: queries, and each warp's ring or what it adds up.
-fn few_shared(d: usize) -> u32 {
-    let (ring, sums) = (4 * 2 * 4 * (d / 32) * 512, 4 * 16 * (d + 4) * 4);
-    (16 * (d + 32) * 2 + ring.max(sums)) as u32
+/// As attend_few.cu has it.
+fn warps(d: usize, clustered: bool) -> u32 {
+    if clustered && d <= 128 { 8 } else { 4 }
+}
+
+/// As attend_few.cu counts it: queries, each warp's ring or what it adds up, and what the blocks of a cluster give one of them.
+fn few_shared(d: usize, clustered: bool) -> u32 {
+    let (warps, d) = (warps(d, clustered), d as u32);
+    let (ring, sums) = (warps * 2 * 4 * (d / 32) * 512, warps * 16 * (d + 4) * 4);
+    let given = if clustered { (16 * d + 7 * 32 * warps) * 4 } else { 0 };
+    16 * (d + 32) * 2 + ring.max(sums) + given
 }
 
 /// Zeros, which every launch leaves as it finds them.

@@ -26,14 +26,6 @@ struct Experts {
     Route route;                   // has `chosen` and `weights` written, for few tokens
 };
 
-// Share `share` of `shares` of what a later kernel reads, to the L2 cache; asked for by one thread.
-__device__ __forceinline__ void fetch_share(const uint8_t *from, uint32_t bytes, uint32_t share, uint32_t shares) {
-#if __CUDA_ARCH__ >= 900
-    constexpr uint32_t PIECE = 2048;
-    for (uint32_t at = share * PIECE; at < bytes; at += shares * PIECE) asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from + at), "r"(min(PIECE, bytes - at)) : "memory");
-#endif
-}
-
 __device__ __forceinline__ float of_all(const float *partial, int warps, int stride, int i) {
     float sum = 0;
 #pragma unroll 4
@@ -48,47 +40,50 @@ template <int P, int GROUP, bool HALF, bool GATED, int S> __device__ __forceinli
     uint8_t *rings = shared + staged_bytes(a.dim), *ring = rings + warp * one_ring<P, GROUP, RT, S>;
     __shared__ uint32_t experts[MOST_CHOSEN];
     __shared__ float weights[MOST_CHOSEN];
-    let_next_start();
     Arriving<P> own(a.x + size_t(token) * a.dim, a.normed.weight, a.dim, threadIdx.x, blockDim.x);
     own.ask_weight();
-    wait_for_previous();
-    // Before the weights: these would keep them waiting.
-    own.ask();
-    float squares = 0;
-    if (warp == warps - 1 && a.normed.weight)
-        for (int i = lane; i < a.normed.parts; i += 32) squares += a.normed.squares[size_t(token) * a.normed.parts + i];
-    if (warp == 0) {
-        const size_t place = size_t(token) * a.k + lane;
-        uint32_t expert = 0;
-        float weight = 0;
-        if (a.route.logits) {
-            // Every block finds out by itself: that takes less than another kernel's start.
-            const float2 routed = route(a.route, token, reinterpret_cast<float *>(rings));
-            expert = __float_as_uint(routed.x), weight = routed.y;
-            if (tile == 0 && choice == token * a.k && lane < a.k) a.chosen[place] = expert, a.weights[place] = weight;
-        } else if (lane < a.k) {
-            expert = a.chosen[place], weight = a.weights[place];
-        }
-        if (lane < a.k) experts[lane] = expert, weights[lane] = weight;
-    }
     uint4 *x = reinterpret_cast<uint4 *>(shared);
-    own.put(x);
-    __syncthreads();
+    float squares;
+    // A single token's blocks, which are all there before there is anything to read, do it once in vain: the code has come to the multiprocessor
+    // then, and what runs once waits for little else.
+#pragma unroll 1
+    for (int in_vain = a.tokens == 1; in_vain >= 0; in_vain--) {
+        if (!in_vain) {
+            wait_for_previous();
+            // What the second product reads of the router is there from here on (down_few).
+            let_next_start();
+        }
+        own.ask();
+        squares = 0;
+        if (warp == warps - 1 && a.normed.weight)
+            for (int i = lane; i < a.normed.parts; i += 32) squares += __ldcg(a.normed.squares + size_t(token) * a.normed.parts + i);
+        if (warp == 0) {
+            const size_t place = size_t(token) * a.k + lane;
+            uint32_t expert = 0;
+            float weight = 0;
+            if (a.route.logits) {
+                // Every block finds out by itself: that takes less than another kernel's start. It needs no more than its own choice, but
+                // for the one that writes all of them down.
+                const bool writes = tile == 0 && choice == token * a.k + a.k - 1;
+                const float2 routed = route(a.route, token, a.scaled_input || writes ? a.k : choice % a.k + 1, reinterpret_cast<float *>(rings));
+                expert = __float_as_uint(routed.x), weight = routed.y;
+                if (writes && lane < a.k && !in_vain) a.chosen[place] = expert, a.weights[place] = weight;
+            } else if (lane < a.k) {
+                expert = __ldcg(a.chosen + place), weight = __ldcg(a.weights + place);
+            }
+            if (lane < a.k) experts[lane] = expert, weights[lane] = weight;
+        }
+        own.put(x);
+        __syncthreads();
+    }
     const uint32_t expert = experts[choice % a.k];
     if (expert >= a.experts) return;
     Packed of[RT];
     int rows[RT];
 #pragma unroll
     for (int r = 0; r < RT; r++) of[r] = GATED && r == 0 ? a.gate : a.up, rows[r] = expert * a.hidden_tiles + tile;
-    auto ready = [&] {
-        // What the second product reads of this expert, to the L2 cache.
-        const uint32_t tiles = a.dim_tiles * ((a.hidden + TILE_COLS - 1) / TILE_COLS), data = P == PLAIN ? uint32_t(a.dim) * a.hidden * 2 : tiles * 1024 * pieces<P>();
-        if (lane != 0) return;
-        fetch_share(a.down.data + size_t(expert) * data, data, tile * warps + warp, gridDim.x * warps);
-        if constexpr (P != PLAIN) fetch_share(a.down.scales + size_t(expert) * tiles * scale_bytes<P, GROUP>(), tiles * scale_bytes<P, GROUP>(), tile * warps + warp, gridDim.x * warps);
-    };
     float y[RT][2] = {};
-    product_of_one<P, GROUP, HALF, RT, S>(of, rows, x, a.dim, warp, warps, ring, y, ready);
+    product_of_one<P, GROUP, HALF, RT, S>(of, rows, x, a.dim, warp, warps, ring, y, [] {});
     float *partial = reinterpret_cast<float *>(rings);
     __shared__ float normal;
     copies_wait<0>();
@@ -115,28 +110,32 @@ template <int P, int GROUP, bool HALF, int S> __device__ __forceinline__ void do
     const int warp = threadIdx.x / 32, warps = blockDim.x / 32, lane = threadIdx.x % 32, tile = blockIdx.x, token = blockIdx.y, staged = staged_bytes(a.hidden);
     uint8_t *rings = shared + a.k * staged;
     let_next_start();
-    wait_for_previous();
     uint32_t expert = ~0u;
     float weight = 0;
-    if (lane < a.k) expert = a.chosen[size_t(token) * a.k + lane], weight = a.weights[size_t(token) * a.k + lane];
+    if (a.route.logits && a.tokens == 1) {
+        // The kernel ahead lets nobody start before these are there: the weights come while it runs.
+        const float2 routed = route(a.route, token, a.k, reinterpret_cast<float *>(rings + warp * one_ring<P, GROUP, 1, S>));
+        if (lane < a.k) expert = __float_as_uint(routed.x), weight = routed.y;
+        __syncwarp();
+    } else {
+        wait_for_previous();
+        if (lane < a.k) expert = a.chosen[size_t(token) * a.k + lane], weight = a.weights[size_t(token) * a.k + lane];
+    }
     const __nv_bfloat16 *inner = a.inner + size_t(token) * a.k * a.hidden;
     // Choices lie one behind the other, unless rows are to be filled up.
     const bool whole = staged == a.hidden * 2;
-    Arriving<P> own(inner, nullptr, whole ? a.k * a.hidden : 0, threadIdx.x, blockDim.x);
-    own.ask();
     const int row = tile * 16 + lane;
     float more = 0;
-    if (warp == 0 && lane < 16 && a.residual) more = to_float(a.residual[size_t(token) * a.dim + row]);
     bool is_staged = false;
     auto ready = [&] {
         if (is_staged) return;
         is_staged = true;
-        if (whole) own.put(reinterpret_cast<uint4 *>(shared));
-        else
-            for (int j = 0; j < a.k; j++) {
-                Arriving<P> one(inner + size_t(j) * a.hidden, nullptr, a.hidden, threadIdx.x, blockDim.x);
-                one.ask(), one.put(reinterpret_cast<uint4 *>(shared + j * staged));
-            }
+        wait_for_previous();
+        if (warp == 0 && lane < 16 && a.residual) more = to_float(a.residual[size_t(token) * a.dim + row]);
+        for (int j = 0; j < (whole ? 1 : a.k); j++) {
+            Arriving<P> own(inner + size_t(j) * a.hidden, nullptr, whole ? a.k * a.hidden : a.hidden, threadIdx.x, blockDim.x);
+            own.ask(), own.put(reinterpret_cast<uint4 *>(shared + j * staged));
+        }
         __syncthreads();
     };
     float sum[1][2] = {};

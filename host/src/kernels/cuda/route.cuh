@@ -28,12 +28,11 @@ __device__ __forceinline__ float warp_most(float v) {
     return v;
 }
 
-// Lane n gets the expert chosen in place n, and its weight. `scores`: shared memory for MOST_ROUTED numbers, this warp's own. Little code, for
-// it is run once and must come from far away.
-__device__ __noinline__ float2 route(const Route &a, int token, float *scores) {
-    constexpr int EACH = MOST_ROUTED / 32;
+// Lane n gets the expert chosen in place n, for the first `places` of them, and its weight if those are all. `scores`: shared memory for
+// MOST_ROUTED numbers, this warp's own. Little code, for it is run once and must come from far away.
+template <int EACH> __device__ __noinline__ float2 route_of(const Route &a, int token, int places, float *scores) {
     const int lane = threadIdx.x % 32;
-    auto number = [&](const void *of, size_t at) { return a.wide ? static_cast<const float *>(of)[at] : to_float(static_cast<const __nv_bfloat16 *>(of)[at]); };
+    auto number = [&](const void *of, size_t at) { return a.wide ? __ldcg(static_cast<const float *>(of) + at) : to_float(__ldcg(static_cast<const __nv_bfloat16 *>(of) + at)); };
     auto rounded = [&](float x) { return a.wide ? x : to_float(__float2bfloat16(x)); };
     float x[EACH];
     uint32_t key[EACH];
@@ -62,24 +61,30 @@ __device__ __noinline__ float2 route(const Route &a, int token, float *scores) {
         // In the order of the numbers, and above 0; -0 is 0.
         const uint32_t bits = __float_as_uint((a.bias ? rounded(x[i] + number(a.bias, at)) : x[i]) + 0.f);
         key[i] = bits >> 31 ? ~bits : bits | 0x80000000u;
+        // Numbers of 16 bits leave room for where they stand, the first of equals the largest.
+        if (!a.wide) key[i] = (key[i] & 0xFFFF0000u) | (0xFFFFu - at);
     }
     uint32_t expert = 0;
 #pragma unroll 1
-    for (int rank = 0; rank < a.k; rank++) {
+    for (int rank = 0; rank < places; rank++) {
         uint32_t best = key[0], at = ~0u;
 #pragma unroll
         for (int i = 1; i < EACH; i++) best = max(best, key[i]);
         best = __reduce_max_sync(~0u, best);
+        if (a.wide) {
 #pragma unroll
-        for (int i = EACH - 1; i >= 0; i--)
-            if (key[i] == best) at = lane + i * 32;
-        // Of equals the first.
-        at = __reduce_min_sync(~0u, at);
+            for (int i = EACH - 1; i >= 0; i--)
+                if (key[i] == best) at = lane + i * 32;
+            at = __reduce_min_sync(~0u, at);
+        } else {
+            at = 0xFFFFu - (best & 0xFFFFu);
+        }
 #pragma unroll
         for (int i = 0; i < EACH; i++)
             if (at == lane + i * 32) key[i] = 0;
         if (lane == rank) expert = min(at, uint32_t(a.width) - 1);
     }
+    if (places < a.k) return {__uint_as_float(expert), 0.f};
     __syncwarp();
     const bool there = lane < a.k;
     float weight = there ? scores[expert] : 0.f;
@@ -89,4 +94,7 @@ __device__ __noinline__ float2 route(const Route &a, int token, float *scores) {
     }
     if (a.normalized) weight = rounded(weight / rounded(rounded(warp_sum(there ? weight : 0.f)) * a.sum_scale + a.sum_offset));
     return {__uint_as_float(expert), rounded(weight * a.scale + a.offset)};
+}
+__device__ __forceinline__ float2 route(const Route &a, int token, int places, float *scores) {
+    return a.width <= MOST_ROUTED / 2 ? route_of<MOST_ROUTED / 64>(a, token, places, scores) : route_of<MOST_ROUTED / 32>(a, token, places, scores);
 }

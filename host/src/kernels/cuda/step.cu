@@ -108,9 +108,9 @@ extern "C" __global__ void look_f32(const float *logits, float *kept, Top *parts
 extern "C" __global__ void look_f16(const __half *logits, float *kept, Top *parts, uint32_t width) { look(logits, kept, parts, width); }
 extern "C" __global__ void look_bf16(const __nv_bfloat16 *logits, float *kept, Top *parts, uint32_t width) { look(logits, kept, parts, width); }
 
-// parts [rows, count] -> the chosen ids [rows], where the next step reads them, and for the host id, log-probability and soundness
-// [rows, 3]; positions move on by one.
-extern "C" __global__ void choose_top(const Top *parts, uint32_t *ids, uint32_t *positions, uint32_t *told, uint32_t count) {
+// parts [rows, count] -> the chosen ids [rows], where the next step reads them, and id, log-probability and soundness, to `told` [rows, 3] and
+// in the host's memory to `heard` [2, rows, 3], by whether the position is odd; positions move on by one.
+extern "C" __global__ void choose_top(const Top *parts, uint32_t *ids, uint32_t *positions, uint32_t *told, uint32_t *heard, uint32_t count) {
     Top top = nothing();
     wait_for_previous();
     for (uint32_t i = threadIdx.x; i < count; i += blockDim.x) top = join(top, parts[blockIdx.x * count + i]);
@@ -118,11 +118,9 @@ extern "C" __global__ void choose_top(const Top *parts, uint32_t *ids, uint32_t 
     if (threadIdx.x == 0) {
         const bool sound = !top.broken && top.sum > 0.0f;
         ids[blockIdx.x] = sound ? top.index : 0;
-        positions[blockIdx.x] += 1;
-        uint32_t *out = told + 3 * blockIdx.x;
-        out[0] = top.index;
-        out[1] = __float_as_uint(-logf(top.sum));
-        out[2] = sound;
+        const uint32_t position = positions[blockIdx.x]++;
+        uint32_t *const both[2] = {told + 3 * blockIdx.x, heard + 3 * (position % 2 * gridDim.x + blockIdx.x)};
+        for (uint32_t *out : both) out[0] = top.index, out[1] = __float_as_uint(-logf(top.sum)), out[2] = sound;
     }
 }
 

@@ -173,9 +173,10 @@ pub fn topk(scores: &Tensor, k: usize) -> Result<Option<(Tensor, Tensor)>> {
 /// Blocks that look at a row of logits.
 const LOOKING: usize = 128;
 
-/// Chooses the largest of each row of `logits` `[rows, vocab]`, which go to `kept` in f32: its id goes to `ids` `[rows]`, where `positions` moves on by one, and
-/// with its log-probability and whether the row was sound to `told` `[rows, 3]`.
-pub fn choose(logits: &Tensor, kept: &Tensor, ids: &Tensor, positions: &Tensor, told: &Tensor) -> Result<()> {
+/// Chooses the largest of each row of `logits` `[rows, vocab]`, which go to `kept` in f32: its id goes to `ids` `[rows]`, where `positions`
+/// moves on by one, and with its log-probability and whether the row was sound to `told` `[rows, 3]`, and to `heard` on the host
+/// `[2, rows, 3]`, by whether the position was odd.
+pub fn choose(logits: &Tensor, kept: &Tensor, [ids, positions, told]: [&Tensor; 3], heard: u64) -> Result<()> {
     let (rows, width) = logits.dims2()?;
     let (logits, device) = (logits.contiguous()?, device_of(logits)?);
     let parts = unwritten(&[rows, LOOKING, 4], DType::F32, device)?;
@@ -185,8 +186,8 @@ pub fn choose(logits: &Tensor, kept: &Tensor, ids: &Tensor, positions: &Tensor, 
     // SAFETY: as step.cu says; `kept` is as large as the logits.
     unsafe { function(device, "step", name)?.launch(device, look, &[from, kept, to, Arg::U32(width as u32)])? };
     let [ids, positions, told] = [address(ids)?, address(positions)?, address(told)?];
-    let args =
-        [Arg::Ptr(address(&parts)?), Arg::Ptr(ids), Arg::Ptr(positions), Arg::Ptr(told), Arg::U32(LOOKING as u32)];
+    let [parts, ids, positions, told, heard] = [address(&parts)?, ids, positions, told, heard].map(Arg::Ptr);
+    let args = [parts, ids, positions, told, heard, Arg::U32(LOOKING as u32)];
     // SAFETY: as step.cu says.
     unsafe {
         let shape = Shape { early: true, ..flat(rows as u32, 128) };
