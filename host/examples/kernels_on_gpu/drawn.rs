@@ -5,7 +5,7 @@ use candle_core::{DType, Result, Tensor};
 use dylm::{
     kernels::cuda::{
         sample::Drawing,
-        step::{choose, device_of},
+        step::{address, choose, device_of},
     },
     sampler::{Sampler, Sampling},
 };
@@ -109,7 +109,8 @@ impl Checks {
             let known = text.len().is_multiple_of(2);
             if known {
                 let kept = row.copy()?;
-                choose(&row, &kept, &id, &numbers(1)?, &told)?;
+                let heard = numbers(6)?;
+                choose(&row, &kept, [&id, &numbers(1)?, &told], address(&heard)?)?;
             }
             drawing.run(&row, [coarse, known], &id, &told)?;
             let told = told.to_vec1::<u32>()?;

@@ -41,8 +41,8 @@ impl Model {
 }
 
 impl Recorded {
-    /// Draws a token from the logits of the step in hand, that of the token at `position`, unless it `has_drawn` one already as this sampler would; when it will have been
-    /// heard of. Where the settings cannot be taken to the device there is no `drawing` afterwards.
+    /// Draws a token from the logits of the step in hand, that of the token at `position`, unless it `has_drawn` one already as this sampler
+    /// would; when it will have been heard of. Where the settings cannot be taken to the device there is no `drawing` afterwards.
     pub(super) fn draw_by(
         &mut self,
         sampler: &Sampler,

@@ -308,7 +308,7 @@ template <int D, bool CLUSTERED, bool TURNED> __device__ __forceinline__ void at
     const size_t place = size_t(token) * gridDim.y + blockIdx.y;
     float *all = a.partial + place * a.splits * 16 * ROW;
 #pragma unroll 4
-    for (int i = threadIdx.x, n = 0; i < rows * D; i += blockDim.x, n++) {
+    for (int i = threadIdx.x, block = 0, at = split * each_given + threadIdx.x; i < rows * D; i += blockDim.x) {
         const int r = i / D, x = i % D;
         float value = 0;
 #pragma unroll
@@ -316,7 +316,8 @@ template <int D, bool CLUSTERED, bool TURNED> __device__ __forceinline__ void at
         if (a.splits == 1) {
             finish(r, x, own_top[r], own_total[r], value);
         } else if constexpr (CLUSTERED) {
-            give(given + split * each_given + n / a.splits * blockDim.x + threadIdx.x, n % a.splits, value);
+            give(given + at, block, value);
+            if (++block == a.splits) block = 0, at += blockDim.x;
         } else {
             float *to = all + (split * 16 + r) * ROW;
             to[x] = value;
@@ -325,8 +326,9 @@ template <int D, bool CLUSTERED, bool TURNED> __device__ __forceinline__ void at
     }
     if (a.splits == 1) return;
     if constexpr (CLUSTERED) {
-        for (int i = threadIdx.x; i < rows * a.splits; i += blockDim.x) {
-            const int r = i / a.splits, block = i % a.splits;
+        for (int i = threadIdx.x; i < 16 * a.splits; i += blockDim.x) {
+            const int r = i % 16, block = i / 16;
+            if (r >= rows) break;
             give(&tops_given[split][r], block, own_top[r]), give(&totals_given[split][r], block, own_total[r]);
         }
         cluster_sync();

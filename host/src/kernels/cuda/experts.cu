@@ -40,50 +40,46 @@ template <int P, int GROUP, bool HALF, bool GATED, int S> __device__ __forceinli
     uint8_t *rings = shared + staged_bytes(a.dim), *ring = rings + warp * one_ring<P, GROUP, RT, S>;
     __shared__ uint32_t experts[MOST_CHOSEN];
     __shared__ float weights[MOST_CHOSEN];
+    let_next_start();
     Arriving<P> own(a.x + size_t(token) * a.dim, a.normed.weight, a.dim, threadIdx.x, blockDim.x);
     own.ask_weight();
-    uint4 *x = reinterpret_cast<uint4 *>(shared);
-    float squares;
-    // A single token's blocks, which are all there before there is anything to read, do it once in vain: the code has come to the multiprocessor
-    // then, and what runs once waits for little else.
-#pragma unroll 1
-    for (int in_vain = a.tokens == 1; in_vain >= 0; in_vain--) {
-        if (!in_vain) {
-            wait_for_previous();
-            // What the second product reads of the router is there from here on (down_few).
-            let_next_start();
+    wait_for_previous();
+    // Before the weights: these would keep them waiting.
+    own.ask();
+    float squares = 0;
+    if (warp == warps - 1 && a.normed.weight)
+        for (int i = lane; i < a.normed.parts; i += 32) squares += a.normed.squares[size_t(token) * a.normed.parts + i];
+    // Every block finds its expert by itself: that takes less than another kernel's start. One of them finds all, and writes them down.
+    const size_t place = size_t(token) * a.k + lane;
+    const bool writes = warp == 0 && a.route.logits && tile == 0 && choice == token * a.k + a.k - 1;
+    __shared__ float scores[MOST_ROUTED];
+    uint32_t chosen = 0;
+    if (warp == 0) {
+        float weight = 0;
+        if (a.route.logits) {
+            chosen = choose(a.route, token, a.scaled_input || writes ? a.k : choice % a.k + 1, scores);
+            if (a.scaled_input) weight = weigh(a.route, chosen, scores);
+        } else if (lane < a.k) {
+            chosen = a.chosen[place], weight = a.weights[place];
         }
-        own.ask();
-        squares = 0;
-        if (warp == warps - 1 && a.normed.weight)
-            for (int i = lane; i < a.normed.parts; i += 32) squares += __ldcg(a.normed.squares + size_t(token) * a.normed.parts + i);
-        if (warp == 0) {
-            const size_t place = size_t(token) * a.k + lane;
-            uint32_t expert = 0;
-            float weight = 0;
-            if (a.route.logits) {
-                // Every block finds out by itself: that takes less than another kernel's start. It needs no more than its own choice, but
-                // for the one that writes all of them down.
-                const bool writes = tile == 0 && choice == token * a.k + a.k - 1;
-                const float2 routed = route(a.route, token, a.scaled_input || writes ? a.k : choice % a.k + 1, reinterpret_cast<float *>(rings));
-                expert = __float_as_uint(routed.x), weight = routed.y;
-                if (writes && lane < a.k && !in_vain) a.chosen[place] = expert, a.weights[place] = weight;
-            } else if (lane < a.k) {
-                expert = __ldcg(a.chosen + place), weight = __ldcg(a.weights + place);
-            }
-            if (lane < a.k) experts[lane] = expert, weights[lane] = weight;
-        }
-        own.put(x);
-        __syncthreads();
+        if (lane < a.k) experts[lane] = chosen, weights[lane] = weight;
     }
+    auto write = [&] {
+        if (!writes) return;
+        const float weight = weigh(a.route, chosen, scores);
+        if (lane < a.k) a.chosen[place] = chosen, a.weights[place] = weight;
+    };
+    uint4 *x = reinterpret_cast<uint4 *>(shared);
+    own.put(x);
+    __syncthreads();
     const uint32_t expert = experts[choice % a.k];
-    if (expert >= a.experts) return;
+    if (expert >= a.experts) return write();
     Packed of[RT];
     int rows[RT];
 #pragma unroll
     for (int r = 0; r < RT; r++) of[r] = GATED && r == 0 ? a.gate : a.up, rows[r] = expert * a.hidden_tiles + tile;
     float y[RT][2] = {};
-    product_of_one<P, GROUP, HALF, RT, S>(of, rows, x, a.dim, warp, warps, ring, y, [] {});
+    product_of_one<P, GROUP, HALF, RT, S>(of, rows, x, a.dim, warp, warps, ring, y, write);
     float *partial = reinterpret_cast<float *>(rings);
     __shared__ float normal;
     copies_wait<0>();
@@ -110,32 +106,28 @@ template <int P, int GROUP, bool HALF, int S> __device__ __forceinline__ void do
     const int warp = threadIdx.x / 32, warps = blockDim.x / 32, lane = threadIdx.x % 32, tile = blockIdx.x, token = blockIdx.y, staged = staged_bytes(a.hidden);
     uint8_t *rings = shared + a.k * staged;
     let_next_start();
+    wait_for_previous();
     uint32_t expert = ~0u;
     float weight = 0;
-    if (a.route.logits && a.tokens == 1) {
-        // The kernel ahead lets nobody start before these are there: the weights come while it runs.
-        const float2 routed = route(a.route, token, a.k, reinterpret_cast<float *>(rings + warp * one_ring<P, GROUP, 1, S>));
-        if (lane < a.k) expert = __float_as_uint(routed.x), weight = routed.y;
-        __syncwarp();
-    } else {
-        wait_for_previous();
-        if (lane < a.k) expert = a.chosen[size_t(token) * a.k + lane], weight = a.weights[size_t(token) * a.k + lane];
-    }
+    if (lane < a.k) expert = a.chosen[size_t(token) * a.k + lane], weight = a.weights[size_t(token) * a.k + lane];
     const __nv_bfloat16 *inner = a.inner + size_t(token) * a.k * a.hidden;
     // Choices lie one behind the other, unless rows are to be filled up.
     const bool whole = staged == a.hidden * 2;
+    Arriving<P> own(inner, nullptr, whole ? a.k * a.hidden : 0, threadIdx.x, blockDim.x);
+    own.ask();
     const int row = tile * 16 + lane;
     float more = 0;
+    if (warp == 0 && lane < 16 && a.residual) more = to_float(a.residual[size_t(token) * a.dim + row]);
     bool is_staged = false;
     auto ready = [&] {
         if (is_staged) return;
         is_staged = true;
-        wait_for_previous();
-        if (warp == 0 && lane < 16 && a.residual) more = to_float(a.residual[size_t(token) * a.dim + row]);
-        for (int j = 0; j < (whole ? 1 : a.k); j++) {
-            Arriving<P> own(inner + size_t(j) * a.hidden, nullptr, whole ? a.k * a.hidden : a.hidden, threadIdx.x, blockDim.x);
-            own.ask(), own.put(reinterpret_cast<uint4 *>(shared + j * staged));
-        }
+        if (whole) own.put(reinterpret_cast<uint4 *>(shared));
+        else
+            for (int j = 0; j < a.k; j++) {
+                Arriving<P> one(inner + size_t(j) * a.hidden, nullptr, a.hidden, threadIdx.x, blockDim.x);
+                one.ask(), one.put(reinterpret_cast<uint4 *>(shared + j * staged));
+            }
         __syncthreads();
     };
     float sum[1][2] = {};

@@ -57,11 +57,7 @@ template <int P> struct Arriving {
     }
     __device__ __forceinline__ void ask() {
 #pragma unroll
-        for (int i = 0; i < MOST; i++) {
-            const int column = (thread + i * threads) * 8;
-            // Past the multiprocessor's own cache, which may hold what was there before.
-            v[i] = column < cols ? __ldcg(reinterpret_cast<const uint4 *>(x + column)) : make_uint4(0, 0, 0, 0);
-        }
+        for (int i = 0; i < MOST; i++) v[i] = activations(x, (thread + i * threads) * 8, cols);
     }
     __device__ __forceinline__ void put(uint4 *to) const {
         const int staged = staged_bytes(cols) / 16;

@@ -28,11 +28,11 @@ __device__ __forceinline__ float warp_most(float v) {
     return v;
 }
 
-// Lane n gets the expert chosen in place n, for the first `places` of them, and its weight if those are all. `scores`: shared memory for
-// MOST_ROUTED numbers, this warp's own. Little code, for it is run once and must come from far away.
-template <int EACH> __device__ __noinline__ float2 route_of(const Route &a, int token, int places, float *scores) {
+// Lane n gets the expert chosen in place n, for the first `places` of them. `scores`: shared memory for MOST_ROUTED numbers, this warp's own.
+// Little code, for it is run once and must come from far away.
+template <int EACH> __device__ __noinline__ uint32_t choose_of(const Route &a, int token, int places, float *scores) {
     const int lane = threadIdx.x % 32;
-    auto number = [&](const void *of, size_t at) { return a.wide ? __ldcg(static_cast<const float *>(of) + at) : to_float(__ldcg(static_cast<const __nv_bfloat16 *>(of) + at)); };
+    auto number = [&](const void *of, size_t at) { return a.wide ? static_cast<const float *>(of)[at] : to_float(static_cast<const __nv_bfloat16 *>(of)[at]); };
     auto rounded = [&](float x) { return a.wide ? x : to_float(__float2bfloat16(x)); };
     float x[EACH];
     uint32_t key[EACH];
@@ -84,17 +84,22 @@ template <int EACH> __device__ __noinline__ float2 route_of(const Route &a, int 
             if (at == lane + i * 32) key[i] = 0;
         if (lane == rank) expert = min(at, uint32_t(a.width) - 1);
     }
-    if (places < a.k) return {__uint_as_float(expert), 0.f};
+    return expert;
+}
+__device__ __forceinline__ uint32_t choose(const Route &a, int token, int places, float *scores) {
+    return a.width <= MOST_ROUTED / 2 ? choose_of<MOST_ROUTED / 64>(a, token, places, scores) : choose_of<MOST_ROUTED / 32>(a, token, places, scores);
+}
+
+// Lane n gets the weight of the expert chosen in place n, once all are chosen.
+__device__ __noinline__ float weigh(const Route &a, uint32_t expert, const float *scores) {
+    const bool there = threadIdx.x % 32 < a.k;
+    auto rounded = [&](float x) { return a.wide ? x : to_float(__float2bfloat16(x)); };
     __syncwarp();
-    const bool there = lane < a.k;
     float weight = there ? scores[expert] : 0.f;
     if (a.renewed) {
         const float most = warp_most(there ? weight : -INFINITY), share = there ? expf(weight - most) : 0.f;
         weight = rounded(share / warp_sum(share));
     }
     if (a.normalized) weight = rounded(weight / rounded(rounded(warp_sum(there ? weight : 0.f)) * a.sum_scale + a.sum_offset));
-    return {__uint_as_float(expert), rounded(weight * a.scale + a.offset)};
-}
-__device__ __forceinline__ float2 route(const Route &a, int token, int places, float *scores) {
-    return a.width <= MOST_ROUTED / 2 ? route_of<MOST_ROUTED / 64>(a, token, places, scores) : route_of<MOST_ROUTED / 32>(a, token, places, scores);
+    return rounded(weight * a.scale + a.offset);
 }
