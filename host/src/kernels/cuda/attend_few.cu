@@ -86,7 +86,7 @@ template <int D, class Put> __device__ __forceinline__ void turn_head(const Turn
     __syncwarp();
 }
 
-// CLUSTERED: the splits of a query are one cluster, whose blocks look into each other's shared memory, and no device memory is needed.
+// CLUSTERED: the splits of a query are one cluster, whose blocks write into each other's shared memory, and no device memory is needed.
 // TURNED: queries are to be turned first, and keys and values to join their cache.
 template <int D, bool CLUSTERED, bool TURNED> __device__ __forceinline__ void attend_few(const Seen &a, const Turned *t, uint8_t *shared) {
     constexpr int STEPS = D / 32, HALVES = D / 64, QROW = D + 32, ROW = D + 4, WARPS = warps_of<D, CLUSTERED>;

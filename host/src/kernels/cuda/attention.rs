@@ -6,7 +6,7 @@ use super::{
     attend::Seen,
     hopper,
     packed::aligned,
-    program::{Arg, Shape, function, has_clusters},
+    program::{Arg, Shape, function, is_hopper},
     step::{address, device_of, unwritten},
     turn::{Joined, Turned},
 };
@@ -96,7 +96,7 @@ impl Few {
     /// For so many tokens and groups of heads, over caches with room for `capacity` entries.
     fn new(device: &CudaDevice, tokens: usize, parts: usize, d: usize, capacity: usize) -> Result<Self> {
         let splits = (BLOCKS[0] / (parts * tokens)).min(capacity.div_ceil(64)).clamp(1, BLOCKS[1]);
-        let clustered = splits > 1 && (splits <= CLUSTER[0] || capacity <= CLUSTER[1]) && has_clusters(device)?;
+        let clustered = splits > 1 && (splits <= CLUSTER[0] || capacity <= CLUSTER[1]) && is_hopper(device)?;
         let splits = if clustered { splits.min(CLUSTER[0]) } else { splits };
         let grid = [splits, parts, tokens].map(|n| n as u32);
         let shape = Shape { grid, block: 32 * warps(d, clustered), shared: few_shared(d, clustered), early: true };
@@ -159,7 +159,7 @@ pub fn covers_turned(q: &Turned, kv_heads: usize, sequences: usize) -> Result<bo
     let whole = kv_heads > 0 && heads % kv_heads == 0 && 2 * q.frequencies.elem_count() <= d;
     let device = device_of(&q.x)?;
     let room = function(device, "attend_few", turned_name(true, d))?.most_shared;
-    Ok(whole && tokens == sequences && sequences <= SEQUENCES && few_shared(d, true) as usize <= room)
+    Ok(whole && tokens == sequences && sequences <= SEQUENCES && few_shared(d, is_hopper(device)?) as usize <= room)
 }
 
 fn turned_name(clustered: bool, d: usize) -> &'static str {

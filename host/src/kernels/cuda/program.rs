@@ -118,13 +118,7 @@ fn more_shared(device: &CudaDevice, function: sys::CUfunction) -> Result<usize> 
     Ok(bytes.max(0) as usize)
 }
 
-/// Whether blocks can look into each other's shared memory.
-pub fn has_clusters(device: &CudaDevice) -> Result<bool> {
-    let major = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR;
-    Ok(device.cuda_stream().context().attribute(major).w()? >= 9)
-}
-
-/// Whether code for Hopper alone (`*_hopper.cu`) runs there.
+/// Whether code for Hopper alone runs there: `*_hopper.cu`, and what other files have behind `__CUDA_ARCH__ >= 900`, which PTX for Ampere lacks.
 pub fn is_hopper(device: &CudaDevice) -> Result<bool> {
     use sys::CUdevice_attribute as Of;
     let of = |what| device.cuda_stream().context().attribute(what).w();
@@ -142,7 +136,7 @@ impl Kernel {
         unsafe { self.launch_clustered(device, shape, 1, args) }
     }
 
-    /// The same in clusters of so many blocks, neighbours along the grid's first axis, on a GPU that [`has_clusters`].
+    /// The same in clusters of so many blocks, neighbours along the grid's first axis, on a GPU that [`is_hopper`].
     ///
     /// # Safety
     /// As above.
