@@ -1,15 +1,17 @@
 //! Kernels that do what several others do one after the other, held to these: attention with what queries and keys go through before, of
-//! sequences with a cache each; and experts with their choice.
+//! sequences with a cache each; and experts with their choice. And caches in groups of a few bits, held to the CPU's.
 
 use super::Checks;
 use candle_core::{DType, Result, Tensor};
 use dylm::{
+    cache::rows::Table,
     kernels::{
-        cpu::{Float, Format, Turn},
+        cpu::{Float, Format, Turn, quantize_rows},
         cuda::{
             attend::{Seen, attend},
             attention::{attend_turned, covers_turned},
             experts::{Projection, Routed, Stacked},
+            pack::{Form, Rows},
             route::Route,
             rows::{Chain, RowOp},
             turn::{Joined, Turned, turn},
@@ -45,6 +47,52 @@ fn numbers(t: &Tensor) -> Result<Vec<f64>> {
 }
 
 impl Checks {
+    /// Rows of a cache in groups of a few bits, held to what the CPU makes of the same.
+    pub fn packed_rows(&mut self) -> Result<()> {
+        for (bits, group, dim, dtype) in [
+            (8, 64, 128, DType::BF16),
+            (4, 32, 64, DType::F32),
+            (2, 128, 128, DType::F32),
+            (3, 32, 96, DType::BF16),
+            (5, 64, 64, DType::F32),
+            (6, 32, 256, DType::BF16),
+            (4, 64, 192, DType::F16),
+        ] {
+            let (rows, heads, past, capacity, origin) = (37, 3, 5usize, 60, 11u32);
+            let numbers = self.random.numbers(rows * heads * dim);
+            let (mut data, mut scales, mut biases) = (Vec::new(), Vec::new(), Vec::new());
+            quantize_rows(&numbers, bits, group, &mut data, &mut scales, &mut biases);
+            let there = self.tensor(&numbers, &[rows, heads, dim])?.to_dtype(dtype)?;
+            let form = Form { dim, bits: bits as usize, group, dtype };
+            let table = Tensor::zeros((capacity, heads, form.words()), DType::U32, &self.device)?;
+            let positions: Vec<u32> = (0..rows).map(|row| origin + (past + row) as u32).collect();
+            let positions = Tensor::from_slice(&positions, rows, &self.device)?;
+            form.pack(&there, &table, Rows::At(&positions, origin))?;
+            let words = table.narrow(0, past, rows)?.flatten_all()?.to_vec1::<u32>()?;
+            let (mut same, groups) = (true, dim / group);
+            for (i, row) in words.chunks(form.words()).enumerate() {
+                let (packed, rest) = row.split_at(dim * bits as usize / 32);
+                let bytes: Vec<u8> = packed.iter().flat_map(|word| word.to_le_bytes()).collect();
+                same &= bytes == data[i * bytes.len()..][..bytes.len()];
+                let ours = rest.iter().map(|&word| f32::from_bits(word));
+                let theirs = scales[i * groups..][..groups].iter().zip(&biases[i * groups..][..groups]);
+                same &= ours.eq(theirs.flat_map(|(&scale, &bias)| [scale, bias]));
+            }
+            let what = format!("rows of {dim} in {bits} bits, groups of {group}");
+            println!(
+                "{} {what}: the words are {}",
+                if same { "ok " } else { "BAD" },
+                if same { "equal" } else { "others" }
+            );
+            self.failed += usize::from(!same);
+            let whole = form.unpack(&table, Rows::At(&positions, origin))?;
+            let again = Table::Packed { data, scales, biases, bits, group }.numbers()?;
+            let again: Vec<f64> = again.into_iter().map(f64::from).collect();
+            self.held(&format!("{what}, unpacked"), &whole.narrow(0, past, rows)?, &again)?;
+        }
+        Ok(())
+    }
+
     /// One token each of sequences that are differently long.
     pub fn turned_attention(&mut self) -> Result<()> {
         for (case, lengths, heads, kv_heads, d, dims, normed) in [

@@ -340,6 +340,7 @@ fn main() -> ExitCode {
         checks.products()?;
         checks.turns()?;
         checks.turned_attention()?;
+        checks.packed_rows()?;
         checks.routed_experts()?;
         checks.norms()?;
         checks.experts()?;

@@ -6,6 +6,8 @@
 
 use super::{CacheOptions, KEEP, rows::Table};
 use crate::device::Placement;
+#[cfg(feature = "cuda")]
+use crate::kernels::cuda::pack::Rows;
 use candle_core::{Result, Tensor};
 use plugin_api::abi::{CACHE_IN_CHUNKS, CACHE_POOLED, CacheSpec};
 
@@ -137,10 +139,14 @@ impl KvCache {
         positions: &Tensor,
         offset: usize,
     ) -> Result<()> {
-        let rows = [Some(keys), values];
+        let (rows, forms) = ([Some(keys), values], [self.keys.form(), self.values.form()]);
         self.append_by(rows, offset, |tables, origin| {
-            for (rows, whole) in rows.iter().zip(tables).filter_map(|(rows, whole)| Some(((*rows)?, whole?))) {
-                crate::kernels::cuda::step::append(rows, positions, whole, origin)?;
+            for ((rows, whole), form) in rows.iter().zip(tables).zip(forms) {
+                let (Some(rows), Some(whole)) = (rows, whole) else { continue };
+                match form {
+                    Some(form) => form.pack(rows, whole, Rows::At(positions, origin))?,
+                    None => crate::kernels::cuda::step::append(rows, positions, whole, origin)?,
+                }
             }
             Ok(())
         })
@@ -158,14 +164,12 @@ impl KvCache {
         let tokens = like.iter().flatten().next().map_or(Ok(0), |rows| rows.dim(0))?;
         let origin = self.origin(offset)?;
         for (rows, table) in like.iter().zip([&mut self.keys, &mut self.values]) {
-            if let (Some(rows), Table::Tensor(room)) = (rows, table) {
-                room.reserve(rows, tokens)?;
-            }
+            rows.map_or(Ok(()), |rows| table.reserve(rows, tokens))?;
         }
         write([self.keys.whole(), self.values.whole()], origin)?;
         for (rows, table) in like.iter().zip([&mut self.keys, &mut self.values]) {
-            if let (Some(_), Table::Tensor(room)) = (rows, table) {
-                room.grown(tokens);
+            if rows.is_some() {
+                table.grown(tokens);
             }
         }
         self.positions.extend((offset as u32..).take(tokens));
@@ -176,10 +180,8 @@ impl KvCache {
     #[cfg(feature = "cuda")]
     pub fn make_room(&mut self, rows: usize) -> Result<()> {
         for table in [&mut self.keys, &mut self.values] {
-            if let Table::Tensor(room) = table
-                && let Some(like) = room.whole().cloned()
-            {
-                room.reserve(&like, rows)?;
+            if let Some(like) = table.whole().cloned() {
+                table.reserve(&like, rows)?;
             }
         }
         Ok(())
@@ -189,10 +191,8 @@ impl KvCache {
     #[cfg(feature = "cuda")]
     pub fn replayed(&mut self, offset: usize) {
         for table in [&mut self.keys, &mut self.values] {
-            if let Table::Tensor(room) = table
-                && room.whole().is_some()
-            {
-                room.grown(1);
+            if table.whole().is_some() {
+                table.grown(1);
             }
         }
         self.positions.push(offset as u32);
@@ -246,7 +246,7 @@ impl KvCache {
         }
         if let Some(bits) = self.options.kv_bits
             && offset >= self.options.quantized_kv_start
-            && !matches!(self.keys, Table::Packed { .. })
+            && !self.keys.is_packed()
         {
             let group = self.options.kv_group_size;
             (self.keys, self.values) = (self.keys.packed(bits, group)?, self.values.packed(bits, group)?);

@@ -5,6 +5,8 @@ pub mod identity;
 pub mod kv;
 pub mod memory;
 pub mod numbers;
+#[cfg(feature = "cuda")]
+pub mod packed;
 pub mod prompt;
 pub mod room;
 pub mod rows;

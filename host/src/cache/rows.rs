@@ -1,6 +1,10 @@
 //! A growing table of keys or values: one row of `[heads, dim]` for each remembered token, in the cache's own type.
 
+#[cfg(feature = "cuda")]
+use super::packed::PackedRoom;
 use super::room::Room;
+#[cfg(feature = "cuda")]
+use crate::kernels::cuda::pack::{Form, Rows as PackedRows};
 use crate::{
     device::Placement,
     kernels::cpu::{attention::Rows, quantize_rows},
@@ -32,6 +36,9 @@ pub enum Table {
     },
     /// For GPUs, and for candle: `[entries, heads, dim]`, with room for more.
     Tensor(Room),
+    /// On an NVIDIA GPU, packed in groups along `dim`.
+    #[cfg(feature = "cuda")]
+    PackedThere(PackedRoom),
 }
 
 impl Table {
@@ -55,22 +62,89 @@ impl Table {
                 quantize_rows(rows, *bits, *group, data, scales, biases)
             }
             Table::Tensor(_) => {}
+            #[cfg(feature = "cuda")]
+            Table::PackedThere(_) => {}
         }
     }
 
     /// Appends `[tokens, heads, dim]`.
     pub fn extend_tensor(&mut self, rows: &Tensor) -> Result<()> {
-        if let Table::Tensor(room) = self { room.extend(rows) } else { Ok(()) }
+        match self {
+            Table::Tensor(room) => room.extend(rows),
+            #[cfg(feature = "cuda")]
+            Table::PackedThere(packed) => packed.extend(rows),
+            _ => Ok(()),
+        }
     }
 
     /// The rows `[entries, heads, dim]` of a tensor's table, if there are any.
     pub fn tensor(&self) -> Result<Option<Tensor>> {
-        if let Table::Tensor(room) = self { room.rows() } else { Ok(None) }
+        match self {
+            Table::Tensor(room) => room.rows(),
+            #[cfg(feature = "cuda")]
+            Table::PackedThere(packed) => packed.rows(),
+            _ => Ok(None),
+        }
     }
 
-    /// All that a tensor's table has room for, if it has any.
+    /// All that a tensor's table has room for, if it has any; rows of words where it is packed.
     pub fn whole(&self) -> Option<&Tensor> {
-        if let Table::Tensor(room) = self { room.whole() } else { None }
+        self.room().and_then(Room::whole)
+    }
+
+    fn room(&self) -> Option<&Room> {
+        match self {
+            Table::Tensor(room) => Some(room),
+            #[cfg(feature = "cuda")]
+            Table::PackedThere(packed) => Some(&packed.room),
+            _ => None,
+        }
+    }
+
+    /// Whether its numbers are in groups of a few bits.
+    pub fn is_packed(&self) -> bool {
+        match self {
+            Table::Packed { .. } => true,
+            #[cfg(feature = "cuda")]
+            Table::PackedThere(_) => true,
+            _ => false,
+        }
+    }
+
+    /// Makes room on a GPU for `more` rows shaped like those of `like`.
+    #[cfg(feature = "cuda")]
+    pub fn reserve(&mut self, like: &Tensor, more: usize) -> Result<()> {
+        match self {
+            Table::Tensor(room) => room.reserve(like, more),
+            Table::PackedThere(packed) => packed.reserve(like, more),
+            _ => Ok(()),
+        }
+    }
+
+    /// Counts rows that a kernel has written behind the others.
+    #[cfg(feature = "cuda")]
+    pub fn grown(&mut self, more: usize) {
+        match self {
+            Table::Tensor(room) => room.grown(more),
+            Table::PackedThere(packed) => packed.room.grown(more),
+            _ => {}
+        }
+    }
+
+    /// What is in a row, where it is packed on a GPU.
+    #[cfg(feature = "cuda")]
+    pub fn form(&self) -> Option<Form> {
+        if let Table::PackedThere(packed) = self { Some(packed.form) } else { None }
+    }
+
+    /// All that there is room for as numbers `[capacity, heads, dim]`, of which those behind the last of these positions, which lie on the
+    /// device, are not to be read.
+    #[cfg(feature = "cuda")]
+    pub fn whole_at(&self, positions: &Tensor, origin: u32) -> Result<Option<Tensor>> {
+        match (self.whole(), self.form()) {
+            (Some(whole), Some(form)) => form.unpack(whole, PackedRows::At(positions, origin)).map(Some),
+            (whole, _) => Ok(whole.cloned()),
+        }
     }
 
     /// Drops entries `from..to`; a row has `width` values.
@@ -86,6 +160,8 @@ impl Table {
                 biases.drain(range.start / *group..range.end / *group);
             }
             Table::Tensor(room) => room.remove(from, to)?,
+            #[cfg(feature = "cuda")]
+            Table::PackedThere(packed) => packed.room.remove(from, to)?,
         }
         Ok(())
     }
@@ -100,6 +176,8 @@ impl Table {
                 Rows::Affine { data, scales, biases, bits: *bits, group: *group }
             }
             Table::Tensor(_) => return None,
+            #[cfg(feature = "cuda")]
+            Table::PackedThere(_) => return None,
         })
     }
 
@@ -114,11 +192,21 @@ impl Table {
                 Some(rows) => rows.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?,
                 None => Vec::new(),
             },
+            #[cfg(feature = "cuda")]
+            Table::PackedThere(packed) => packed.here()?.numbers()?,
         })
     }
 
     /// The same rows, packed from now on.
     pub fn packed(&self, bits: u32, group: usize) -> Result<Table> {
+        #[cfg(feature = "cuda")]
+        if let Table::Tensor(room) = self {
+            let rows = room.rows()?;
+            return Ok(match rows.map(|rows| PackedRoom::of(&rows, bits, group)).transpose()? {
+                Some(packed) => Table::PackedThere(packed),
+                None => self.clone(),
+            });
+        }
         let mut table = Table::Packed { data: Vec::new(), scales: Vec::new(), biases: Vec::new(), bits, group };
         table.extend(&self.numbers()?);
         Ok(table)
@@ -134,6 +222,8 @@ impl Table {
                 Table::Packed { data: Vec::new(), scales: Vec::new(), biases: Vec::new(), bits: *bits, group: *group }
             }
             Table::Tensor(_) => Table::Tensor(Room::default()),
+            #[cfg(feature = "cuda")]
+            Table::PackedThere(packed) => Table::PackedThere(PackedRoom { room: Room::default(), form: packed.form }),
         }
     }
 
@@ -144,7 +234,7 @@ impl Table {
             Table::F16(table) => table.len() * 2,
             Table::BF16(table) => table.len() * 2,
             Table::Packed { data, scales, biases, .. } => data.len() + 4 * (scales.len() + biases.len()),
-            Table::Tensor(room) => room.whole().map_or(0, |t| t.elem_count() * t.dtype().size_in_bytes()),
+            table => table.whole().map_or(0, |t| t.elem_count() * t.dtype().size_in_bytes()),
         }
     }
 }

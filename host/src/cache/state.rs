@@ -58,9 +58,9 @@ impl State {
     /// An empty memory.
     pub fn new(specs: &[CacheSpec], place: &Placement, options: &CacheOptions) -> Result<Self> {
         options.validate()?;
-        if options.kv_bits.is_some() && !place.native {
+        if options.kv_bits.is_some() && !place.native && !place.device.is_cuda() {
             return Err(Error::Usage(
-                "--kv-bits: quantized caches work on the cpu; leave it out, or use --device cpu".into(),
+                "--kv-bits: quantized caches work on the cpu and on cuda; leave it out, or use --device cpu".into(),
             ));
         }
         let memory = |spec: &CacheSpec| match spec.kind {

@@ -156,12 +156,12 @@ impl<'a> Keys<'a> {
     fn score(&self, q: &Tensor, mut each: impl FnMut(&Rows, Tensor) -> Result<()>) -> Result<()> {
         let (_, heads, dim) = q.dims3()?;
         let entries = self.kv.positions.len();
-        let keys = match &self.kv.keys {
-            Table::Tensor(room) => match room.rows()? {
-                Some(rows) => rows.to_dtype(DType::F32)?.squeeze(1)?.t()?.contiguous()?,
-                None => bail!("the cache is empty"),
-            },
-            table => Tensor::from_vec(table.numbers()?, (entries, dim), &self.place.device)?.t()?.contiguous()?,
+        let keys = match (&self.kv.keys, self.kv.keys.tensor()?) {
+            (_, Some(rows)) => rows.to_dtype(DType::F32)?.squeeze(1)?.t()?.contiguous()?,
+            (Table::Tensor(_), None) => bail!("the cache is empty"),
+            (table, None) => {
+                Tensor::from_vec(table.numbers()?, (entries, dim), &self.place.device)?.t()?.contiguous()?
+            }
         };
         let abreast = (MOST_SCORES / (heads * entries).max(1)).max(1);
         for first in (0..self.tokens).step_by(abreast) {

@@ -2,6 +2,8 @@
 //! anybody, and a wrong length here would be a panic in a kernel later.
 
 use super::{PromptCache, UNKNOWN, swap};
+#[cfg(feature = "cuda")]
+use crate::{cache::packed::PackedRoom, kernels::cuda::pack::Form};
 use crate::{
     cache::{
         CacheOptions, State,
@@ -185,9 +187,14 @@ impl PromptCache {
                 Some(_) => self.read_packed(index, 1, entries)?,
                 None => (keys.emptied(), [heads, 0]),
             };
-            if !matches!(layer.keys, Table::F32(_) | Table::F16(_) | Table::BF16(_)) {
+            #[cfg(feature = "cuda")]
+            let [keys, values] = match place.device.is_cuda() {
+                true => there([keys, values], entries, [[heads, dim], [v_heads, v_dim]], place)?,
+                false => [keys, values],
+            };
+            if !place.native && !place.device.is_cuda() {
                 return Err(Error::Usage(format!(
-                    "{}: a quantized cache, which works on the cpu; use --device cpu",
+                    "{}: a quantized cache, which works on the cpu and on cuda; use --device cpu",
                     self.path.display()
                 )));
             }
@@ -287,4 +294,17 @@ impl PromptCache {
         }
         Ok((Table::Packed { data, scales, biases, bits: bits as u32, group }, [heads, dim]))
     }
+}
+
+/// Packed keys and values, `[heads, dim]` of a row each, brought to an NVIDIA GPU; a dim of 0 says that there are none.
+#[cfg(feature = "cuda")]
+fn there(tables: [Table; 2], entries: usize, shapes: [[usize; 2]; 2], place: &Placement) -> Result<[Table; 2]> {
+    let mut placed = [Table::new(place), Table::new(place)];
+    for ((table, [heads, dim]), to) in tables.iter().zip(shapes).zip(&mut placed) {
+        if let (Table::Packed { bits, group, .. }, true) = (table, dim > 0) {
+            let form = Form { dim, bits: *bits as usize, group: *group, dtype: place.dtype };
+            *to = Table::PackedThere(PackedRoom::placed(table, [entries, heads], form, &place.device)?);
+        }
+    }
+    Ok(placed)
 }

@@ -107,6 +107,15 @@ fn write_state(out: &mut Vec<Written>, index: usize, state: &Recurrent) -> Resul
 /// mlx-lm's class for a layer's cache and its numbers, offset first. What none of its classes can hold gets a name of its own.
 fn describe(layer: &KvCache, offset: usize) -> (&'static str, Vec<usize>) {
     let rule = layer.rule();
+    #[cfg(feature = "cuda")]
+    if let Some(form) = layer.keys.form() {
+        let class = match (layer.every, rule.window, rule.chunk) {
+            (2.., _, _) => "PooledQuantizedKVCache",
+            (_, None, None) => "QuantizedKVCache",
+            _ => "WindowedQuantizedKVCache",
+        };
+        return (class, vec![offset, form.group, form.bits]);
+    }
     if layer.every > 1 {
         return match &layer.keys {
             Table::Packed { bits, group, .. } => ("PooledQuantizedKVCache", vec![offset, *group, *bits as usize]),
@@ -145,6 +154,8 @@ fn write_table(out: &mut Vec<Written>, name: String, table: &Table, [entries, he
             write(format!("{name}.1"), Dtype::F32, &bytes(scales, |x| x.to_le_bytes()), dim / group);
             write(format!("{name}.2"), Dtype::F32, &bytes(biases, |x| x.to_le_bytes()), dim / group);
         }
+        #[cfg(feature = "cuda")]
+        Table::PackedThere(packed) => write_table(out, name, &packed.here()?, [entries, heads, dim])?,
         Table::Tensor(room) => {
             let numbers = table.numbers()?;
             // Of pooled keys there may be none yet.

@@ -6,6 +6,7 @@ pub mod experts;
 mod hopper;
 pub mod ids;
 pub mod norm;
+pub mod pack;
 pub mod packed;
 pub mod product;
 pub mod program;

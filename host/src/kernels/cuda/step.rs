@@ -47,7 +47,8 @@ pub fn unwritten(dims: &[usize], dtype: DType, device: &CudaDevice) -> Result<Te
     }
 }
 
-fn allocated(dims: &[usize], dtype: DType, device: &CudaDevice) -> Result<Tensor> {
+/// The same, and none of what a recorded step keeps between its runs.
+pub fn allocated(dims: &[usize], dtype: DType, device: &CudaDevice) -> Result<Tensor> {
     let count = dims.iter().product();
     // SAFETY: the caller's kernel writes all of it before anything reads it.
     let slice = unsafe {

@@ -36,7 +36,8 @@ pub fn attend_turned(
     let sight = remembered(first, cache)?.sight(how.window, how.chunk);
     let alike = parts.iter().map(|part| {
         let kv = remembered(part, cache)?;
-        Ok(kv.every == 1 && kv.sight(how.window, how.chunk) == sight)
+        // Into a packed cache keys go when they have been turned.
+        Ok(kv.every == 1 && !kv.keys.is_packed() && kv.sight(how.window, how.chunk) == sight)
     });
     let alike = alike.collect::<Result<Vec<_>>>()?.into_iter().all(|alike| alike);
     let single = parts.iter().all(|part| part.tokens.len() == 1);
@@ -136,12 +137,12 @@ pub fn attend(
         let sight = kv.sight(how.window, how.chunk);
         // The step's own keys are there already, whoever put them.
         let origin = kv.origin(offset + count)?;
-        let Some(keys) = kv.keys.whole() else { candle_core::bail!("the cache is empty") };
-        let values = if how.lanes.is_some() { None } else { kv.values.whole() };
+        let Some(keys) = kv.keys.whole_at(&positions, origin)? else { candle_core::bail!("the cache is empty") };
+        let values = if how.lanes.is_some() { None } else { kv.values.whole_at(&positions, origin)? };
         let seen = Seen {
             q: &rows(q)?,
-            keys,
-            values,
+            keys: &keys,
+            values: values.as_ref(),
             lanes: how.lanes.unwrap_or(0),
             positions: &positions,
             origin,
