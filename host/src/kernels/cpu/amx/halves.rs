@@ -291,7 +291,7 @@ struct Part {
 }
 
 /// Two tiles of what is left: where each begins, and its size. If one is enough, it is taken twice.
-fn two(left: usize) -> [(usize, usize); 2] {
+pub(in crate::kernels::cpu) fn two(left: usize) -> [(usize, usize); 2] {
     if left > TILE { [(0, TILE), (TILE, (left - TILE).min(TILE))] } else { [(0, left); 2] }
 }
 

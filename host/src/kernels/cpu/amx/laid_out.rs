@@ -7,7 +7,7 @@ use std::arch::x86_64::*;
 /// Columns of a step: a tile's row.
 pub(super) const STEP: usize = 32;
 /// Rows, or tokens, of two tiles.
-pub(super) const PAIR: usize = 2 * TILE;
+pub(in crate::kernels::cpu) const PAIR: usize = 2 * TILE;
 
 /// A step of a row.
 #[repr(C, align(64))]

@@ -7,7 +7,8 @@ mod halves;
 mod laid_out;
 mod tiles;
 
-pub(super) use halves::multiply;
+pub(super) use halves::{multiply, two};
+pub(super) use laid_out::PAIR;
 pub(super) use tiles::{Operands, Shape, TILE, Tiles};
 
 /// Whether this processor has the unit, for bytes and for bfloat16, and the system lets this process use it.

@@ -15,7 +15,7 @@ pub(super) use super::super::bf16::runs_here;
 /// Rows of a tile: their sums fill the register file.
 const TILE: usize = 6;
 /// Vectors of scores of a block.
-const SCORES: usize = KEYS / 16;
+pub(super) const SCORES: usize = KEYS / 16;
 
 /// One step over up to [`KEYS`] keys.
 pub(super) struct Step<'a, 'b> {
@@ -110,7 +110,7 @@ impl Step<'_, '_> {
     /// Scores to weights, relative to the new peaks; says by how much what was summed before fades.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-    unsafe fn soften<const R: usize>(
+    pub(super) unsafe fn soften<const R: usize>(
         &mut self,
         row: usize,
         scores: &mut [[__m512; SCORES]; R],

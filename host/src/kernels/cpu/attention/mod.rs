@@ -11,6 +11,8 @@ mod pass;
 mod rows;
 mod sight;
 mod state;
+#[cfg(target_arch = "x86_64")]
+mod tiled;
 
 pub use rows::Rows;
 pub use sight::{Attend, Blocks, Selection};

@@ -197,7 +197,7 @@ impl Pass<'_> {
         unsafe {
             keys.by_dimension(by_dimension.as_mut_ptr());
             values.by_entry(by_entry.as_mut_ptr(), width);
-            halves::Step {
+            let step = halves::Step {
                 queries: queries[s.i * rows * len..].as_ptr(),
                 rows,
                 pairs: len / 2,
@@ -210,8 +210,14 @@ impl Pass<'_> {
                 softcap: how.softcap,
                 slopes: s.slopes,
                 state,
+            };
+            if call.isa == Isa::Amx {
+                let pairs = s.count.div_ceil(2);
+                by_entry[pairs * width..pairs.next_multiple_of(16) * width].fill(0);
+                step.run_on_tiles();
+            } else {
+                step.run();
             }
-            .run();
         }
     }
 
