@@ -276,7 +276,7 @@ impl Product {
 }
 
 impl Operands {
-    fn further(self, steps: usize) -> Self {
+    pub(in crate::kernels::cpu) fn further(self, steps: usize) -> Self {
         let Self { a, a_step, b, b_pitch, .. } = self;
         let a = a.map(|a| a.wrapping_add(a_step * steps));
         let b = std::array::from_fn(|j| b[j].wrapping_add(TILE * b_pitch[j] * steps));

@@ -157,6 +157,34 @@ impl Tiles {
         halves, "tdpbf16ps"
     );
 
+    /// A quarter of a step of [`Self::bytes`], so that the thread can do something else between two of them.
+    ///
+    /// # Safety
+    /// The operands have the step, and quarters 0 to 3 come in turn.
+    #[inline(always)]
+    pub(in crate::kernels::cpu) unsafe fn quarter_of_bytes<const QUARTER: usize>(&self, from: Operands) {
+        let Operands { a: [a0, a1], a_pitch: ap, b: [b0, b1], b_pitch: [bp0, bp1], .. } = from;
+        // SAFETY: the caller vouches for the operands; whoever has `Tiles` has the unit.
+        unsafe {
+            match QUARTER {
+                0 => asm!(
+                    "tileloadd tmm4, [{a0} + {ap}]", "tileloadd tmm6, [{b0} + {bp0}]", "tdpbsud tmm0, tmm4, tmm6",
+                    a0 = in(reg) a0, ap = in(reg) ap, b0 = in(reg) b0, bp0 = in(reg) bp0,
+                    out("tmm0") _, out("tmm4") _, out("tmm6") _, options(nostack, readonly)
+                ),
+                1 => asm!(
+                    "tileloadd tmm5, [{a1} + {ap}]", "tdpbsud tmm2, tmm5, tmm6",
+                    a1 = in(reg) a1, ap = in(reg) ap, out("tmm2") _, out("tmm5") _, options(nostack, readonly)
+                ),
+                2 => asm!(
+                    "tileloadd tmm7, [{b1} + {bp1}]", "tdpbsud tmm1, tmm4, tmm7",
+                    b1 = in(reg) b1, bp1 = in(reg) bp1, out("tmm1") _, out("tmm7") _, options(nostack, readonly)
+                ),
+                _ => asm!("tdpbsud tmm3, tmm5, tmm7", out("tmm3") _, options(nostack, nomem)),
+            }
+        }
+    }
+
     /// Takes up sums that were [stored](Self::store).
     ///
     /// # Safety

@@ -203,32 +203,27 @@ impl Pair<'_> {
         // SAFETY: sizes of panels and of rounded tokens follow from the same layout and columns.
         unsafe {
             for g in 0..groups + 2 {
-                if g < groups {
+                let from = (g < groups).then(|| {
                     let (a, b) = (self.bytes.add(g * group * TILE), self.numbers.add(g * group * LANES));
-                    let from = Operands {
+                    Operands {
                         a: [a, a.add(second)],
                         a_pitch: depth,
                         a_step: TILE * 64,
                         b: [b, b.add((P - 1) * panels.cols * LANES)],
                         b_pitch: [64; 2],
-                    };
-                    tiles.zero();
-                    tiles.bytes(from, group / depth);
-                }
-                // The sums of two groups ago are sure to have reached the cache.
-                if let Some(g) = g.checked_sub(2) {
-                    let mut beside = self.beside.add(g);
-                    let mut left = self.tokens;
-                    for (i, sums) in sums.iter_mut().enumerate().take(2 / N::BYTES) {
-                        let of = of[g % 2].0.as_ptr().add(2 * i * TILE);
-                        self.scale::<N, P, BIASED, OFFSET>(g, of, &*beside, &mut sums[..left.min(TILE)]);
-                        left = left.saturating_sub(TILE);
-                        if left == 0 {
-                            break;
-                        }
-                        beside = beside.add(groups);
                     }
-                }
+                });
+                let last = from.map(|from| {
+                    tiles.zero();
+                    tiles.bytes(from, group / depth - 1);
+                    from.further(group / depth - 1)
+                });
+                // The sums of two groups ago are sure to have reached the cache. The unit's queue is short: it gets its work in between.
+                let scaled = g.checked_sub(2).map(|g| (g, &of[g % 2].0));
+                self.quarter::<N, P, BIASED, OFFSET, 0>(tiles, last, scaled, &mut sums);
+                self.quarter::<N, P, BIASED, OFFSET, 1>(tiles, last, scaled, &mut sums);
+                self.quarter::<N, P, BIASED, OFFSET, 2>(tiles, last, scaled, &mut sums);
+                self.quarter::<N, P, BIASED, OFFSET, 3>(tiles, last, scaled, &mut sums);
                 if g < groups {
                     tiles.store(&raw mut of[g % 2].0);
                 }
@@ -248,13 +243,42 @@ impl Pair<'_> {
         }
     }
 
-    /// A tile of tokens' whole sums of group `g`, scaled and added to their floats.
+    /// A quarter of a step of the unit, and then of the whole sums of a group, `of`, which are scaled and added to their tokens' floats.
+    #[inline(always)]
+    unsafe fn quarter<N: Numbers, const P: usize, const BIASED: bool, const OFFSET: bool, const QUARTER: usize>(
+        &self,
+        tiles: &Tiles,
+        step: Option<Operands>,
+        of: Option<(usize, &[[u32; TILE]; 4 * TILE])>,
+        sums: &mut [[[__m512; P]; TILE]; 2],
+    ) {
+        // SAFETY: passed on to the caller.
+        unsafe {
+            if let Some(step) = step {
+                tiles.quarter_of_bytes::<QUARTER>(step);
+            }
+            let Some((g, of)) = of else { return };
+            // Of two tiles of tokens halves, of a tile of two bytes a token quarters.
+            let size = TILE / 2 / N::BYTES;
+            let first = QUARTER * size;
+            let (tile, first) = (first / TILE, first % TILE);
+            if let Some(left) = self.tokens.checked_sub(tile * TILE + first).filter(|&left| left > 0) {
+                let beside =
+                    &*self.beside.add(tile * (self.product.panels.cols / self.product.panels.layout.group) + g);
+                let sums = &mut sums[tile][first..first + left.min(size)];
+                self.scale::<N, P, BIASED, OFFSET>(g, of.as_ptr().add(2 * tile * TILE), beside, first, sums);
+            }
+        }
+    }
+
+    /// A tile's whole sums of group `g`, of its tokens from `first` on, scaled and added to their floats.
     #[inline(always)]
     unsafe fn scale<N: Numbers, const P: usize, const BIASED: bool, const OFFSET: bool>(
         &self,
         g: usize,
         of: *const [u32; TILE],
         beside: &Beside16,
+        first: usize,
         sums: &mut [[__m512; P]],
     ) {
         let panels = self.product.panels;
@@ -265,9 +289,8 @@ impl Pair<'_> {
             let scale: [__m512; P] = std::array::from_fn(|k| line(k, 0));
             let bias: [__m512; P] = std::array::from_fn(|k| line(k, 1));
             let Beside16 { steps, sums: totals, offsets } = beside;
-            for (t, (((sums, &step), &total), &offset)) in
-                sums.iter_mut().zip(steps).zip(totals).zip(offsets).enumerate()
-            {
+            for (t, sums) in (first..).zip(sums) {
+                let (step, total, offset) = (steps[t], totals[t], offsets[t]);
                 for k in 0..P {
                     let row = |tile: usize| _mm512_load_si512(of.add((tile + k) * TILE + t).cast());
                     let mut whole = row(0);
