@@ -148,12 +148,14 @@ impl Weight {
     /// Rows by id: `[ids]` -> `[ids, inputs]`.
     pub fn gather(&self, ids: &Tensor) -> candle_core::Result<Tensor> {
         match self {
-            Weight::Packed(m) => {
-                super::slices::with_u32(ids, |ids| filled((ids.len(), m.cols()), |out| m.gather_rows(ids, out)))?
-            }
-            Weight::Panels(m) => {
-                super::slices::with_u32(ids, |ids| filled((ids.len(), m.cols()), |out| m.gather_rows(ids, out)))?
-            }
+            Weight::Packed(m) => super::slices::with_u32(ids, |ids| {
+                known(ids, m.rows())?;
+                filled((ids.len(), m.cols()), |out| m.gather_rows(ids, out))
+            })?,
+            Weight::Panels(m) => super::slices::with_u32(ids, |ids| {
+                known(ids, m.rows())?;
+                filled((ids.len(), m.cols()), |out| m.gather_rows(ids, out))
+            })?,
             Weight::Dense(w) => w.index_select(ids, 0),
             #[cfg(feature = "cuda")]
             Weight::Tiles(t) => t.gather(ids),
@@ -176,6 +178,17 @@ impl Weight {
     }
 }
 
+/// Refuses ids that a table of so many rows does not have.
+fn known(ids: &[u32], rows: usize) -> candle_core::Result<()> {
+    match ids.iter().find(|&&id| id as usize >= rows) {
+        Some(id) => candle_core::bail!(
+            "row {id} of a table of {rows}: the text is longer than the model has positions, or names a token that it does not have; \
+             shorten the prompt"
+        ),
+        None => Ok(()),
+    }
+}
+
 /// Each token's inputs to the nearest 127th of its largest, as BitNet's layers were trained to see them (eq. 4 of arXiv 2402.17764, with
 /// ties to even as in transformers).
 fn eight_bits(x: &Tensor) -> candle_core::Result<Tensor> {
@@ -191,4 +204,25 @@ fn eight_bits(x: &Tensor) -> candle_core::Result<Tensor> {
 fn dense(matrix: &Matrix, place: &Placement) -> Result<Tensor> {
     let numbers = filled((matrix.rows(), matrix.cols()), |out| matrix.dequantize_rows(0..matrix.rows(), out))?;
     Ok(numbers.to_dtype(place.activations())?.to_device(&place.device)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Device;
+
+    #[test]
+    fn a_row_that_a_table_does_not_have_is_told_and_no_panic() {
+        let numbers: Vec<f32> = (0..128).map(|n| n as f32).collect();
+        let matrix = Matrix::quantize(&numbers, 2, 64, Format::Dense(Float::BF16)).unwrap();
+        let packed = Format::Affine { bits: 4, group: 64, scales: Float::BF16 };
+        let panels = Matrix::quantize(&[0.5; 64 * 64], 64, 64, packed).unwrap().for_halves();
+        for weight in [Weight::Packed(matrix), Weight::Packed(panels).in_panels()] {
+            let rows = weight.rows() as u32;
+            let gather = |ids: &[u32]| weight.gather(&Tensor::new(ids, &Device::Cpu).unwrap());
+            assert_eq!(gather(&[rows - 1, 0]).unwrap().dims(), [2, 64]);
+            let error = gather(&[0, rows]).unwrap_err().to_string();
+            assert!(error.contains(&format!("row {rows} of a table of {rows}")), "{error}");
+        }
+    }
 }
