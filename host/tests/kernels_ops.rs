@@ -1,6 +1,8 @@
 //! Norms, rotary positions, gates, softmax and argmax against f64.
 
-use dylm::kernels::cpu::{Angles, Turn, argmax, gelu_tanh_mul, layer_norm, rms_norm, rope, silu_mul, softmax_rows};
+use dylm::kernels::cpu::{
+    Angles, Turn, argmax, gelu_tanh_mul, largest, layer_norm, rms_norm, rope, silu_mul, softmax_rows,
+};
 
 fn numbers(n: usize, seed: u64) -> Vec<f32> {
     let mut state = seed;
@@ -162,6 +164,20 @@ fn argmax_is_the_first_of_the_largest_and_ignores_nan() {
         x[n / 3] = f32::NAN;
         x[n - 1] = 99.0;
         assert_eq!(argmax(&x), n - 1);
+    }
+}
+
+#[test]
+fn the_largest_come_in_their_order_and_of_equals_the_first_one_first() {
+    assert!(largest(&[], 3).is_empty());
+    assert_eq!(largest(&[1.0, f32::NAN, 2.0, 1.0, -0.0, 0.0], 9), [1, 2, 0, 3, 5, 4]);
+    for n in [1, 2, 17, 128, 1000] {
+        let x: Vec<f32> = numbers(n, 12).into_iter().map(f32::round).collect();
+        let mut sorted: Vec<u32> = (0..n as u32).collect();
+        sorted.sort_by(|&a, &b| x[b as usize].total_cmp(&x[a as usize]));
+        for k in [0, 1, n / 2, n - 1, n] {
+            assert_eq!(largest(&x, k), sorted[..k], "{k} of {n}");
+        }
     }
 }
 

@@ -7,7 +7,7 @@ use super::{
 use crate::{
     cache::memory::Memory,
     kernels::cpu::{
-        Attend, attend_all,
+        Attend, attend_apart,
         attention::{Blocks, Keys},
     },
     ops::noting::{Noted, Word},
@@ -94,14 +94,14 @@ impl Attending {
         let (k, v) = (given(self.joins[0]), given(self.joins[1]));
         let (sinks, slopes) = (given(self.sinks), given(self.slopes));
         let rows = |x: &'b [f32], width: usize, i: usize| &x[i * width..(i + 1) * width];
-        for (i, (input, out)) in inputs.iter_mut().zip(out.chunks_exact_mut(self.heads * e)).enumerate() {
-            let offset = input.state.offset;
-            let Some(kv) = input.state.layers.get_mut(self.cache).and_then(Memory::key_value_mut) else {
+        let (mut all, mut at) = (Vec::with_capacity(inputs.len()), Vec::with_capacity(inputs.len()));
+        for (i, Input { state, .. }) in inputs.iter_mut().enumerate() {
+            let Some(kv) = state.layers.get_mut(self.cache).and_then(Memory::key_value_mut) else {
                 bail!("cache {} holds no keys and values", self.cache)
             };
             if let Some(k) = k {
                 let v = v.map_or(&[][..], |v| rows(v, kv_heads * stored, i));
-                kv.append(rows(k, kv_heads * k_dim, i), v, offset, 1);
+                kv.append(rows(k, kv_heads * k_dim, i), v, state.offset, 1);
             }
             let sight = kv.sight(self.window, self.chunk);
             let how = Attend {
@@ -119,10 +119,12 @@ impl Attending {
                 bail!("the cache is not on the cpu")
             };
             let values = self.lanes.is_none().then_some(values);
-            let cache = Keys { keys, values, positions: &kv.positions, how: &how };
-            let q = rows(reads(0), self.heads * self.dim, i);
-            attend_all(q, self.heads, self.dim, &[offset as u32], &[cache], kv_heads, e, out);
+            all.push((keys, values, &kv.positions[..], how));
+            at.push(state.offset as u32);
         }
+        let caches: Vec<Keys> =
+            all.iter().map(|&(keys, values, positions, ref how)| Keys { keys, values, positions, how }).collect();
+        attend_apart(reads(0), self.heads, self.dim, &at, &caches, kv_heads, e, out);
         Ok(())
     }
 }

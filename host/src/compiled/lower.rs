@@ -222,9 +222,7 @@ impl Lowering {
             "max" => self.whole(noted, said, Whole::Max, 1)?,
             "gather" => self.whole(noted, said, Whole::Taken, 2)?,
             "top_mask" => self.whole(noted, said, Whole::TopMask(said.count(1)?), 1)?,
-            // The values, and then their indices.
-            "topk" if noted.said.len() == 2 => self.whole(noted, said, Whole::Largest(said.count(1)?), 1)?,
-            "topk" => self.whole(noted, said, Whole::IndicesOfLargest(said.count(1)?), 1)?,
+            "topk" => self.largest(noted, said)?,
             "multi_linear" => self.whole(noted, said, Whole::MultiLinear(said.slot()?), 1)?,
             "experts" => self.whole(noted, said, Whole::Experts(said.slot()?), 3)?,
             op => match (Map::named(op), maps::zip_named(op)) {
@@ -246,6 +244,24 @@ impl Lowering {
         let dims = (0..inputs).map(|i| Ok(self.dims(said, i)?.to_vec())).collect::<Lowered<Vec<_>>>()?;
         let reads = (0..inputs).map(|i| self.input(said, i)).collect::<Lowered<Vec<_>>>()?;
         self.step(noted, Kernel::Whole(op, dims), reads);
+        Ok(())
+    }
+
+    /// The values, and when it is noted again, their indices: both of one step.
+    fn largest(&mut self, noted: &Noted, said: &Said) -> Lowered<()> {
+        let again = noted.said.len() > 2;
+        match self.steps.last_mut() {
+            Some(Step { kernel: Kernel::Largest { .. }, writes, .. }) if again => {
+                // The next value, which is made below.
+                writes.push(self.made.len());
+                self.value(noted, None);
+            }
+            _ if again => return Err("topk of indices alone".into()),
+            _ => {
+                let of = self.dims(said, 0)?.last().copied().unwrap_or_default();
+                self.step(noted, Kernel::Largest { of, k: said.count(1)? }, vec![self.input(said, 0)?]);
+            }
+        }
         Ok(())
     }
 

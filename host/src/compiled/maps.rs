@@ -12,7 +12,18 @@ pub(super) enum Map {
 }
 
 /// Two numbers to one.
-pub(super) type Zip = fn(f32, f32) -> f32;
+#[derive(Clone, Copy)]
+pub(super) struct Zip {
+    one: fn(f32, f32) -> f32,
+    /// The same number by number, in vectors: a call for each number would cost more than all else of a step that is no product.
+    each: fn(&[f32], &[f32], &mut [f32]),
+}
+
+macro_rules! zip {
+    (|$a:ident, $b:ident| $y:expr) => {
+        Zip { one: |$a, $b| $y, each: |a, b, out| out.iter_mut().zip(a).zip(b).for_each(|((y, &$a), &$b)| *y = $y) }
+    };
+}
 
 /// How an operand meets a result.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -65,13 +76,13 @@ impl Map {
 /// An op by its name in the table.
 pub(super) fn zip_named(op: &str) -> Option<Zip> {
     Some(match op {
-        "add" => |a, b| a + b,
-        "sub" => |a, b| a - b,
-        "mul" => |a, b| a * b,
-        "div" => |a, b| a / b,
-        "maximum" => |a, b| if a < b { b } else { a },
-        "minimum" => |a, b| if a > b { b } else { a },
-        "greater" => |a, b| f32::from(a > b),
+        "add" => zip!(|a, b| a + b),
+        "sub" => zip!(|a, b| a - b),
+        "mul" => zip!(|a, b| a * b),
+        "div" => zip!(|a, b| a / b),
+        "maximum" => zip!(|a, b| if a < b { b } else { a }),
+        "minimum" => zip!(|a, b| if a > b { b } else { a }),
+        "greater" => zip!(|a, b| f32::from(a > b)),
         _ => return None,
     })
 }
@@ -120,10 +131,10 @@ impl Spread {
 /// `out[i] = f(a, b)`, where each operand meets the result in its own way.
 pub(super) fn zip(f: Zip, [a, b]: [&[f32]; 2], spread: &[Spread; 2], out: &mut [f32]) {
     if *spread == [Spread::Same, Spread::Same] {
-        return out.iter_mut().zip(a).zip(b).for_each(|((y, &a), &b)| *y = f(a, b));
+        return (f.each)(a, b, out);
     }
     for (i, y) in out.iter_mut().enumerate() {
-        *y = f(a[spread[0].at(i, a.len())], b[spread[1].at(i, b.len())]);
+        *y = (f.one)(a[spread[0].at(i, a.len())], b[spread[1].at(i, b.len())]);
     }
 }
 

@@ -74,6 +74,11 @@ enum Kernel {
     },
     /// Rows of these widths, side by side.
     Join(Vec<usize>),
+    /// The largest of each row of so many: they, and in a second buffer where they are.
+    Largest {
+        of: usize,
+        k: usize,
+    },
     /// What carries a state from token to token.
     Recur(Recurring),
     /// What is done as if step by step, with the shapes of what is read.
@@ -90,8 +95,6 @@ enum Whole {
     Mean,
     Max,
     TopMask(usize),
-    Largest(usize),
-    IndicesOfLargest(usize),
     Taken,
     MultiLinear(Slot),
     /// Activations, the experts chosen for them, and these' shares.

@@ -119,6 +119,17 @@ impl Step {
                     start += width;
                 }
             }
+            Kernel::Largest { of, k } => {
+                let (values, indices) = outs.split_at_mut(1);
+                let mut indices = indices.first_mut().map(|indices| indices.chunks_exact_mut(*k));
+                for (row, values) in reads(0).chunks_exact(*of).zip(values[0].chunks_exact_mut(*k)) {
+                    let chosen = cpu::largest(row, *k);
+                    values.iter_mut().zip(&chosen).for_each(|(value, &i)| *value = row[i as usize]);
+                    if let Some(indices) = indices.as_mut().and_then(Iterator::next) {
+                        indices.iter_mut().zip(&chosen).for_each(|(index, &i)| *index = i as f32);
+                    }
+                }
+            }
             Kernel::Recur(how) => how.run(model, inputs, reads, out)?,
             Kernel::Whole(op, dims) => {
                 let tensor = |(i, dims): (usize, &Vec<usize>)| Tensor::from_slice(reads(i), &dims[..], &Device::Cpu);
@@ -143,8 +154,6 @@ impl Whole {
             (Whole::Mean, _) => x.fold(|x| x.mean_keepdim(D::Minus1)),
             (Whole::Max, _) => x.fold(|x| x.max_keepdim(D::Minus1)),
             (Whole::TopMask(k), _) => x.top_mask(k),
-            (Whole::Largest(k), _) => x.topk(k).map(|(values, _)| values),
-            (Whole::IndicesOfLargest(k), _) => x.topk(k).map(|(_, indices)| indices),
             (Whole::Taken, [indices, ..]) => x.gather(&Value::Real(indices.clone())),
             (Whole::MultiLinear(slot), _) => match (model.layers.get(slot.0 as usize), &x) {
                 (Some(Layer::MultiLinear(l)), Value::Real(x)) => return l.forward(x),

@@ -1,6 +1,7 @@
 //! A value of the running step: numbers, or only their shape (the dry run), or the first failure on the way to them.
 //! Here are the ops that need neither weights nor sequence: shapes are checked first, by one rule for both kinds of run.
 
+use crate::kernels::cpu::largest;
 use candle_core::{D, DType, Tensor};
 use smallvec::{SmallVec, smallvec};
 use std::rc::Rc;
@@ -224,11 +225,7 @@ impl Value {
         }
         let rows = t.to_dtype(DType::F32).and_then(|t| t.flatten_all()?.to_vec1::<f32>()).map_err(Fault::from)?;
         let mut chosen = Vec::with_capacity(rows.len() / last * k);
-        for row in rows.chunks(last) {
-            let mut order: Vec<u32> = (0..last as u32).collect();
-            order.sort_by(|&a, &b| row[b as usize].total_cmp(&row[a as usize]));
-            chosen.extend_from_slice(&order[..k]);
-        }
+        rows.chunks(last).for_each(|row| chosen.extend(largest(row, k)));
         let indices = Tensor::from_vec(chosen, &dims[..], t.device()).map_err(Fault::from)?;
         let values = t.gather(&indices, D::Minus1).map_err(Fault::from)?;
         Ok((Value::Real(values), Value::Real(indices)))

@@ -42,6 +42,19 @@ pub fn argmax(x: &[f32]) -> usize {
     x.iter().position(|&x| x == peak).unwrap_or(0)
 }
 
+/// Where the `k` largest numbers of `x` are, the largest first and of equals the first one, in the order of [`f32::total_cmp`]; all of them if
+/// there are fewer.
+pub fn largest(x: &[f32], k: usize) -> Vec<u32> {
+    let order = |&a: &u32, &b: &u32| x[b as usize].total_cmp(&x[a as usize]).then(a.cmp(&b));
+    let mut all: Vec<u32> = (0..x.len() as u32).collect();
+    if k < all.len() {
+        all.select_nth_unstable_by(k, order);
+        all.truncate(k);
+    }
+    all.sort_unstable_by(order);
+    all
+}
+
 /// x / (1 + e^-2y), which is both gates: y = x / 2 for silu.
 trait Gate {
     unsafe fn twice_y<L: Lanes>(x: L::F) -> L::F;

@@ -20,6 +20,7 @@ pub use sight::{Attend, Blocks, Selection};
 use super::{
     lanes::{Isa, dispatch},
     tasks::{Output, in_tasks},
+    team::{each_chunk, threads},
 };
 use pass::{Pass, Queries, Room, STRETCH, Stretch};
 use state::{Merge, State};
@@ -117,6 +118,35 @@ pub fn attend_all(
     assert!(sinks.is_none_or(|sinks| sinks.len() == q_heads), "attend: one sink a query head");
     let isa = Isa::best();
     Call { isa, q, q_heads, dim, query_positions, caches, kv_heads, v_dim, sinks }.run(out);
+}
+
+/// One query of each of some sequences over its own cache: `q` is `[sequences, q_heads, dim]`, `out` `[sequences, q_heads, v_dim]`. Threads
+/// take a sequence each where none is so long that the others would be done long before.
+///
+/// # Panics
+/// As [`attend`].
+#[allow(clippy::too_many_arguments)]
+pub fn attend_apart(
+    q: &[f32],
+    q_heads: usize,
+    dim: usize,
+    query_positions: &[u32],
+    caches: &[Keys<'_>],
+    kv_heads: usize,
+    v_dim: usize,
+    out: &mut [f32],
+) {
+    let (from, to) = (q_heads * dim, (q_heads * v_dim).max(1));
+    let one = |i: usize, out: &mut [f32]| {
+        let (q, at, cache) = (&q[i * from..][..from], &query_positions[i..=i], &caches[i..=i]);
+        attend_all(q, q_heads, dim, at, cache, kv_heads, v_dim, out);
+    };
+    let lengths = || caches.iter().map(|cache| cache.positions.len());
+    if lengths().max().unwrap_or(0) * threads() <= lengths().sum() {
+        each_chunk(out, to, one);
+    } else {
+        out.chunks_exact_mut(to).enumerate().for_each(|(i, out)| one(i, out));
+    }
 }
 
 impl Call<'_> {
