@@ -11,6 +11,8 @@ impl Plain for f32 {}
 ///
 /// # Safety
 /// All of them are written before one is read.
+// Kernels write into slices of numbers, which clippy fears for before they are.
+#[allow(clippy::uninit_vec)]
 pub(super) unsafe fn unwritten<T: Plain>(count: usize) -> Vec<T> {
     let mut room = Vec::with_capacity(count);
     // SAFETY: there is room for them; the caller vouches that they are written first, and nothing of them is to be dropped.
