@@ -39,6 +39,7 @@ fn seen<'a>(case: usize, q: &'a Tensor, [keys, values]: [&'a Tensor; 2], positio
         softcap: (case == 3).then_some(5.0),
         sinks: None,
         slopes: None,
+        fresh: false,
     }
 }
 

@@ -287,6 +287,7 @@ impl Checks {
                     softcap,
                     sinks: (case == 5).then_some(&sinks_gpu),
                     slopes: (case == 6).then_some(&slopes_gpu),
+                    fresh: case == 0,
                 };
                 let mut expected = Vec::with_capacity(q.len());
                 for (i, q) in q.chunks(d).enumerate() {

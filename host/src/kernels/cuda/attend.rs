@@ -38,6 +38,8 @@ pub struct Seen<'a> {
     pub sinks: Option<&'a Tensor>,
     /// `[heads]`, f32: a score falls by so much for each position.
     pub slopes: Option<&'a Tensor>,
+    /// Whether the launch before this one writes all keys or values, and not just those of the step: then none may be read before it ends.
+    pub fresh: bool,
 }
 
 /// Whether keys of `d` lanes and values of `e` are not too wide for the kernel's registers and shared memory.

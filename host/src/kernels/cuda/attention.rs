@@ -263,7 +263,7 @@ pub fn attend_by(seen: &Seen<'_>, on_hopper: bool) -> Result<Option<Tensor>> {
     };
     let grid = [tokens.div_ceil(64) as u32, heads as u32, 1];
     let many = Shape { grid, block: 128, shared: (2 * 2 * 64 * d * 2) as u32, early: true };
-    let shape = few.as_ref().map_or(many, |few| few.shape);
+    let shape = few.as_ref().map_or(many, |few| Shape { early: !seen.fresh, ..few.shape });
     let kernel = function(device, file, name)?;
     if shape.shared as usize > kernel.most_shared {
         return Ok(None);

@@ -85,6 +85,7 @@ pub fn attend_turned(
         softcap: how.softcap,
         sinks: sinks.as_ref(),
         slopes: slopes.as_ref(),
+        fresh: false,
     };
     if single {
         return attention::attend_turned(&seen, q, k, v, &caches).map(Some);
@@ -153,6 +154,7 @@ pub fn attend(
             softcap: how.softcap,
             sinks: sinks.as_ref(),
             slopes: slopes.as_ref(),
+            fresh: kv.keys.is_packed(),
         };
         outputs.push(attend::attend(&seen)?);
     }
