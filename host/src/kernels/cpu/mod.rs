@@ -30,6 +30,8 @@ mod tasks;
 mod team;
 mod tile;
 mod together;
+#[cfg(target_arch = "x86_64")]
+mod turned;
 mod unpack;
 mod unwritten;
 

@@ -190,7 +190,7 @@ impl Stacked {
         let start = |name, grid: [usize; 2], warps: usize, [staged, own]: [usize; 2]| {
             let kernel = function(device, "experts", name)?;
             let most = kernel.most_shared.saturating_sub(staged);
-            let warps = if own == 0 { warps } else { warps.min(most / own).max(1) };
+            let warps = most.checked_div(own).map_or(warps, |most| warps.min(most).max(1));
             let grid = [grid[0] as u32, grid[1] as u32, 1];
             let shape = Shape { grid, block: 32 * warps as u32, shared: (warps * own + staged) as u32, early: true };
             // SAFETY: as experts.cu says; every tensor above has the shape that is written there.

@@ -96,7 +96,7 @@ fn normed(
     };
     let (name, grid, block) = match dim {
         ..=1024 => ("norm_narrow", rows.div_ceil(8), 256),
-        ..=4096 => ("norm_wide", rows, dim.div_ceil(8).next_multiple_of(32)),
+        1025..=4096 => ("norm_wide", rows, dim.div_ceil(8).next_multiple_of(32)),
         _ => ("norm_widest", rows, 512),
     };
     let shape = Shape { grid: [grid as u32, 1, 1], block: block as u32, shared: 0, early: true };

@@ -6,7 +6,7 @@
 //! alone, in a batch and on any number of threads. The unit takes subnormal numbers for zeros, as `bf16` does.
 
 use super::{
-    laid_out::{Bring, Line, PAIR, STEP, lay_out, mask, turned},
+    laid_out::{Bring, Line, PAIR, STEP, lay_out, mask},
     tiles::{Operands, Shape, TILE, Tiles},
 };
 use crate::kernels::cpu::{
@@ -14,6 +14,7 @@ use crate::kernels::cpu::{
     matrix::Matrix,
     tasks::{Output, by_list, in_streams, in_tasks},
     team::each_chunk,
+    turned::turned,
     unwritten::unwritten,
 };
 use std::{arch::x86_64::*, ops::Range};

@@ -1,7 +1,7 @@
 //! What the unit multiplies, laid out for it: activations once a product, weights as they are needed.
 
 use super::tiles::TILE;
-use crate::kernels::cpu::bf16;
+use crate::kernels::cpu::{bf16, turned::turned};
 use std::arch::x86_64::*;
 
 /// Columns of a step: a tile's row.
@@ -50,38 +50,6 @@ pub(super) unsafe fn lay_out(x: &[f32], cols: usize, to: &mut [u32]) {
 /// The lowest bits.
 pub(super) fn mask(of: usize) -> u16 {
     ((1u32 << of.min(TILE)) - 1) as u16
-}
-
-/// Lane i of vector j to lane j of vector i.
-#[inline]
-#[target_feature(enable = "avx512f")]
-pub(super) fn turned(v: [__m512i; TILE]) -> [__m512i; TILE] {
-    let mut a = v;
-    for i in (0..TILE).step_by(2) {
-        a[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
-        a[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
-    }
-    let mut b = a;
-    for i in (0..TILE).step_by(4) {
-        b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
-        b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
-        b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
-        b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
-    }
-    // Now vector 4 i + j holds, in each quarter q, lane 4 q + j of vectors 4 i to 4 i + 3.
-    let mut c = b;
-    for j in 0..4 {
-        let (low, high) = (
-            [_mm512_shuffle_i32x4::<0x88>(b[j], b[4 + j]), _mm512_shuffle_i32x4::<0xdd>(b[j], b[4 + j])],
-            [_mm512_shuffle_i32x4::<0x88>(b[8 + j], b[12 + j]), _mm512_shuffle_i32x4::<0xdd>(b[8 + j], b[12 + j])],
-        );
-        // Even quarters are 0 and 2, odd ones 1 and 3.
-        c[j] = _mm512_shuffle_i32x4::<0x88>(low[0], high[0]);
-        c[8 + j] = _mm512_shuffle_i32x4::<0xdd>(low[0], high[0]);
-        c[4 + j] = _mm512_shuffle_i32x4::<0x88>(low[1], high[1]);
-        c[12 + j] = _mm512_shuffle_i32x4::<0xdd>(low[1], high[1]);
-    }
-    c
 }
 
 /// Weights that are brought side by side while those before them are multiplied, evenly, so that memory never rests: rows one after the

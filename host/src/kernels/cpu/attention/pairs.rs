@@ -1,7 +1,7 @@
 //! Entries of a bfloat16 cache laid out in pairs, as `vdpbf16ps` adds them up: by dimension for scores, by entry for what is weighed.
 //! Whatever lies beyond the entries and their dimensions is zero.
 
-use super::block::KEYS;
+use super::{super::turned::turned, block::KEYS};
 use std::arch::x86_64::*;
 
 /// Some entries of one head in a cache.
@@ -46,7 +46,7 @@ impl Entries {
                     for i in 0..16 {
                         rows[i] = self.load(first + i, at);
                     }
-                    for (i, column) in transposed(rows).into_iter().enumerate() {
+                    for (i, column) in turned(rows).into_iter().enumerate() {
                         _mm512_storeu_si512(to.add((at / 2 + i) * KEYS + first).cast(), column);
                     }
                 }
@@ -74,31 +74,4 @@ impl Entries {
             }
         }
     }
-}
-
-/// Columns of sixteen rows of sixteen words.
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn transposed(r: [__m512i; 16]) -> [__m512i; 16] {
-    let (mut t, mut u, mut out) = (r, r, r);
-    for i in 0..8 {
-        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-    }
-    for i in 0..4 {
-        u[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-        u[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-        u[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-        u[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-    }
-    // A quarter l of u[4 i + c] now is column 4 l + c of rows 4 i to 4 i + 3.
-    for c in 0..4 {
-        let (a, b) = (_mm512_shuffle_i32x4::<0x88>(u[c], u[4 + c]), _mm512_shuffle_i32x4::<0x88>(u[8 + c], u[12 + c]));
-        out[c] = _mm512_shuffle_i32x4::<0x88>(a, b);
-        out[8 + c] = _mm512_shuffle_i32x4::<0xdd>(a, b);
-        let (a, b) = (_mm512_shuffle_i32x4::<0xdd>(u[c], u[4 + c]), _mm512_shuffle_i32x4::<0xdd>(u[8 + c], u[12 + c]));
-        out[4 + c] = _mm512_shuffle_i32x4::<0x88>(a, b);
-        out[12 + c] = _mm512_shuffle_i32x4::<0xdd>(a, b);
-    }
-    out
 }
