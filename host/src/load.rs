@@ -129,13 +129,14 @@ fn tokenizer(gguf: Option<&Gguf>, source: &Source) -> Result<Tokenizer> {
 pub fn load(spec: Option<&str>, options: &LoadOptions) -> Result<LanguageModel> {
     let mut opened = open(spec, options)?;
     let (source, gguf) = (opened.source.clone(), opened.gguf.take());
-    // Either takes about as long as the other.
-    let (model, tokenizer) = std::thread::scope(|scope| {
-        let tokenizer = scope.spawn(|| tokenizer(gguf.as_ref(), &source));
-        let model = network(opened, options);
-        (model, tokenizer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+    // The tokenizer is one of the tasks that weights are packed by: whichever is done first, the other gets its thread.
+    let mut made = None;
+    let model = rayon::in_place_scope(|scope| {
+        scope.spawn(|_| made = Some(tokenizer(gguf.as_ref(), &source)));
+        network(opened, options)
     });
-    let (mut tokenizer, model) = (tokenizer?, model?);
+    let mut tokenizer = made.unwrap_or_else(|| tokenizer(gguf.as_ref(), &source))?;
+    let model = model?;
     let mut eos_token_ids = model.config.eos_token_ids.clone();
     if eos_token_ids.is_empty() {
         eos_token_ids.extend(tokenizer.eos_token_id());
