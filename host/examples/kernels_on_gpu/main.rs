@@ -214,7 +214,8 @@ impl Checks {
                 let mut kept = Vec::new();
                 for _ in 0..count {
                     let (matrix, numbers) = self.packed(format, rows, cols)?;
-                    (matrices.push(matrix), kept.push(numbers));
+                    matrices.push(matrix);
+                    kept.push(numbers);
                 }
                 all.extend(Projection::place(&matrices, None, &self.device)?);
                 numbers.push(kept);

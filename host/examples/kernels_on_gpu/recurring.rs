@@ -17,6 +17,9 @@ use dylm::{
 /// Tokens of a sequence, piece by piece.
 const PIECES: [usize; 6] = [5, 1, 1, 70, 2, 1];
 
+/// Tokens, whether the first is the text's first, the rows, the state and y.
+type OnCpu<'a> = dyn Fn(usize, bool, &[&[f32]], &mut [f32], &mut [f32]) + 'a;
+
 /// One recurrence: inputs `[tokens, width]` with their widths, and those that all tokens share, in the kernels' order.
 struct Case<'a> {
     name: String,
@@ -25,8 +28,7 @@ struct Case<'a> {
     shared: Vec<Vec<f32>>,
     state: usize,
     y: usize,
-    /// Tokens, whether the first is the text's first, the rows, the state and y.
-    on_cpu: &'a dyn Fn(usize, bool, &[&[f32]], &mut [f32], &mut [f32]),
+    on_cpu: &'a OnCpu<'a>,
 }
 
 fn fade(by: kernels::Decay, g: &[f32]) -> Decay<'_> {
