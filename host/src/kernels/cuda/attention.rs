@@ -1,6 +1,6 @@
-//! `attend_few.cu`, `attend_many.cu` and (by way of `hopper`) `attend_hopper.cu` from Rust: attention over bf16 caches whose keys and values are equally wide, on tensor cores. How
-//! long a cache is the kernels read from the queries' positions; how it is split over blocks depends on its capacity alone, so that a
-//! recorded step computes the very same sums.
+//! `attend_few.cu`, `attend_many.cu` and (by way of `hopper`) `attend_hopper.cu` from Rust: attention over bf16 caches whose keys and values are
+//! equally wide, on tensor cores. How long a cache is the kernels read from the queries' positions; how it is split over blocks depends on
+//! its capacity alone, so that a recorded step computes the very same sums.
 
 use super::{
     attend::Seen,
