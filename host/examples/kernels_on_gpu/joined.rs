@@ -9,7 +9,7 @@ use dylm::{
         cpu::{Float, Format, Turn, quantize_rows},
         cuda::{
             attend::{Seen, attend},
-            attention::{attend_turned, covers_turned},
+            attention::{attend_turned, covers_packed, covers_turned},
             experts::{Projection, Routed, Stacked},
             pack::{Form, Rows},
             route::Route,
@@ -39,6 +39,7 @@ fn seen<'a>(case: usize, q: &'a Tensor, [keys, values]: [&'a Tensor; 2], positio
         softcap: (case == 3).then_some(5.0),
         sinks: None,
         slopes: None,
+        packed: None,
         fresh: false,
     }
 }
@@ -68,7 +69,7 @@ impl Checks {
             let table = Tensor::zeros((capacity, heads, form.words()), DType::U32, &self.device)?;
             let positions: Vec<u32> = (0..rows).map(|row| origin + (past + row) as u32).collect();
             let positions = Tensor::from_slice(&positions, rows, &self.device)?;
-            form.pack(&there, &table, Rows::At(&positions, origin))?;
+            form.pack(&[[&there, &table]], Rows::At(&positions, origin))?;
             let words = table.narrow(0, past, rows)?.flatten_all()?.to_vec1::<u32>()?;
             let (mut same, groups) = (true, dim / group);
             for (i, row) in words.chunks(form.words()).enumerate() {
@@ -90,6 +91,54 @@ impl Checks {
             let again = Table::Packed { data, scales, biases, bits, group }.numbers()?;
             let again: Vec<f64> = again.into_iter().map(f64::from).collect();
             self.held(&format!("{what}, unpacked"), &whole.narrow(0, past, rows)?, &again)?;
+        }
+        Ok(())
+    }
+
+    /// Attention over such rows as they lie, held to that over what comes out of them.
+    pub fn packed_attention(&mut self) -> Result<()> {
+        for (case, bits, group, d, tokens, past, room) in [
+            (0, 8, 64, 128, 1, 700, 40),
+            (1, 4, 64, 128, 1, 2030, 40),
+            (2, 4, 32, 64, 3, 33, 7),
+            (3, 8, 64, 64, 16, 100, 0),
+            (4, 8, 128, 256, 1, 190, 3),
+            (4, 4, 32, 256, 2, 15, 0),
+            (5, 4, 128, 128, 1, 300, 9000),
+            (6, 8, 32, 64, 5, 0, 20000),
+        ] {
+            let (heads, kv_heads) = [(32, 8), (20, 1), (6, 6)][case % 3];
+            let (held, form) = (past + tokens, Form { dim: d, bits, group, dtype: DType::BF16 });
+            let capacity = held + room;
+            let random = |checks: &mut Self, dims: &[usize]| {
+                let numbers = checks.random.numbers(dims.iter().product());
+                checks.tensor(&numbers, dims)
+            };
+            let (q, k, v) = (
+                random(self, &[tokens, heads, d])?,
+                random(self, &[held, kv_heads, d])?,
+                random(self, &[held, kv_heads, d])?,
+            );
+            let tables = [(); 2].map(|()| Tensor::zeros((capacity, kv_heads, form.words()), DType::U32, &self.device));
+            let [keys, values] = tables;
+            let (keys, values) = (keys?, values?);
+            form.pack(&[[&k, &keys], [&v, &values]], Rows::From(0))?;
+            let positions: Vec<u32> = (past..held).map(|at| ORIGIN + at as u32).collect();
+            let positions = Tensor::from_slice(&positions, tokens, &self.device)?;
+            let at = Rows::At(&positions, ORIGIN);
+            let (open_keys, open_values) = (form.unpack(&keys, at)?, form.unpack(&values, at)?);
+            let open = Seen { fresh: true, ..seen(case, &q, [&open_keys, &open_values], &positions) };
+            let expected = numbers(&attend(&open)?)?;
+            if !covers_packed(form, &q)? {
+                candle_core::bail!("no kernel for {form:?}")
+            }
+            let y = attend(&Seen { packed: Some(form), ..seen(case, &q, [&keys, &values], &positions) })?;
+            let what =
+                format!("attention of {heads} heads over {kv_heads}, {d} lanes in {bits} bits of groups of {group}");
+            let same = numbers(&y)? == expected;
+            let told = if same { "as unpacked" } else { "others than unpacked" };
+            println!("{} {what}, {tokens} behind {past}: {told}", if same { "ok " } else { "BAD" });
+            self.failed += usize::from(!same);
         }
         Ok(())
     }

@@ -288,6 +288,7 @@ impl Checks {
                     softcap,
                     sinks: (case == 5).then_some(&sinks_gpu),
                     slopes: (case == 6).then_some(&slopes_gpu),
+                    packed: None,
                     fresh: case == 0,
                 };
                 let mut expected = Vec::with_capacity(q.len());
@@ -343,6 +344,7 @@ fn main() -> ExitCode {
         checks.turns()?;
         checks.turned_attention()?;
         checks.packed_rows()?;
+        checks.packed_attention()?;
         checks.routed_experts()?;
         checks.norms()?;
         checks.experts()?;

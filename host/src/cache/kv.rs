@@ -141,10 +141,15 @@ impl KvCache {
     ) -> Result<()> {
         let (rows, forms) = ([Some(keys), values], [self.keys.form(), self.values.form()]);
         self.append_by(rows, offset, |tables, origin| {
+            if let ([Some(keys), Some(values)], [Some(k), Some(v)], [Some(form), of_values]) = (rows, tables, forms)
+                && of_values == Some(form)
+            {
+                return form.pack(&[[keys, k], [values, v]], Rows::At(positions, origin));
+            }
             for ((rows, whole), form) in rows.iter().zip(tables).zip(forms) {
                 let (Some(rows), Some(whole)) = (rows, whole) else { continue };
                 match form {
-                    Some(form) => form.pack(rows, whole, Rows::At(positions, origin))?,
+                    Some(form) => form.pack(&[[rows, whole]], Rows::At(positions, origin))?,
                     None => crate::kernels::cuda::step::append(rows, positions, whole, origin)?,
                 }
             }

@@ -63,7 +63,7 @@ impl PackedRoom {
         let more = rows.dim(0)?;
         self.reserve(rows, more)?;
         if let Some(whole) = self.room.whole() {
-            self.form.pack(rows, whole, Rows::From(self.room.len()))?;
+            self.form.pack(&[[rows, whole]], Rows::From(self.room.len()))?;
         }
         self.room.grown(more);
         Ok(())

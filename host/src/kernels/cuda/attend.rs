@@ -2,6 +2,7 @@
 //! reads from the queries' positions.
 
 use super::{
+    pack::Form,
     program::{Arg, Shape, function},
     step::{address, device_of, unwritten},
 };
@@ -38,6 +39,9 @@ pub struct Seen<'a> {
     pub sinks: Option<&'a Tensor>,
     /// `[heads]`, f32: a score falls by so much for each position.
     pub slopes: Option<&'a Tensor>,
+    /// What is in a row, where keys and values are `[capacity, kv_heads, words]` of numbers in groups of a few bits, as
+    /// [`super::attention::covers_packed`] says that they may be.
+    pub packed: Option<Form>,
     /// Whether the launch before this one writes all keys or values, and not just those of the step: then none may be read before it ends.
     pub fresh: bool,
 }
@@ -56,6 +60,9 @@ fn shared_bytes(d: usize, e: usize) -> usize {
 pub fn attend(seen: &Seen<'_>) -> Result<Tensor> {
     if let Some(y) = super::attention::attend(seen)? {
         return Ok(y);
+    }
+    if seen.packed.is_some() {
+        bail!("attention over a packed cache that is to be unpacked first")
     }
     let ((tokens, heads, d), (capacity, kv_heads, _)) = (seen.q.dims3()?, seen.keys.dims3()?);
     let e = seen.values.map_or(Ok(seen.lanes), |v| v.dim(2))?;

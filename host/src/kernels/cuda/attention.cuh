@@ -20,6 +20,7 @@ struct Seen {
     uint32_t window, chunk; // 0 for none
     float scale, softcap;   // softcap 0 for none
     float by_softcap;       // 1 / (softcap log2 e)
+    uint32_t words, group_log2; // of a cache in groups of a few bits: of a row of one head, and of the numbers of a group
     Cache cache;            // unless each token is a sequence with its own
 };
 

@@ -5,6 +5,7 @@
 use super::{
     attend::Seen,
     hopper,
+    pack::Form,
     packed::aligned,
     program::{Arg, Shape, function, is_hopper},
     step::{address, device_of, unwritten},
@@ -58,6 +59,8 @@ pub(super) struct Args {
     scale: f32,
     softcap: f32,
     by_softcap: f32,
+    words: u32,
+    group_log2: u32,
     unused: u32,
     cache: Cache,
 }
@@ -138,6 +141,8 @@ fn args(seen: &Seen<'_>, [q, y]: [&Tensor; 2], splits: usize, partial: Option<&T
         scale: seen.scale,
         softcap,
         by_softcap: if softcap > 0.0 { 1.0 / (softcap * std::f32::consts::LOG2_E) } else { 0.0 },
+        words: seen.packed.map_or(0, |form| form.words()) as u32,
+        group_log2: seen.packed.map_or(0, |form| form.group.ilog2()),
         unused: 0,
         cache: Cache {
             k: address(seen.keys)?,
@@ -160,6 +165,17 @@ pub fn covers_turned(q: &Turned, kv_heads: usize, sequences: usize) -> Result<bo
     let device = device_of(&q.x)?;
     let room = function(device, "attend_few", turned_name(true, d))?.most_shared;
     Ok(whole && tokens == sequences && sequences <= SEQUENCES && few_shared(d, is_hopper(device)?) as usize <= room)
+}
+
+fn few_name(clustered: bool, d: usize) -> &'static str {
+    match (clustered, d) {
+        (false, 64) => "attend_few_64",
+        (false, 128) => "attend_few_128",
+        (false, _) => "attend_few_256",
+        (true, 64) => "attend_clustered_64",
+        (true, 128) => "attend_clustered_128",
+        (true, _) => "attend_clustered_256",
+    }
 }
 
 fn turned_name(clustered: bool, d: usize) -> &'static str {
@@ -218,6 +234,33 @@ pub fn attend_turned(seen: &Seen<'_>, q: &Turned, k: &Turned, v: &Tensor, caches
     Ok(y)
 }
 
+/// Whether keys and values in groups of a few bits can stay as they lie for queries `[tokens, heads, d]` of one sequence.
+pub fn covers_packed(form: Form, q: &Tensor) -> Result<bool> {
+    let ((tokens, heads, d), device) = (q.dims3()?, device_of(q)?);
+    let clustered = is_hopper(device)?;
+    let fast = tokens < MANY && tokens * heads <= COUNTERS && covers(form.dtype, d, form.dim, false, false, tokens);
+    let Some(name) = packed_name(clustered, form).filter(|_| fast) else { return Ok(false) };
+    Ok(few_shared(d, clustered) as usize <= function(device, "attend_packed", name)?.most_shared)
+}
+
+fn packed_name(clustered: bool, form: Form) -> Option<&'static str> {
+    Some(match (clustered, form.dim, form.bits) {
+        (false, 64, 4) => "attend_few_64_of_4",
+        (false, 64, 8) => "attend_few_64_of_8",
+        (false, 128, 4) => "attend_few_128_of_4",
+        (false, 128, 8) => "attend_few_128_of_8",
+        (false, 256, 4) => "attend_few_256_of_4",
+        (false, 256, 8) => "attend_few_256_of_8",
+        (true, 64, 4) => "attend_clustered_64_of_4",
+        (true, 64, 8) => "attend_clustered_64_of_8",
+        (true, 128, 4) => "attend_clustered_128_of_4",
+        (true, 128, 8) => "attend_clustered_128_of_8",
+        (true, 256, 4) => "attend_clustered_256_of_4",
+        (true, 256, 8) => "attend_clustered_256_of_8",
+        _ => return None,
+    })
+}
+
 /// Whether these kernels can do it: for prompts of any length.
 pub fn covers(dtype: DType, d: usize, e: usize, lanes: bool, kept: bool, tokens: usize) -> bool {
     let wide = if tokens < MANY { matches!(d, 64 | 128 | 256) } else { matches!(d, 64 | 128) };
@@ -234,7 +277,11 @@ pub fn attend_by(seen: &Seen<'_>, on_hopper: bool) -> Result<Option<Tensor>> {
     let ((tokens, heads, d), (capacity, kv_heads, _)) = (seen.q.dims3()?, seen.keys.dims3()?);
     let Some(values) = seen.values else { return Ok(None) };
     let kept = seen.keep > 0;
-    if !covers(seen.keys.dtype(), d, values.dim(2)?, false, kept, tokens) || kv_heads == 0 || heads % kv_heads != 0 {
+    let (dtype, e) = match seen.packed {
+        Some(form) => (form.dtype, form.dim),
+        None => (seen.keys.dtype(), values.dim(2)?),
+    };
+    if !covers(dtype, d, e, false, kept, tokens) || kv_heads == 0 || heads % kv_heads != 0 {
         return Ok(None);
     }
     let parts = parts(heads, kv_heads);
@@ -251,15 +298,11 @@ pub fn attend_by(seen: &Seen<'_>, on_hopper: bool) -> Result<Option<Tensor>> {
         hopper::attend(&args, &q, seen.keys, values)?;
         return y.to_dtype(seen.q.dtype()).map(Some);
     }
-    let (file, name) = match (few.as_ref().map(|few| few.clustered), d) {
-        (Some(false), 64) => ("attend_few", "attend_few_64"),
-        (Some(false), 128) => ("attend_few", "attend_few_128"),
-        (Some(false), _) => ("attend_few", "attend_few_256"),
-        (Some(true), 64) => ("attend_few", "attend_clustered_64"),
-        (Some(true), 128) => ("attend_few", "attend_clustered_128"),
-        (Some(true), _) => ("attend_few", "attend_clustered_256"),
-        (None, 64) => ("attend_many", "attend_many_64"),
-        (None, _) => ("attend_many", "attend_many_128"),
+    let (file, name) = match (few.as_ref().map(|few| few.clustered), seen.packed) {
+        (Some(clustered), Some(form)) => ("attend_packed", packed_name(clustered, form).unwrap_or_default()),
+        (Some(clustered), None) => ("attend_few", few_name(clustered, d)),
+        (None, None) => ("attend_many", if d == 64 { "attend_many_64" } else { "attend_many_128" }),
+        (None, Some(_)) => return Ok(None),
     };
     let grid = [tokens.div_ceil(64) as u32, heads as u32, 1];
     let many = Shape { grid, block: 128, shared: (2 * 2 * 64 * d * 2) as u32, early: true };

@@ -8,8 +8,8 @@ namespace {
 
 // Bytes as Rust writes them (pack.rs).
 struct Packing {
-    const void *from;
-    void *to;
+    const void *from[2]; // of each blockIdx.y: keys and values
+    void *to[2];
     const uint32_t *positions; // of the rows, or none: they follow each other from `first` on
     uint32_t rows, heads, dim, bits, group, words; // words of a packed row of one head
     uint32_t first, origin, capacity, last;        // `last`: which position is the last one
@@ -32,7 +32,7 @@ template <typename T> __device__ void pack(const Packing &p) {
     const bool there = place.row < p.rows;
     const uint32_t row = there ? place.row : 0;
     const uint32_t to = p.positions ? p.positions[row] - p.origin : p.first + row;
-    const T *from = (const T *)p.from + (size_t(row) * p.heads + place.head) * p.dim + place.at;
+    const T *from = (const T *)p.from[blockIdx.y] + (size_t(row) * p.heads + place.head) * p.dim + place.at;
     float x[8], low = INFINITY, high = -INFINITY;
     for (int i = 0; i < 8; i++) x[i] = wide(from[i]), low = fminf(low, x[i]), high = fmaxf(high, x[i]);
     for (uint32_t step = p.group / 16; step > 0; step /= 2) {
@@ -51,7 +51,7 @@ template <typename T> __device__ void pack(const Packing &p) {
         bits |= uint64_t(q) << (i * p.bits);
     }
     if (!there || to >= p.capacity) return;
-    uint32_t *packed = (uint32_t *)p.to + (size_t(to) * p.heads + place.head) * p.words;
+    uint32_t *packed = (uint32_t *)p.to[blockIdx.y] + (size_t(to) * p.heads + place.head) * p.words;
     uint8_t *bytes = (uint8_t *)packed + place.at / 8 * p.bits;
     for (uint32_t i = 0; i < p.bits; i++) bytes[i] = uint8_t(bits >> (8 * i));
     if (place.at % p.group == 0) {
@@ -65,7 +65,7 @@ template <typename T> __device__ void unpack(const Packing &p) {
     const Place place(p);
     const uint32_t rows = p.positions ? min(p.rows, p.positions[p.last] - p.origin + 1) : p.rows;
     if (place.row >= rows) return;
-    const uint32_t *packed = (const uint32_t *)p.from + (size_t(place.row) * p.heads + place.head) * p.words;
+    const uint32_t *packed = (const uint32_t *)p.from[blockIdx.y] + (size_t(place.row) * p.heads + place.head) * p.words;
     const float *scales = (const float *)(packed + p.dim * p.bits / 32) + place.at / p.group * 2;
     const float scale = scales[0], bias = scales[1];
     const uint32_t bit = place.at * p.bits, word = bit / 32, shift = bit % 32;
@@ -73,7 +73,7 @@ template <typename T> __device__ void unpack(const Packing &p) {
     if (shift + 8 * p.bits > 32) bits |= uint64_t(packed[word + 1]) << 32;
     bits >>= shift;
     if (shift + 8 * p.bits > 64) bits |= uint64_t(packed[word + 2]) << (64 - shift);
-    T *to = (T *)p.to + (size_t(place.row) * p.heads + place.head) * p.dim + place.at;
+    T *to = (T *)p.to[blockIdx.y] + (size_t(place.row) * p.heads + place.head) * p.dim + place.at;
     alignas(16) T y[8];
 #pragma unroll
     for (int i = 0; i < 8; i++) y[i] = narrow<T>(__fadd_rn(__fmul_rn(float(uint32_t(bits >> (i * p.bits)) & ((1u << p.bits) - 1)), scale), bias));

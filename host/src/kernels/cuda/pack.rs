@@ -33,8 +33,8 @@ pub enum Rows<'a> {
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct Packing {
-    from: u64,
-    to: u64,
+    from: [u64; 2],
+    to: [u64; 2],
     positions: u64,
     rows: u32,
     heads: u32,
@@ -71,14 +71,18 @@ impl Form {
         })
     }
 
-    fn packing(&self, [from, to]: [&Tensor; 2], at: Rows<'_>, [rows, heads, capacity]: [usize; 3]) -> Result<Packing> {
+    fn packing(&self, of: &[[&Tensor; 2]], at: Rows<'_>, [rows, heads, capacity]: [usize; 3]) -> Result<Packing> {
         let (first, positions, origin) = match at {
             Rows::From(first) => (first, None, 0),
             Rows::At(positions, origin) => (0, Some(positions), origin),
         };
+        let (mut from, mut to) = ([0; 2], [0; 2]);
+        for (of, (from, to)) in of.iter().zip(from.iter_mut().zip(&mut to)) {
+            (*from, *to) = (address(of[0])?, address(of[1])?);
+        }
         Ok(Packing {
-            from: address(from)?,
-            to: address(to)?,
+            from,
+            to,
             positions: positions.map_or(Ok(0), address)?,
             rows: rows as u32,
             heads: heads as u32,
@@ -93,17 +97,26 @@ impl Form {
         })
     }
 
-    fn shape(&self, rows: usize, heads: usize) -> Shape {
+    fn shape(&self, rows: usize, heads: usize, tables: usize) -> Shape {
         let blocks = (rows * heads * self.dim / 8).div_ceil(256);
-        Shape { grid: [blocks as u32, 1, 1], block: 256, shared: 0, early: false }
+        Shape { grid: [blocks as u32, tables as u32, 1], block: 256, shared: 0, early: false }
     }
 
-    /// Writes `rows` `[rows, heads, dim]` into `table` `[capacity, heads, words]`, u32.
-    pub fn pack(&self, rows: &Tensor, table: &Tensor, at: Rows<'_>) -> Result<()> {
+    /// Writes rows `[rows, heads, dim]` into tables `[capacity, heads, words]`, u32: those of keys, and those of values if they are alike.
+    pub fn pack(&self, of: &[[&Tensor; 2]], at: Rows<'_>) -> Result<()> {
         self.known()?;
-        let (rows, (capacity, heads, words)) = (aligned(&rows.to_dtype(self.dtype)?)?, table.dims3()?);
+        let rows = of.iter().map(|[rows, _]| aligned(&rows.to_dtype(self.dtype)?)).collect::<Result<Vec<_>>>()?;
+        let pairs: Vec<_> = rows.iter().zip(of).map(|(rows, [_, table])| [rows, *table]).collect();
+        let (Some([rows, table]), 1..=2) = (pairs.first(), pairs.len()) else {
+            bail!("{} tables to be packed at once", pairs.len())
+        };
+        let (capacity, heads, _) = table.dims3()?;
         let count = rows.dim(0)?;
-        if rows.dims() != [count, heads, self.dim] || words != self.words() || table.dtype() != DType::U32 {
+        let alike = |[rows, table]: &[&Tensor; 2]| {
+            let whole = rows.dims() == [count, heads, self.dim] && table.dims() == [capacity, heads, self.words()];
+            whole && table.dtype() == DType::U32
+        };
+        if !pairs.iter().all(alike) {
             bail!("rows {:?} for a packed cache {:?}", rows.dims(), table.dims())
         }
         if let Rows::At(positions, _) = at
@@ -112,10 +125,10 @@ impl Form {
             bail!("{} positions for {count} rows", positions.elem_count())
         }
         let device = device_of(table)?;
-        let args = self.packing([&rows, table], at, [count, heads, capacity])?;
+        let args = self.packing(&pairs, at, [count, heads, capacity])?;
         let kernel = function(device, "pack", self.name(["pack_f32", "pack_f16", "pack_bf16"])?)?;
-        // SAFETY: as pack.cu says; both have as many rows and heads as the arguments say, and no row beyond the table's is written.
-        unsafe { kernel.launch(device, self.shape(count, heads), &[Arg::of(&args)]) }
+        // SAFETY: as pack.cu says; all have as many rows and heads as the arguments say, and no row beyond a table's is written.
+        unsafe { kernel.launch(device, self.shape(count, heads, pairs.len()), &[Arg::of(&args)]) }
     }
 
     /// The rows of `table` `[capacity, heads, words]` as numbers `[capacity, heads, dim]`: so many of them, or those up to the last position.
@@ -133,10 +146,10 @@ impl Form {
         // Not one of what a recorded step keeps between its runs: there would be one for each layer, and all would be there at once.
         let (device, dims) = (device_of(table)?, [count, heads, self.dim]);
         let y = allocated(&dims, self.dtype, device)?;
-        let args = self.packing([table, &y], rows, [count, heads, capacity])?;
+        let args = self.packing(&[[table, &y]], rows, [count, heads, capacity])?;
         let kernel = function(device, "pack", self.name(["unpack_f32", "unpack_f16", "unpack_bf16"])?)?;
         // SAFETY: as above.
-        unsafe { kernel.launch(device, self.shape(count, heads), &[Arg::of(&args)])? };
+        unsafe { kernel.launch(device, self.shape(count, heads, 1), &[Arg::of(&args)])? };
         Ok(y)
     }
 }

@@ -3,10 +3,12 @@
 
 use super::{New, Scores};
 use crate::{
+    cache::rows::Table,
     device::Placement,
     kernels::cuda::{
         attend::{self, Seen},
         attention,
+        pack::Form,
         turn::{self, Joined, Turned},
     },
     ops::{
@@ -85,6 +87,7 @@ pub fn attend_turned(
         softcap: how.softcap,
         sinks: sinks.as_ref(),
         slopes: slopes.as_ref(),
+        packed: None,
         fresh: false,
     };
     if single {
@@ -138,10 +141,24 @@ pub fn attend(
         let sight = kv.sight(how.window, how.chunk);
         // The step's own keys are there already, whoever put them.
         let origin = kv.origin(offset + count)?;
-        let Some(keys) = kv.keys.whole_at(&positions, origin)? else { candle_core::bail!("the cache is empty") };
-        let values = if how.lanes.is_some() { None } else { kv.values.whole_at(&positions, origin)? };
+        let q = rows(q)?;
+        // Where a kernel reads them so, groups of a few bits stay as they lie.
+        let as_it_lies = |form: &Form| {
+            let alike = how.lanes.is_none() && kv.values.form().as_ref() == Some(form) && sight.keep == 0;
+            Ok::<_, candle_core::Error>(alike && attention::covers_packed(*form, &q)?)
+        };
+        let packed = match kv.keys.form() {
+            Some(form) if as_it_lies(&form)? => Some(form),
+            _ => None,
+        };
+        let table = |table: &Table| match packed {
+            Some(_) => Ok(table.whole().cloned()),
+            None => table.whole_at(&positions, origin),
+        };
+        let Some(keys) = table(&kv.keys)? else { candle_core::bail!("the cache is empty") };
+        let values = if how.lanes.is_some() { None } else { table(&kv.values)? };
         let seen = Seen {
-            q: &rows(q)?,
+            q: &q,
             keys: &keys,
             values: values.as_ref(),
             lanes: how.lanes.unwrap_or(0),
@@ -154,7 +171,8 @@ pub fn attend(
             softcap: how.softcap,
             sinks: sinks.as_ref(),
             slopes: slopes.as_ref(),
-            fresh: kv.keys.is_packed(),
+            packed,
+            fresh: kv.keys.is_packed() && packed.is_none(),
         };
         outputs.push(attend::attend(&seen)?);
     }
