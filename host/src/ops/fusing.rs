@@ -17,6 +17,7 @@ use crate::{
         rope::Rope,
         weight::Weight,
     },
+    parallel::ranks::Seat,
     weights::plan::Wanted,
 };
 use candle_core::{DType, Tensor};
@@ -25,8 +26,7 @@ use plugin_api::abi::{Handle, Slot};
 impl Running<'_> {
     /// Whether this step is such that launches wait.
     pub(super) fn may_wait(&self) -> bool {
-        let plain =
-            self.ops.is_none() && self.seat.is_none() && !self.arena.is_exact() && self.place.dtype == DType::BF16;
+        let plain = self.ops.is_none() && !self.arena.is_exact() && self.place.dtype == DType::BF16;
         plain && self.places.is_some() && !self.layers.is_empty()
     }
 
@@ -52,7 +52,7 @@ impl Running<'_> {
     }
 
     pub(super) fn linear_later(&mut self, slot: Slot, x: Handle) -> Outcome<Option<Value>> {
-        let Some((x, last)) = self.unread(x)? else { return Ok(None) };
+        let (Some((x, last)), Some(summing)) = (self.unread(x)?, Seat::later(self.seat, slot)) else { return Ok(None) };
         let (weight, bias) = match self.layers.get(slot.0 as usize) {
             Some(Layer::Linear(linear)) if linear.adapter.is_none() => (&linear.weight, linear.bias.as_ref()),
             Some(Layer::Embedding(embedding)) if embedding.adapter.is_none() => (&embedding.weight, None),
@@ -60,7 +60,7 @@ impl Running<'_> {
         };
         match weight {
             Weight::Tiles(tiles) if tiles.cols == last => {
-                Ok(self.arena.later.product(tiles, bias, &x)?.map(Value::Real))
+                Ok(self.arena.later.product(tiles, bias, &x, summing)?.map(Value::Real))
             }
             _ => Ok(None),
         }
@@ -70,6 +70,7 @@ impl Running<'_> {
         let (Some((chosen, _)), Some((weights, _))) = (self.unread(chosen)?, self.unread(weights)?) else {
             return Ok(None);
         };
+        let Some(summing) = Seat::later(self.seat, slot) else { return Ok(None) };
         match (self.unread(x)?, self.layers.get(slot.0 as usize)) {
             (Some((x, _)), Some(Layer::Experts(experts))) => {
                 let Some(stacked) = &experts.stacked else { return Ok(None) };
@@ -84,7 +85,7 @@ impl Running<'_> {
                     self.arena.later.read(chosen.id())?;
                 }
                 let routed = Routed { x: x.clone(), norm: None, chosen, weights, route, kind: experts.kind };
-                Ok(self.arena.later.experts(stacked, &x, routed)?.map(Value::Real))
+                Ok(self.arena.later.experts(stacked, &x, routed, summing)?.map(Value::Real))
             }
             _ => Ok(None),
         }

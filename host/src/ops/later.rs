@@ -5,6 +5,8 @@
 //! Any other reader ([`Later::read`], which the arena calls) has the tensor written first, so whatever is not foreseen here is slower and
 //! never wrong. A tensor whose last owner goes without having read it is not written at all.
 
+mod work;
+
 use crate::{
     kernels::{
         cpu::Turn,
@@ -15,55 +17,19 @@ use crate::{
             product::{MOST_NORMED, Norming, Product, outputs},
             route::Route,
             rows::{self, Chain, RowOp},
-            step::{self, device_of, unwritten},
-            together::Together,
+            step::{device_of, unwritten},
             turn::Turned,
         },
     },
     layers::{experts::Activation, norm::Norm},
+    parallel::ranks::Summing,
 };
 use candle_core::{DType, Result, Tensor, TensorId};
 use std::{cell::RefCell, sync::Arc};
+use work::{Normed, Work, run};
 
 /// Most tokens of a step whose products wait. Beyond [`MOST_NORMED`] of them products still join a residual, but no norm and no gate.
 pub const MOST: usize = 32;
-
-#[derive(Clone)]
-struct Normed {
-    x: Tensor,
-    weight: Option<Tensor>,
-    narrow: Option<Tensor>,
-    eps: f32,
-    squares: Option<Tensor>,
-}
-
-#[derive(Clone)]
-enum Work {
-    Norm(Normed),
-    One {
-        tiles: Tiles,
-        bias: Option<Tensor>,
-        x: Tensor,
-        norm: Option<Norming>,
-    },
-    /// Products of one input, known by the tensor that the ops were given.
-    Group {
-        together: Arc<Together>,
-        of: TensorId,
-        x: Tensor,
-        norm: Option<Norming>,
-    },
-    /// Of many tokens.
-    Sum([Tensor; 2]),
-    Turn {
-        turned: Turned,
-        positions: Tensor,
-    },
-    Experts {
-        stacked: Arc<Stacked>,
-        routed: Routed,
-    },
-}
 
 struct Waiting {
     writes: Vec<Tensor>,
@@ -215,7 +181,13 @@ impl Later {
     }
 
     /// x `[.., cols]`, few tokens, times a matrix, or what a product with several has for it.
-    pub fn product(&self, tiles: &Tiles, bias: Option<&Tensor>, x: &Tensor) -> Result<Option<Tensor>> {
+    pub fn product(
+        &self,
+        tiles: &Tiles,
+        bias: Option<&Tensor>,
+        x: &Tensor,
+        summing: Option<Summing>,
+    ) -> Result<Option<Tensor>> {
         let tokens = x.elem_count() / tiles.cols.max(1);
         if x.dtype() != DType::BF16 || tokens > MOST || tokens > tiles.layout.few() {
             return Ok(None);
@@ -224,9 +196,12 @@ impl Later {
             let (from, norm) = self.input(x)?;
             let y = outputs(&[tiles], x)?;
             let work = Work::One { tiles: tiles.clone(), bias: bias.cloned(), x: from, norm };
-            self.wait(y.clone(), work);
+            self.wait(y.clone(), work.of_rank(summing));
             return Ok(y.into_iter().next());
         };
+        if summing.is_some() {
+            return Ok(None);
+        }
         let is_it = |w: &&Waiting| matches!(&w.work, Work::Group { together: other, of, .. } if *of == x.id() && Arc::ptr_eq(other, together));
         if let Some(known) = self.waiting.borrow().iter().find(is_it) {
             return Ok(known.writes.get(*place).cloned());
@@ -251,7 +226,7 @@ impl Later {
         }
         for (residual, product) in [(a, b), (b, a)] {
             let work = self.find(product.id(), |work| match work {
-                Work::One { .. } | Work::Experts { .. } => Some(work.clone()),
+                Work::One { .. } | Work::Experts { .. } | Work::Summand { .. } => Some(work.clone()),
                 _ => None,
             });
             let Some(work) = work else { continue };
@@ -260,7 +235,9 @@ impl Later {
             let y = unwritten(a.dims(), DType::BF16, device)?;
             let width = a.dims().last().copied().unwrap_or_default();
             let tokens = a.elem_count() / width.max(1);
-            let squares = match width.is_multiple_of(64) && (1..=MOST_NORMED).contains(&tokens) {
+            let written =
+                if let Work::Summand { summing, .. } = &work { summing.group.writes_squares(a) } else { true };
+            let squares = match written && width.is_multiple_of(64) && (1..=MOST_NORMED).contains(&tokens) {
                 true => Some(unwritten(&[tokens, width / 16], DType::F32, device)?),
                 false => None,
             };
@@ -330,7 +307,13 @@ impl Later {
     }
 
     /// Few tokens through their experts.
-    pub fn experts(&self, stacked: &Arc<Stacked>, x: &Tensor, mut routed: Routed) -> Result<Option<Tensor>> {
+    pub fn experts(
+        &self,
+        stacked: &Arc<Stacked>,
+        x: &Tensor,
+        mut routed: Routed,
+        summing: Option<Summing>,
+    ) -> Result<Option<Tensor>> {
         if x.dtype() != DType::BF16 || x.rank() != 2 || routed.chosen.rank() != 2 {
             return Ok(None);
         }
@@ -341,46 +324,8 @@ impl Later {
             (x.clone(), None)
         };
         let y = unwritten(x.dims(), DType::BF16, device_of(x)?)?;
-        self.wait(vec![y.clone()], Work::Experts { stacked: stacked.clone(), routed });
+        let work = Work::Experts { stacked: stacked.clone(), routed };
+        self.wait(vec![y.clone()], work.of_rank(summing));
         Ok(Some(y))
-    }
-}
-
-/// Starts what waited, to write `y`; a product joins a residual, and says what squares it wrote.
-fn run(work: &Work, y: &[Tensor], end: Option<(&Tensor, Option<&Tensor>)>) -> Result<()> {
-    let (residual, squares) = end.map_or((None, None), |(residual, squares)| (Some(residual), squares));
-    match work {
-        Work::Norm(Normed { x, weight, eps, .. }) => match y.first() {
-            Some(y) => norm::into(x, weight.as_ref(), *eps, y),
-            None => Ok(()),
-        },
-        Work::One { tiles, bias, x, norm } => {
-            let matrices = [(tiles, bias.as_ref())];
-            Product { matrices: &matrices, x, y, norm: norm.as_ref(), residual, squares }.run()
-        }
-        Work::Group { together, x, norm, .. } => {
-            let matrices = together.matrices();
-            Product { matrices: &matrices, x, y, norm: norm.as_ref(), residual, squares }.run()
-        }
-        Work::Sum([a, b]) => match y.first() {
-            Some(y) => norm::add_into(a, b, y),
-            None => Ok(()),
-        },
-        Work::Turn { turned, positions } => {
-            let Turned { x, norm, frequencies, amplitude, every, turn, y } = turned;
-            let normed = match norm {
-                Some((weight, eps)) => {
-                    let normed = unwritten(x.dims(), DType::BF16, device_of(x)?)?;
-                    norm::into(x, weight.as_ref(), *eps, &normed)?;
-                    normed
-                }
-                None => x.clone(),
-            };
-            step::rope_into(&normed, positions, (frequencies, *amplitude), *every, *turn, y)
-        }
-        Work::Experts { stacked, routed } => match y.first() {
-            Some(y) => stacked.run(routed, y, residual, squares),
-            None => Ok(()),
-        },
     }
 }

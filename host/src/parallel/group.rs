@@ -97,6 +97,22 @@ impl Group {
         }
     }
 
+    /// Puts the sum of what all ranks of a group of GPUs bring in x's place, and adds a residual if there is one to be added to.
+    #[cfg(feature = "cuda")]
+    pub fn sum_into(&self, rank: usize, x: &Tensor, onto: Option<crate::kernels::cuda::sum::Onto<'_>>) -> Result<()> {
+        match (&self.nccl, onto) {
+            (Some(nccl), Some(onto)) => nccl.sum_onto(rank, x, onto),
+            (Some(nccl), None) => nccl.sum(rank, x).map(|_| ()),
+            (None, _) => bail!("a sum in place over ranks that are no GPUs"),
+        }
+    }
+
+    /// Whether [`Self::sum_into`] writes squares for tensors like this.
+    #[cfg(feature = "cuda")]
+    pub fn writes_squares(&self, like: &Tensor) -> bool {
+        self.nccl.as_ref().is_some_and(|nccl| nccl.writes_squares(like))
+    }
+
     /// Lets everybody go who waits, and who comes until [`Self::renew`].
     pub fn fail(self: &Arc<Self>) {
         self.meeting().failed = true;

@@ -4,7 +4,11 @@
 use crate::{
     device::{Placement, cuda_library},
     error::{Error, Result},
-    kernels::cuda::{step::address, sum::Peers},
+    kernels::cuda::{
+        norm,
+        step::address,
+        sum::{Onto, Peers},
+    },
 };
 use candle_core::{CudaDevice, DType, Device, Tensor, backend::BackendDevice, bail, cuda_backend::WrapErr};
 use libloading::Library;
@@ -106,7 +110,7 @@ impl Communicators {
         };
         let x = x.contiguous()?;
         if let Some(peers) = &self.peers
-            && peers.sum(rank, device, &x)?
+            && peers.sum(rank, device, &x, None)?
         {
             return Ok(x);
         }
@@ -120,6 +124,25 @@ impl Communicators {
             0 => Ok(x),
             failed => bail!("a sum over devices: {}", self.said(failed)),
         }
+    }
+
+    /// Whether [`Self::sum_onto`] writes squares for tensors like this.
+    pub fn writes_squares(&self, like: &Tensor) -> bool {
+        self.peers.is_some() && Peers::covers(like)
+    }
+
+    /// Puts the sum of what all ranks bring, and a residual, in x's place.
+    pub fn sum_onto(&self, rank: usize, x: &Tensor, onto: Onto<'_>) -> candle_core::Result<()> {
+        if let (Some(peers), Some((device, _)), false) =
+            (&self.peers, self.ranks.get(rank), self.aborted.load(Ordering::Acquire))
+            && peers.sum(rank, device, x, Some(onto))?
+        {
+            return Ok(());
+        }
+        if onto.squares.is_some() {
+            bail!("a sum over devices that gives squares too: none of {:?}", x.dims())
+        }
+        norm::add_into(&self.sum(rank, x)?, onto.residual, x)
     }
 
     /// Ends every sum that waits for a rank which will not come.

@@ -63,6 +63,29 @@ impl Seat {
     }
 }
 
+/// Where a rank's summand meets the others', so that what waits can carry it along.
+#[cfg(feature = "cuda")]
+#[derive(Clone)]
+pub struct Summing {
+    /// As in [`Seat`].
+    pub group: Arc<Group>,
+    /// As in [`Seat`].
+    pub rank: usize,
+}
+
+#[cfg(feature = "cuda")]
+impl Seat {
+    /// Whether a layer's output may be written later, and whose summands it needs then.
+    pub fn later(seat: Option<&Seat>, slot: Slot) -> Option<Option<Summing>> {
+        let Some(seat) = seat else { return Some(None) };
+        match seat.joins.get(slot.0 as usize) {
+            None | Some(Join::None) => Some(None),
+            Some(Join::Sum) => Some(Some(Summing { group: seat.group.clone(), rank: seat.rank })),
+            Some(Join::Gather { .. }) => None,
+        }
+    }
+}
+
 /// The ranks behind the first.
 pub struct Followers {
     group: Arc<Group>,

@@ -1,27 +1,27 @@
-// A sum over GPUs that see each other's memory, for the few numbers of a token: each lays its own out, says so to the others, and reads
-// theirs. A block minds its own stretch alone, in places of its own, so that blocks need not wait for each other; it counts its sums in
-// device memory, so that a recorded step can be replayed. Every GPU adds in the order of the ranks: all have the same bits.
-
+// A sum over GPUs that see each other's memory, for the few numbers of a token: each writes its own into the others' memory, every four
+// bytes with the number of the sum beside them, and so whoever waits for numbers sees from themselves that they have come. Nothing else is
+// said. A block counts its sums in device memory, so that a recorded step can be replayed; what comes for the next sum has a place of its
+// own, and nobody is further ahead. Every GPU adds in the order of the ranks: all have the same bits.
 #include "floats.cuh"
-#include <cstdint>
+#include "tiles.cuh"
 
 namespace {
 
-constexpr uint32_t MOST_RANKS = 8, MOST_BLOCKS = 64, STRETCH = 8192;
-constexpr uint32_t EPOCHS = MOST_BLOCKS * MOST_RANKS * 4, DATA = 4096;
+constexpr uint32_t MOST_RANKS = 8, MOST_BLOCKS = 256, THREADS = 128;
+constexpr uint32_t DATA = 4096; // behind the blocks' counts
 
+// Bytes as Rust writes them (sum.rs).
 struct Args {
-    uint64_t x;
+    const uint4 *x;
+    uint4 *y;              // may be x
+    const uint4 *residual; // is added too; or none
+    float *squares;        // of what comes out, summed over each 16 numbers; or none
     uint64_t bases[MOST_RANKS];
     uint32_t vectors, ranks, rank, unused;
 };
 
-__device__ void say(uint32_t *flag, uint32_t epoch) { asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(flag), "r"(epoch) : "memory"); }
-
-__device__ uint32_t heard(const uint32_t *flag) {
-    uint32_t epoch;
-    asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(epoch) : "l"(flag) : "memory");
-    return epoch;
+__device__ void say(uint4 *to, uint32_t a, uint32_t b, uint32_t epoch) {
+    asm volatile("st.volatile.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(a), "r"(epoch), "r"(b), "r"(epoch) : "memory");
 }
 
 __device__ uint64_t now() {
@@ -30,43 +30,46 @@ __device__ uint64_t now() {
     return nanoseconds;
 }
 
-template <typename T> __device__ void sum(const Args &args) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-    constexpr int EACH = 16 / sizeof(T);
-    char *own = (char *)args.bases[args.rank];
-    uint32_t *epochs = (uint32_t *)(own + EPOCHS);
-    const uint32_t epoch = epochs[blockIdx.x] + 1;
-    const size_t place = DATA + (size_t)((epoch & 1) * MOST_BLOCKS + blockIdx.x) * STRETCH + (size_t)threadIdx.x * 16;
-    const uint32_t at = blockIdx.x * blockDim.x + threadIdx.x;
-    uint4 *x = (uint4 *)args.x + at;
-    const bool mine = at < args.vectors;
-    if (mine) *(uint4 *)(own + place) = *x;
-    __syncthreads();
-    const uint32_t other = threadIdx.x;
-    if (other < args.ranks && other != args.rank) {
-        __threadfence_system();
-        say((uint32_t *)args.bases[other] + blockIdx.x * MOST_RANKS + args.rank, epoch);
-        const uint32_t *flag = (const uint32_t *)own + blockIdx.x * MOST_RANKS + other;
-        const uint64_t since = now();
+__device__ uint2 heard(const uint4 *from, uint32_t epoch) {
+    const uint64_t since = now();
+    while (true) {
+        uint4 said;
+        asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(said.x), "=r"(said.y), "=r"(said.z), "=r"(said.w) : "l"(from) : "memory");
+        if (said.y == epoch && said.w == epoch) return make_uint2(said.x, said.z);
         // A rank may be loading its kernels; one that has died never comes.
-        while ((int32_t)(heard(flag) - epoch) < 0) {
-            if (now() - since > 60000000000ull) __trap();
-        }
+        if (now() - since > 60000000000ull) __trap();
     }
-    __syncthreads();
+}
+
+template <typename T> __device__ void sum(const Args &args) {
+    let_next_start();
+    wait_for_previous();
+    constexpr int EACH = 16 / sizeof(T);
+    uint32_t *epochs = (uint32_t *)args.bases[args.rank];
+    const uint32_t epoch = epochs[blockIdx.x] + 1, at = blockIdx.x * THREADS + threadIdx.x;
+    // Of a rank's numbers in another's memory.
+    auto place = [&](uint32_t whose, uint32_t whom) {
+        const size_t stretch = (size_t((epoch & 1) * MOST_BLOCKS + blockIdx.x) * args.ranks + whom) * THREADS + threadIdx.x;
+        return (uint4 *)(args.bases[whose] + DATA) + 2 * stretch;
+    };
+    const bool mine = at < args.vectors;
+    float square = 0;
     if (mine) {
-        float total[EACH];
-#pragma unroll
-        for (int i = 0; i < EACH; i++) total[i] = 0.0f;
+        const uint4 own = args.x[at];
         for (uint32_t rank = 0; rank < args.ranks; rank++) {
-            const volatile uint32_t *words = (const volatile uint32_t *)((const char *)args.bases[rank] + place);
-            uint4 part = {0, 0, 0, 0};
-            asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                         : "=r"(part.x), "=r"(part.y), "=r"(part.z), "=r"(part.w)
-                         : "l"(words)
-                         : "memory");
+            if (rank == args.rank) continue;
+            uint4 *to = place(rank, args.rank);
+            say(to, own.x, own.y, epoch), say(to + 1, own.z, own.w, epoch);
+        }
+        const uint4 residual = args.residual ? args.residual[at] : make_uint4(0, 0, 0, 0);
+        float total[EACH];
+        for (uint32_t rank = 0; rank < args.ranks; rank++) {
+            uint4 part = own;
+            if (rank != args.rank) {
+                const uint4 *from = place(args.rank, rank);
+                const uint2 low = heard(from, epoch), high = heard(from + 1, epoch);
+                part = make_uint4(low.x, low.y, high.x, high.y);
+            }
             const T *numbers = (const T *)&part;
 #pragma unroll
             for (int i = 0; i < EACH; i++) total[i] = rank == 0 ? wide(numbers[i]) : total[i] + wide(numbers[i]);
@@ -74,16 +77,25 @@ template <typename T> __device__ void sum(const Args &args) {
         uint4 result;
         T *numbers = (T *)&result;
 #pragma unroll
-        for (int i = 0; i < EACH; i++) numbers[i] = narrow<T>(total[i]);
-        *x = result;
+        for (int i = 0; i < EACH; i++) {
+            if (args.residual) total[i] += wide(((const T *)&residual)[i]);
+            numbers[i] = narrow<T>(total[i]);
+            square += wide(numbers[i]) * wide(numbers[i]);
+        }
+        args.y[at] = result;
     }
+    if (args.squares && EACH == 8) {
+        square += __shfl_xor_sync(~0u, square, 1);
+        if (mine && at % 2 == 0) args.squares[at / 2] = square;
+    }
+    __syncthreads();
     if (threadIdx.x == 0) epochs[blockIdx.x] = epoch;
 }
 
 }  // namespace
 
 #define SUM(name, T) \
-    extern "C" __global__ void __launch_bounds__(512) sum_##name(const Args args) { sum<T>(args); }
+    extern "C" __global__ void __launch_bounds__(THREADS) sum_##name(const __grid_constant__ Args args) { sum<T>(args); }
 SUM(f32, float)
 SUM(f16, __half)
 SUM(bf16, __nv_bfloat16)
