@@ -242,7 +242,7 @@ impl Recorded {
             self.graph = Some(self.record(model, inputs, &logits)?);
             self.caches = caches;
         }
-        self.launch()?;
+        self.launch(model)?;
         self.done = Some((self.end()?, false));
         Ok(())
     }
@@ -297,9 +297,12 @@ impl Recorded {
         }
     }
 
-    fn launch(&mut self) -> Result<()> {
+    fn launch(&self, model: &Model) -> Result<()> {
         let Some(graph) = &self.graph else { return Err(Error::Device("--device cuda: no step is recorded".into())) };
-        Ok(graph.launch().w()?)
+        match &model.seat {
+            Some(seat) => Ok(seat.group.together(|| graph.launch().w())?),
+            None => Ok(graph.launch().w()?),
+        }
     }
 
     /// When what is in the stream has been done.
@@ -342,7 +345,7 @@ impl Recorded {
             return Ok(Made::Logits(logits.to_vec2::<f32>()?));
         }
         if self.graph.is_some() && caches(model, inputs)? == self.caches {
-            self.launch()?;
+            self.launch(model)?;
             let next = inputs.first().map_or(0, |i| i.state.offset);
             self.ahead = Some((if draws { self.draw(true, next)? } else { self.end()? }, draws));
         }

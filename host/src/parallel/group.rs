@@ -3,6 +3,8 @@
 
 use crate::device::Placement;
 use candle_core::{Result, Tensor, bail};
+#[cfg(feature = "cuda")]
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 /// What a rank that was let go by another's failure says.
@@ -17,6 +19,11 @@ pub struct Group {
     ranks: usize,
     meeting: Mutex<Meeting>,
     turned: Condvar,
+    /// How often all ranks on GPUs have met, and how many have come since.
+    #[cfg(feature = "cuda")]
+    rounds: AtomicUsize,
+    #[cfg(feature = "cuda")]
+    arrived: AtomicUsize,
     #[cfg(feature = "cuda")]
     nccl: Option<super::nccl::Communicators>,
 }
@@ -37,6 +44,10 @@ impl Group {
             ranks,
             meeting: Mutex::default(),
             turned: Condvar::new(),
+            #[cfg(feature = "cuda")]
+            rounds: AtomicUsize::new(0),
+            #[cfg(feature = "cuda")]
+            arrived: AtomicUsize::new(0),
             #[cfg(feature = "cuda")]
             nccl: None,
         }
@@ -66,7 +77,7 @@ impl Group {
     pub fn sum(&self, rank: usize, x: Tensor) -> Result<Tensor> {
         #[cfg(feature = "cuda")]
         if let Some(nccl) = &self.nccl {
-            return nccl.sum(rank, &x);
+            return self.together(|| nccl.sum(rank, &x));
         }
         let mut meeting = self.meeting();
         if meeting.failed {
@@ -101,10 +112,44 @@ impl Group {
     #[cfg(feature = "cuda")]
     pub fn sum_into(&self, rank: usize, x: &Tensor, onto: Option<crate::kernels::cuda::sum::Onto<'_>>) -> Result<()> {
         match (&self.nccl, onto) {
-            (Some(nccl), Some(onto)) => nccl.sum_onto(rank, x, onto),
-            (Some(nccl), None) => nccl.sum(rank, x).map(|_| ()),
+            (Some(nccl), Some(onto)) => self.together(|| nccl.sum_onto(rank, x, onto)),
+            (Some(nccl), None) => self.together(|| nccl.sum(rank, x)).map(|_| ()),
             (None, _) => bail!("a sum in place over ranks that are no GPUs"),
         }
+    }
+
+    /// Starts something on each rank's GPU that waits there for the other GPUs: when all ranks have come to it, and none goes on before all
+    /// have started it. The driver lets nobody do certain things (pin memory, load a kernel) while a GPU is busy: a rank that did one
+    /// would wait for a GPU that waits for what this rank has not started yet.
+    #[cfg(feature = "cuda")]
+    pub fn together<T>(&self, start: impl FnOnce() -> Result<T>) -> Result<T> {
+        self.meet()?;
+        let started = start()?;
+        self.meet()?;
+        Ok(started)
+    }
+
+    /// Waits until all ranks are here. They come within microseconds of each other, so the thread stays awake.
+    #[cfg(feature = "cuda")]
+    fn meet(&self) -> Result<()> {
+        let round = self.rounds.load(Ordering::Acquire);
+        if self.arrived.fetch_add(1, Ordering::AcqRel) + 1 == self.ranks {
+            self.arrived.store(0, Ordering::Relaxed);
+            self.rounds.store(round.wrapping_add(1), Ordering::Release);
+            return Ok(());
+        }
+        let mut looks = 0u32;
+        while self.rounds.load(Ordering::Acquire) == round {
+            looks = looks.wrapping_add(1);
+            if !looks.is_multiple_of(256) {
+                std::hint::spin_loop();
+            } else if self.meeting().failed {
+                bail!("{LET_GO}");
+            } else {
+                std::thread::yield_now();
+            }
+        }
+        Ok(())
     }
 
     /// Whether [`Self::sum_into`] writes squares for tensors like this.
@@ -132,6 +177,8 @@ impl Group {
 
     /// A new beginning, when no rank is on its way.
     pub fn renew(&self) {
+        #[cfg(feature = "cuda")]
+        self.arrived.store(0, Ordering::Release);
         let mut meeting = self.meeting();
         *meeting = Meeting { round: meeting.round, ..Meeting::default() };
     }
