@@ -34,7 +34,11 @@ use crate::{
 use candle_core::{DType, Tensor};
 use engine::Engine;
 use plugin_api::abi::{CacheSpec, Slot, extension::Extension};
-use std::{cell::RefCell, path::PathBuf};
+use std::{
+    cell::RefCell,
+    path::PathBuf,
+    sync::atomic::{AtomicBool, Ordering},
+};
 
 /// A model that an architecture has described and no weights have been read for.
 pub struct Plan {
@@ -84,6 +88,8 @@ pub struct Model {
     followers: Option<Followers>,
     /// How its weights are shared out, in a sentence.
     division: Option<String>,
+    /// Whether a step was taken.
+    begun: AtomicBool,
 }
 
 /// Which rows of a sequence's new tokens the caller wants logits for.
@@ -279,6 +285,10 @@ impl Model {
             rows.extend((ids.len() - wanted..ids.len()).map(|r| r as u32));
             counts.push(wanted);
         }
+        // A first step waits for nothing.
+        if self.begun.swap(true, Ordering::Relaxed) && self.place.native {
+            moving::some();
+        }
         crate::kernels::cpu::begin_step();
         let logits = match self.played(inputs, &ids) {
             Ok(Some(logits)) => Ok(logits),
@@ -289,9 +299,6 @@ impl Model {
             Ok(mut logits) => {
                 for (input, again) in inputs.iter_mut().zip(&replayed).filter(|(input, _)| !input.tokens.is_empty()) {
                     input.state.finish(again, input.tokens)?;
-                }
-                if self.place.native && inputs.iter().all(|input| input.tokens.len() == 1) {
-                    moving::some();
                 }
                 Ok(counts.iter().map(|&n| logits.drain(..n).collect()).collect())
             }

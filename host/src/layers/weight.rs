@@ -67,11 +67,11 @@ impl Weight {
         Ok(Weight::Packed(if place.dtype == DType::F32 { matrix } else { matrix.for_halves() }))
     }
 
-    /// The same weights as products of them are fastest here: rows no longer lie apart, and the checkpoint's own bytes are let go. Where
-    /// rows stay as they are, they may move to memory that is.
+    /// The same weights as products of them are fastest here: rows no longer lie apart, and the checkpoint's own bytes are let go, those of
+    /// a file once the model is in use. Where rows stay as they are, they may move to memory that is.
     pub fn in_panels(self) -> Self {
         match self {
-            Weight::Packed(m) => match m.is_for_halves().then(|| Panels::new(&m)).flatten() {
+            Weight::Packed(m) => match m.is_for_halves().then(|| Panels::later(&m)).flatten() {
                 Some(panels) => Weight::Panels(panels),
                 None => Weight::Packed(m.that_moves()),
             },

@@ -91,6 +91,7 @@ impl Plan {
             seat: None,
             followers: None,
             division: None,
+            begun: Default::default(),
             compiled: Default::default(),
             #[cfg(feature = "cuda")]
             replays: Default::default(),
@@ -132,6 +133,7 @@ impl Plan {
                 seat: Some(seat),
                 followers: None,
                 division: None,
+                begun: Default::default(),
                 compiled: Default::default(),
                 #[cfg(feature = "cuda")]
                 replays: Default::default(),

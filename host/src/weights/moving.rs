@@ -1,6 +1,6 @@
-//! Weights that are read where the file lies until a model has decoded a little, and then move, a few megabytes a step, into memory of
-//! their own on huge pages, which is read a third faster. So the first token waits for nothing, and each weight is in memory once: the
-//! file's pages are let go as they are copied.
+//! Weights that are read where the file lies until a model is in use, and then move, some at each step, into memory of their own on huge
+//! pages, which is read a third faster, and in the order that products like best. So the first token waits for nothing, and each weight is
+//! in memory once: the file's pages are let go as they are copied.
 
 use super::bytes::{Bytes, Room};
 use crate::{kernels::cpu, machine};
@@ -19,6 +19,16 @@ const STEPS: usize = 16;
 /// Parts below this size are not worth it.
 const SMALL: usize = 1 << 15;
 
+/// What moves later.
+pub trait Later: Send + Sync {
+    /// Bytes that are still to be moved.
+    fn bytes(&self) -> usize;
+    /// Moves them.
+    fn go(&self) -> std::io::Result<()>;
+    /// Whether little is lost if they never move.
+    fn may_stay(&self) -> bool;
+}
+
 /// Bytes of a file, or their copy.
 pub struct Moving {
     from: Bytes,
@@ -34,6 +44,16 @@ impl Moving {
     /// Lets go of the file's pages, moved or not.
     pub fn let_go(&self) {
         self.from.let_go();
+    }
+}
+
+impl Later for Moving {
+    fn bytes(&self) -> usize {
+        self.from.len()
+    }
+
+    fn may_stay(&self) -> bool {
+        true
     }
 
     fn go(&self) -> std::io::Result<()> {
@@ -51,10 +71,10 @@ impl Moving {
 }
 
 /// What is still to be moved, in the order in which it was loaded, and how much that was in all.
-static QUEUE: Mutex<VecDeque<Weak<Moving>>> = Mutex::new(VecDeque::new());
+static QUEUE: Mutex<VecDeque<Weak<dyn Later>>> = Mutex::new(VecDeque::new());
 static QUEUED: AtomicUsize = AtomicUsize::new(0);
 
-fn queue() -> std::sync::MutexGuard<'static, VecDeque<Weak<Moving>>> {
+fn queue() -> std::sync::MutexGuard<'static, VecDeque<Weak<dyn Later>>> {
     QUEUE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -63,34 +83,37 @@ pub fn later(bytes: Bytes) -> Bytes {
     if !bytes.is_of_file() || bytes.len() < SMALL || !has_huge_pages() {
         return bytes;
     }
-    let len = bytes.len();
     let moving = Arc::new(Moving { from: bytes, to: OnceLock::new() });
-    queue().push_back(Arc::downgrade(&moving));
-    QUEUED.fetch_add(len, Ordering::Relaxed);
+    enqueue(&(moving.clone() as Arc<dyn Later>));
     Bytes::from(moving)
 }
 
-/// Moves some of what is to be moved. Nothing moves any more once there is not enough memory for it.
+/// Has it moved later, unless it is gone by then.
+pub fn enqueue(later: &Arc<dyn Later>) {
+    queue().push_back(Arc::downgrade(later));
+    QUEUED.fetch_add(later.bytes(), Ordering::Relaxed);
+}
+
+/// Moves some of what is to be moved. What may stay does so once there is not enough memory for all.
 pub fn some() {
     // A step that finds another one at it goes on.
     let Ok(mut queue) = QUEUE.try_lock() else { return };
     if queue.is_empty() {
         return;
     }
-    let left: usize = queue.iter().filter_map(Weak::upgrade).map(|moving| moving.from.len()).sum();
+    let left: usize = queue.iter().filter_map(Weak::upgrade).map(|later| later.bytes()).sum();
     // Pages of files count as free, as they will be once they are let go: what is asked for is room for the copies.
     if machine::memory().is_none_or(|memory| (memory.free as usize) < left + left / 4) {
-        queue.clear();
-        return;
+        queue.retain(|later| later.upgrade().is_some_and(|later| !later.may_stay()));
     }
     let most = LEAST.max(QUEUED.load(Ordering::Relaxed) / STEPS);
     let mut moved = 0;
     while moved < most
         && let Some(next) = queue.pop_front()
     {
-        let Some(moving) = next.upgrade() else { continue };
-        moved += moving.from.len();
-        if moving.go().is_err() {
+        let Some(later) = next.upgrade() else { continue };
+        moved += later.bytes();
+        if later.go().is_err() {
             return queue.clear();
         }
     }

@@ -5,13 +5,14 @@
 //! in a batch and on any number of threads.
 
 use super::{
-    LANES, Panels,
+    LANES,
     layout::{LOW, SCALES},
+    lying::{Source, Turn, View},
     scales::scales,
     sixteen::Avx512,
 };
 use crate::kernels::cpu::{
-    ahead::{self, fetch_near},
+    ahead::fetch_near,
     bf16,
     dequantize::e4m3_to_f32,
     tasks::{Output, by_list, in_streams, in_tasks},
@@ -34,9 +35,9 @@ pub(super) fn runs_here() -> bool {
     bf16::runs_here() && is_x86_feature_detected!("avx512vbmi")
 }
 
-/// out = x · Wᵀ for each of `of`, all of the same columns: `x` is `[tokens, cols]`, an `out` `[tokens, rows]`.
-pub(super) fn multiply(of: &mut [(&Panels, &mut [f32])], x: &[f32]) {
-    let Some(&(first, _)) = of.first() else { return };
+/// out = x · Wᵀ for each of `of`, which come from `sources`, all of the same columns: `x` is `[tokens, cols]`, an `out` `[tokens, rows]`.
+pub(super) fn multiply(of: &[View], sources: &[Source], outs: impl Iterator<Item = Output>, x: &[f32]) {
+    let Some(first) = of.first() else { return };
     let (cols, tokens) = (first.cols, x.len() / first.cols);
     // SAFETY: `round` writes all columns of all tokens.
     let mut halves = unsafe { unwritten::<u16>(tokens * cols) };
@@ -46,24 +47,27 @@ pub(super) fn multiply(of: &mut [(&Panels, &mut [f32])], x: &[f32]) {
             unsafe { round(x, to) };
         }
     });
-    let mut products = Vec::with_capacity(of.len());
-    for &mut (panels, ref mut out) in of {
-        if tokens <= FEW {
-            ahead::pass(&panels.bytes);
-        }
-        products.push(Product { panels, x: &halves, tokens, out: Output(out.as_mut_ptr()) });
-    }
+    let products: Vec<Product> =
+        of.iter().zip(outs).map(|(panels, out)| Product { panels, x: &halves, tokens, out }).collect();
     let lengths = || products.iter().map(|p| p.panels.rows.div_ceil(LANES));
     let (panels, size) = (lengths().sum(), LANES * cols * tokens);
     if tokens <= FEW {
-        in_streams(panels, size, if tokens > 4 { 1 } else { 4 }, |(): &mut (), range| {
-            // SAFETY: panels that there are; tasks write disjoint rows of the output; `runs_here`.
-            by_list(range, lengths(), |i, range| unsafe { products[i].few(range) });
+        in_streams(panels, size, if tokens > 4 { 1 } else { 4 }, |turn: &mut Turn, range| {
+            by_list(range, lengths(), |i, range| {
+                sources[i].each(products[i].panels, range, false, turn, |panels, range| {
+                    // SAFETY: panels that there are; tasks write disjoint rows of the output; `runs_here`.
+                    unsafe { Product { panels, ..products[i] }.few(range) }
+                });
+            });
         });
     } else {
-        in_tasks(panels, size, 4, usize::MAX, |scratch, range| {
-            // SAFETY: as above.
-            by_list(range, lengths(), |i, range| unsafe { products[i].many(range, scratch) });
+        in_tasks(panels, size, 4, usize::MAX, |(scratch, turn): &mut (_, Turn), range| {
+            by_list(range, lengths(), |i, range| {
+                sources[i].each(products[i].panels, range, true, turn, |panels, range| {
+                    // SAFETY: as above.
+                    unsafe { Product { panels, ..products[i] }.many(range, scratch) }
+                });
+            });
         });
     }
 }
@@ -139,7 +143,7 @@ struct Opened([u8; 2 * LINE]);
 /// One product.
 #[derive(Clone, Copy)]
 struct Product<'a> {
-    panels: &'a Panels,
+    panels: &'a View<'a>,
     x: &'a [u16],
     tokens: usize,
     out: Output,
@@ -228,7 +232,7 @@ impl Product<'_> {
         p: usize,
         t: usize,
     ) -> usize {
-        let Panels { layout, blocks, rows, cols, .. } = self.panels;
+        let View { layout, blocks, rows, cols, .. } = self.panels;
         let (beside, abreast) = (layout.scale.size() * LANES, ABREAST.max(1));
         let mut x = [self.x.as_ptr(); T];
         for i in 0..T {

@@ -9,7 +9,9 @@
 mod amx;
 #[cfg(target_arch = "x86_64")]
 mod floats;
+mod interleaved;
 mod layout;
+mod lying;
 mod numbers;
 mod opened;
 mod packing;
@@ -20,9 +22,10 @@ mod sixteen;
 mod tile;
 
 use super::{format::Format, matrix::Matrix};
-use crate::weights::bytes::Bytes;
-use layout::{Blocks, Layout};
+use layout::Layout;
+use lying::Store;
 pub(super) use product::multiply;
+use std::sync::Arc;
 
 /// Rows that lie side by side: the 32-bit lanes of a vector.
 const LANES: usize = 16;
@@ -30,36 +33,45 @@ const LANES: usize = 16;
 /// `[rows, cols]` = `[out, in]`, sixteen rows after sixteen rows. Cloning shares the bytes.
 #[derive(Clone)]
 pub struct Panels {
-    layout: Layout,
     rows: usize,
     cols: usize,
-    blocks: Blocks,
     /// For each panel, block and kind of strip: for each piece of a row's strip, those of all lanes.
-    bytes: Bytes,
+    store: Arc<Store>,
     /// A factor for each row of all panels, empty in most formats.
     factors: Vec<f32>,
 }
 
 impl std::fmt::Debug for Panels {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{:?} [{}, {}] in panels", self.layout.format, self.rows, self.cols)
+        write!(f, "{:?} [{}, {}] in panels", self.format(), self.rows, self.cols)
     }
 }
 
 impl Panels {
     /// The same matrix in panels, and its own pages let go, if this machine multiplies its format that way.
     pub fn new(matrix: &Matrix) -> Option<Self> {
+        let layout = Self::layout_of(matrix)?;
+        Self::pack(layout, matrix)
+    }
+
+    /// The same, but what lies in a file is packed only [once the model is in use](crate::weights::moving).
+    pub fn later(matrix: &Matrix) -> Option<Self> {
+        let layout = Self::layout_of(matrix)?;
+        if matrix.parts()[0].is_of_file() { Some(Self::lying(layout, matrix)) } else { Self::pack(layout, matrix) }
+    }
+
+    fn layout_of(matrix: &Matrix) -> Option<Layout> {
         let cols = matrix.cols();
         let layout = Layout::of(matrix.format(), cols).filter(product::runs_here)?;
         // Only FP8 has groups of any size.
         let whole = cols > 0 && cols.is_multiple_of(layout.group) && (!layout.e4m3 || layout.group.is_multiple_of(32));
         let fits = matrix.rows() >= LANES && whole && matrix.column_order().is_none();
-        if fits { Self::pack(layout, matrix) } else { None }
+        fits.then_some(layout)
     }
 
     /// How the weights were packed.
     pub fn format(&self) -> Format {
-        self.layout.format
+        self.store.layout.format
     }
 
     /// Outputs.
@@ -74,6 +86,7 @@ impl Panels {
 
     /// Memory held, scales included.
     pub fn bytes(&self) -> usize {
-        self.bytes.len() + 4 * self.factors.len()
+        let blocks = &self.store.blocks;
+        self.rows.div_ceil(LANES) * blocks.count * blocks.bytes + 4 * self.factors.len()
     }
 }

@@ -3,7 +3,9 @@
 
 use super::{
     LANES, Panels,
-    layout::{BIAS_STEPS, BIASES, HIGH, LOW, Layout, Order, SCALES, STEPS, STRIPS, SUPER, Scale, Steps},
+    interleaved::pack_panel,
+    layout::{BIAS_STEPS, BIASES, Blocks, HIGH, LOW, Layout, Order, SCALES, STEPS, SUPER, Scale, Steps},
+    lying::{Source, Store, View},
     opened::Strips,
 };
 use crate::{
@@ -15,71 +17,100 @@ use crate::{
     weights::bytes::{Bytes, Room},
 };
 use rayon::prelude::*;
-
-/// Piece i of each row's strip, from byte `from` on, to that row's lane of piece i of a panel's.
-fn scatter<const SIZE: usize>(rows: &[[&[u8]; STRIPS]], kind: usize, from: usize, to: &mut [u8]) {
-    let (to, _) = to.as_chunks_mut::<SIZE>();
-    let pieces = to.len() / LANES;
-    if let Ok(rows) = <&[[&[u8]; STRIPS]; LANES]>::try_from(rows) {
-        let rows = rows.each_ref().map(|row| &row[kind][from..].as_chunks::<SIZE>().0[..pieces]);
-        for (i, lanes) in to.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
-            for lane in 0..LANES {
-                lanes[lane] = rows[lane][i];
-            }
-        }
-        return;
-    }
-    for (lane, row) in rows.iter().enumerate() {
-        let (pieces, _) = row[kind][from..].as_chunks::<SIZE>();
-        for (piece, lanes) in pieces.iter().zip(to.chunks_exact_mut(LANES)) {
-            lanes[lane] = *piece;
-        }
-    }
-}
+use std::sync::Arc;
 
 fn gather(size: usize, panel: &[u8], lane: usize) -> impl Iterator<Item = u8> {
     panel.chunks_exact(size * LANES).flat_map(move |lanes| &lanes[size * lane..size * (lane + 1)]).copied()
 }
 
+/// Bytes of rows that are packed before their pages are let go: no large matrix is in memory twice.
+const AT_ONCE: usize = 16 << 20;
+
+/// All panels of a matrix, whose own pages are let go.
+pub(super) fn pack(layout: &Layout, blocks: &Blocks, matrix: &Matrix) -> std::io::Result<Room> {
+    let size = blocks.count * blocks.bytes;
+    let mut room = Room::new(matrix.rows().div_ceil(LANES) * size)?;
+    let at_once = (AT_ONCE / size.max(1)).max(1);
+    for (i, some) in room.chunks_mut(at_once * size).enumerate() {
+        let panels = some.par_chunks_exact_mut(size).enumerate();
+        panels.for_each_init(<[Strips; LANES]>::default, |strips, (p, panel)| {
+            pack_panel(layout, blocks, matrix, i * at_once + p, strips, panel);
+        });
+        let rows = (i * at_once * LANES)..((i + 1) * at_once * LANES).min(matrix.rows());
+        if let Some(done) = matrix.slice_rows(rows) {
+            done.parts().iter().for_each(Bytes::let_go);
+        }
+    }
+    Ok(room)
+}
+
 impl Panels {
     /// `None` where there is no memory for it: then rows may stay as they are.
     pub(super) fn pack(layout: Layout, matrix: &Matrix) -> Option<Self> {
+        let blocks = layout.blocks(matrix.cols());
+        let packed = pack(&layout, &blocks, matrix).ok()?;
+        Some(Self::with(matrix, Store::packed(layout, blocks, packed.into())))
+    }
+
+    /// Packed later.
+    pub(super) fn lying(layout: Layout, matrix: &Matrix) -> Self {
+        let blocks = layout.blocks(matrix.cols());
+        Self::with(matrix, Store::lying(layout, blocks, matrix.clone()))
+    }
+
+    fn with(matrix: &Matrix, store: Arc<Store>) -> Self {
         let (rows, cols) = (matrix.rows(), matrix.cols());
-        let (blocks, pieces) = (layout.blocks(cols), layout.pieces());
-        let mut room = Room::new(rows.div_ceil(LANES) * blocks.count * blocks.bytes).ok()?;
-        let panels = room.par_chunks_exact_mut(blocks.count * blocks.bytes).enumerate();
-        panels.for_each_init(<[Strips; LANES]>::default, |strips, (p, panel)| {
-            let strips = strips.iter_mut().zip(p * LANES..rows);
-            let rows: Vec<_> = strips.map(|(strips, row)| strips.of(&layout, matrix.row_parts(row))).collect();
-            for (b, mut block) in panel.chunks_exact_mut(blocks.bytes).enumerate() {
-                for (kind, (size, piece)) in blocks.strips.into_iter().zip(pieces).enumerate() {
-                    let (lanes, rest) = block.split_at_mut(size * LANES);
-                    match piece {
-                        1 => scatter::<1>(&rows, kind, b * size, lanes),
-                        2 => scatter::<2>(&rows, kind, b * size, lanes),
-                        _ => scatter::<4>(&rows, kind, b * size, lanes),
-                    }
-                    block = rest;
-                }
-            }
-        });
-        let factors = match layout.format {
+        let factors = match matrix.format() {
             Format::Nvfp4Scaled => {
                 let factors = matrix.parts()[2].chunks_exact(4).map(|bytes| Float::F32.read(bytes));
                 factors.chain([0.0; LANES]).take(rows.next_multiple_of(LANES)).collect()
             }
             _ => Vec::new(),
         };
-        matrix.parts().iter().for_each(Bytes::let_go);
-        Some(Self { layout, rows, cols, blocks, bytes: room.into(), factors })
+        Self { rows, cols, store, factors }
     }
 
-    /// Sixteen rows.
-    pub(super) fn panel(&self, p: usize) -> &[u8] {
-        let size = self.blocks.count * self.blocks.bytes;
-        &self.bytes[p * size..][..size]
+    /// As a product reads them from `bytes`; none where they are not packed.
+    pub(super) fn view<'a>(&'a self, bytes: &'a [u8]) -> View<'a> {
+        let Self { rows, cols, ref store, ref factors } = *self;
+        View { layout: store.layout, rows, cols, blocks: store.blocks, factors, bytes, first: 0 }
     }
 
+    /// Unpacks all rows into `out`, `[rows, cols]`.
+    ///
+    /// # Panics
+    /// If `out` does not fit.
+    pub fn dequantize(&self, out: &mut [f32]) {
+        assert!(out.len() == self.rows * self.cols, "dequantize: {} numbers of {self:?}", out.len());
+        match self.store.source() {
+            Source::Packed(bytes) => {
+                let view = self.view(bytes);
+                out.par_chunks_exact_mut(self.cols).enumerate().for_each(|(r, out)| view.row(r, out));
+            }
+            Source::Lying(matrix) => matrix.dequantize_rows(0..self.rows, out),
+        }
+    }
+
+    /// Unpacks the rows named by `ids` into `out`, `[ids.len(), cols]`: an embedding lookup.
+    ///
+    /// # Panics
+    /// If an id is out of range or `out` does not fit.
+    pub fn gather_rows(&self, ids: &[u32], out: &mut [f32]) {
+        assert!(out.len() == ids.len() * self.cols, "gather_rows: {} ids of {self:?}", ids.len());
+        if let Some(id) = ids.iter().find(|&&id| id as usize >= self.rows) {
+            panic!("gather_rows: row {id} of {self:?}");
+        }
+        match self.store.source() {
+            Source::Packed(bytes) => {
+                let view = self.view(bytes);
+                ids.iter().zip(out.chunks_exact_mut(self.cols)).for_each(|(&id, out)| view.row(id as usize, out));
+            }
+            Source::Lying(matrix) => matrix.gather_rows(ids, out),
+        }
+    }
+}
+
+impl View<'_> {
     fn row(&self, row: usize, out: &mut [f32]) {
         let (layout, lane, pieces) = (&self.layout, row % LANES, self.layout.pieces());
         let low_bits = layout.bits - layout.high;
@@ -111,27 +142,6 @@ impl Panels {
                 };
                 *out = bias.map_or(number * scale, |bias| number * scale + bias);
             }
-        }
-    }
-
-    /// Unpacks all rows into `out`, `[rows, cols]`.
-    ///
-    /// # Panics
-    /// If `out` does not fit.
-    pub fn dequantize(&self, out: &mut [f32]) {
-        assert!(out.len() == self.rows * self.cols, "dequantize: {} numbers of {self:?}", out.len());
-        out.par_chunks_exact_mut(self.cols).enumerate().for_each(|(r, out)| self.row(r, out));
-    }
-
-    /// Unpacks the rows named by `ids` into `out`, `[ids.len(), cols]`: an embedding lookup.
-    ///
-    /// # Panics
-    /// If an id is out of range or `out` does not fit.
-    pub fn gather_rows(&self, ids: &[u32], out: &mut [f32]) {
-        assert!(out.len() == ids.len() * self.cols, "gather_rows: {} ids of {self:?}", ids.len());
-        for (&id, out) in ids.iter().zip(out.chunks_exact_mut(self.cols)) {
-            assert!((id as usize) < self.rows, "gather_rows: row {id} of {self:?}");
-            self.row(id as usize, out);
         }
     }
 }

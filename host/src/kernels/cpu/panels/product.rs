@@ -4,6 +4,7 @@
 use super::{
     LANES, Panels,
     layout::{HIGH, LOW, Layout},
+    lying::{Source, Turn, View},
     numbers::{E2m1, Eight, Five, Nibbles, Numbers, Quarters, Six, Taken, Three},
     rounded::Rounded,
     sixteen::{Job, Sixteen, dispatch, is_worth_while},
@@ -55,7 +56,7 @@ impl Panels {
 
     /// Whether activations are rounded for both in the same way.
     pub(in crate::kernels::cpu) fn rounds_like(&self, other: &Panels) -> bool {
-        self.layout == other.layout && self.cols == other.cols
+        self.store.layout == other.store.layout && self.cols == other.cols
     }
 }
 
@@ -66,57 +67,71 @@ pub(in crate::kernels::cpu) fn multiply(of: &mut [(&Panels, &mut [f32])], x: &[f
 
 fn multiply_on(isa: Isa, of: &mut [(&Panels, &mut [f32])], x: &[f32]) {
     let Some(&(first, _)) = of.first() else { return };
-    #[cfg(target_arch = "x86_64")]
-    if first.layout.e4m3 {
-        return floats::multiply(of, x);
-    }
     let tokens = x.len() / first.cols;
-    let rounded = Rounded::new(isa, first, x);
-    let mut products = Vec::with_capacity(of.len());
-    for &mut (panels, ref mut out) in of {
-        if tokens <= FEW {
-            ahead::pass(&panels.bytes);
-        }
-        let (out, asks) = (Output(out.as_mut_ptr()), asked::is_wanted());
-        products.push(Product { isa, panels, rounded: &rounded, tokens, out, asks });
+    // Where all of them are now, which a product holds until it is done.
+    let sources: Vec<Source> = of.iter().map(|(panels, _)| panels.store.source()).collect();
+    let views: Vec<View> = of.iter().zip(&sources).map(|((panels, _), source)| panels.view(source.packed())).collect();
+    if tokens <= FEW {
+        sources.iter().for_each(|source| ahead::pass(source.bytes()));
     }
+    let outs = of.iter_mut().map(|(_, out)| Output(out.as_mut_ptr()));
+    #[cfg(target_arch = "x86_64")]
+    if first.store.layout.e4m3 {
+        return floats::multiply(&views, &sources, outs, x);
+    }
+    let first = &views[0];
+    let rounded = Rounded::new(isa, first, x);
+    let asks = asked::is_wanted();
+    let product = |(panels, out)| Product { isa, panels, rounded: &rounded, tokens, out, asks };
+    let products: Vec<Product> = views.iter().zip(outs).map(product).collect();
     match (first.layout.bits, first.layout.e2m1) {
-        (2, _) => run(&products, Quarters),
-        (3, _) => run(&products, Three),
-        (5, _) => run(&products, Five),
-        (6, _) => run(&products, Six),
-        (4, false) => run(&products, Nibbles),
-        (4, true) => run(&products, E2m1),
-        _ => run(&products, Eight),
+        (2, _) => run(&products, &sources, Quarters),
+        (3, _) => run(&products, &sources, Three),
+        (5, _) => run(&products, &sources, Five),
+        (6, _) => run(&products, &sources, Six),
+        (4, false) => run(&products, &sources, Nibbles),
+        (4, true) => run(&products, &sources, E2m1),
+        _ => run(&products, &sources, Eight),
     }
 }
 
-fn run<N: Numbers>(products: &[Product], numbers: N) {
+fn run<N: Numbers>(products: &[Product], sources: &[Source], numbers: N) {
     let Some(first) = products.first() else { return };
     let lengths = || products.iter().map(|p| p.panels.rows.div_ceil(LANES));
     let (panels, size) = (lengths().sum(), LANES * first.panels.cols * first.tokens);
     #[cfg(target_arch = "x86_64")]
     if first.isa == Isa::Amx && amx::is_worth_while(first) {
         let x = amx::Tiled::new(first);
-        in_tasks(panels, size, 4, usize::MAX, |scratch, range| {
-            // SAFETY: panels that there are; tasks write disjoint rows of the output; panels exist only where the machine has the instructions.
-            by_list(range, lengths(), |i, range| unsafe { products[i].on_tiles(numbers, &x, range, scratch) });
-        });
-        return;
-    }
-    if first.tokens <= FEW {
-        in_streams(panels, size, if first.tokens > 4 { 1 } else { 4 }, |(): &mut (), range| {
-            // SAFETY: as above.
-            by_list(range, lengths(), |i, range| unsafe {
-                dispatch(first.isa, Few { product: products[i], numbers, range })
+        in_tasks(panels, size, 4, usize::MAX, |(scratch, turn): &mut (_, Turn), range| {
+            by_list(range, lengths(), |i, range| {
+                sources[i].each(products[i].panels, range, true, turn, |panels, range| {
+                    // SAFETY: panels that there are; tasks write disjoint rows of the output; panels exist only where the machine has the
+                    // instructions.
+                    unsafe { Product { panels, ..products[i] }.on_tiles(numbers, &x, range, scratch) }
+                });
             });
         });
         return;
     }
-    in_tasks(panels, size, 4, usize::MAX, |scratch, range| {
-        // SAFETY: as above.
-        by_list(range, lengths(), |i, range| unsafe {
-            dispatch(first.isa, Many { product: products[i], numbers, range, scratch });
+    if first.tokens <= FEW {
+        in_streams(panels, size, if first.tokens > 4 { 1 } else { 4 }, |turn: &mut Turn, range| {
+            by_list(range, lengths(), |i, range| {
+                sources[i].each(products[i].panels, range, false, turn, |panels, range| {
+                    let product = Product { panels, ..products[i] };
+                    // SAFETY: as above.
+                    unsafe { dispatch(first.isa, Few { product, numbers, range }) }
+                });
+            });
+        });
+        return;
+    }
+    in_tasks(panels, size, 4, usize::MAX, |(scratch, turn): &mut (Vec<Line>, Turn), range| {
+        by_list(range, lengths(), |i, range| {
+            sources[i].each(products[i].panels, range, true, turn, |panels, range| {
+                let product = Product { panels, ..products[i] };
+                // SAFETY: as above.
+                unsafe { dispatch(first.isa, Many { product, numbers, range, scratch }) }
+            });
         });
     });
 }
@@ -234,7 +249,7 @@ impl<N: Numbers> Many<'_, N> {
 /// # Safety
 /// As for [`Sixteen`].
 #[inline(always)]
-pub(super) unsafe fn open<S: Sixteen, N: Numbers>(panels: &Panels, numbers: N, p: usize, lines: &mut [Line]) {
+pub(super) unsafe fn open<S: Sixteen, N: Numbers>(panels: &View<'_>, numbers: N, p: usize, lines: &mut [Line]) {
     let blocks = &panels.blocks;
     let of_block = panels.panel(p).chunks_exact(blocks.bytes);
     for (lines, block) in lines.chunks_exact_mut(lines.len() / blocks.count).zip(of_block) {

@@ -2,8 +2,8 @@
 //! in which the weights come out of their panels.
 
 use super::{
-    Panels,
     layout::{Layout, Order},
+    lying::View,
     sixteen::{Job, Sixteen, dispatch},
 };
 use crate::kernels::cpu::{lanes::Isa, team::each_chunk_of_two, unwritten::unwritten};
@@ -43,7 +43,7 @@ pub(super) struct Token {
 
 impl Rounded {
     /// `x` is `[tokens, cols]`; only products with the same instruction set can read what comes of it.
-    pub(super) fn new(isa: Isa, panels: &Panels, x: &[f32]) -> Self {
+    pub(super) fn new(isa: Isa, panels: &View<'_>, x: &[f32]) -> Self {
         let (layout, cols) = (panels.layout, panels.cols);
         let (tokens, groups, planes) = (x.len() / cols, cols / layout.group, layout.planes());
         let pitch = cols.next_multiple_of(64);

@@ -2,8 +2,9 @@
 //! with the group's scales.
 
 use super::{
-    LANES, Panels,
+    LANES,
     layout::{BIAS_STEPS, BIASES, HIGH, LOW, SCALES, STEPS},
+    lying::View,
     numbers::Numbers,
     rounded::{Rounded, Token},
     scales::scales,
@@ -15,7 +16,7 @@ use crate::kernels::cpu::{ahead::fetch_near, asked, lanes::Isa, tasks::Output};
 #[derive(Clone, Copy)]
 pub(super) struct Product<'a> {
     pub(super) isa: Isa,
-    pub(super) panels: &'a Panels,
+    pub(super) panels: &'a View<'a>,
     pub(super) rounded: &'a Rounded,
     pub(super) tokens: usize,
     pub(super) out: Output,
