@@ -10,9 +10,12 @@ use crate::{
     plugin::{registry::Registry, trust::Trust},
     source::{self, Fetch, Files, Source},
     tokenizer::Tokenizer,
-    weights::{checkpoint::Checkpoint, gguf::Gguf},
+    weights::{checkpoint::Checkpoint, gguf::Gguf, moving},
 };
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    sync::atomic::{AtomicBool, Ordering},
+};
 
 /// How to load; the default is the way `dylm generate` does it without flags.
 #[derive(Clone, Default)]
@@ -129,11 +132,16 @@ fn tokenizer(gguf: Option<&Gguf>, source: &Source) -> Result<Tokenizer> {
 pub fn load(spec: Option<&str>, options: &LoadOptions) -> Result<LanguageModel> {
     let mut opened = open(spec, options)?;
     let (source, gguf) = (opened.source.clone(), opened.gguf.take());
-    // The tokenizer is one of the tasks that weights are packed by: whichever is done first, the other gets its thread.
-    let mut made = None;
+    // The tokenizer takes longer than a network whose weights stay where they lie. These are mapped meanwhile.
+    let (mut made, done) = (None, AtomicBool::new(false));
     let model = rayon::in_place_scope(|scope| {
-        scope.spawn(|_| made = Some(tokenizer(gguf.as_ref(), &source)));
-        network(opened, options)
+        scope.spawn(|_| {
+            made = Some(tokenizer(gguf.as_ref(), &source));
+            done.store(true, Ordering::Release);
+        });
+        let model = network(opened, options);
+        moving::map_until(&done);
+        model
     });
     let mut tokenizer = made.unwrap_or_else(|| tokenizer(gguf.as_ref(), &source))?;
     let model = model?;

@@ -7,6 +7,7 @@
 mod control;
 mod files;
 mod names;
+pub(crate) mod pairs;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};

@@ -6,9 +6,6 @@ use std::fs;
 use std::path::Path;
 
 use serde_json::{Value as Json, json};
-use tokenizers::{
-    DecoderWrapper, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper, TokenizerImpl, models::bpe::BPE,
-};
 
 use crate::error::{Error, Result};
 
@@ -88,12 +85,9 @@ pub(super) fn templates_in(config: &Json, file: &str) -> Result<BTreeMap<String,
     Ok(found)
 }
 
-/// Tokenizers of the usual kind: told that it is this one, serde reads the vocabulary and merges straight into it, in half the time.
-type OfPairs = TokenizerImpl<BPE, NormalizerWrapper, PreTokenizerWrapper, PostProcessorWrapper, DecoderWrapper>;
-
 fn parse(name: &str, bytes: &[u8]) -> Result<tokenizers::Tokenizer> {
     let of_any_kind = || tokenizers::Tokenizer::from_bytes(bytes);
-    super::shielded(name, || serde_json::from_slice::<OfPairs>(bytes).map_or_else(|_| of_any_kind(), |t| Ok(t.into())))
+    super::shielded(name, || super::pairs::read(bytes).map_or_else(of_any_kind, Ok))
         .map_err(|e| Error::Tokenizer(format!("{e}; fetch the file again or update the model")))
 }
 

@@ -72,6 +72,17 @@ impl Bytes {
     }
 }
 
+impl Bytes {
+    /// Has the system map them, if they lie in a file, so that nobody who reads them has to wait for that.
+    pub fn map_now(&self) {
+        #[cfg(target_os = "linux")]
+        if let Owner::File(map) = &self.owner {
+            // Refusal would only cost time.
+            let _ = map.advise_range(memmap2::Advice::PopulateRead, self.range.start, self.range.len());
+        }
+    }
+}
+
 /// Zeros to be written over before anybody shares them: on cache lines of their own, and beside other such on huge pages where the system
 /// has them, which are read a third faster.
 pub struct Room {

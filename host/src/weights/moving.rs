@@ -1,6 +1,6 @@
-//! Weights that are read where the file lies until a model is in use, and then move, some at each step, into memory of their own on huge
-//! pages, which is read a third faster, and in the order that products like best. So the first token waits for nothing, and each weight is
-//! in memory once: the file's pages are let go as they are copied.
+//! Weights that are read where the file lies until a model is in use, and then move into memory of their own on huge pages, which is read a
+//! third faster, rows a few at each step and panels, which products must pack each time until then, at the second one. So the first token
+//! waits for nothing, and each weight is in memory once: the file's pages are let go as they are copied.
 
 use super::bytes::{Bytes, Room};
 use crate::{kernels::cpu, machine};
@@ -8,7 +8,7 @@ use std::{
     collections::VecDeque,
     sync::{
         Arc, Mutex, OnceLock, PoisonError, Weak,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
 };
 
@@ -25,8 +25,10 @@ pub trait Later: Send + Sync {
     fn bytes(&self) -> usize;
     /// Moves them.
     fn go(&self) -> std::io::Result<()>;
-    /// Whether little is lost if they never move.
+    /// Whether little is lost while they stay, so that they can be moved a few at a time, or never.
     fn may_stay(&self) -> bool;
+    /// Where they are until then.
+    fn lying(&self) -> Vec<Bytes>;
 }
 
 /// Bytes of a file, or their copy.
@@ -54,6 +56,10 @@ impl Later for Moving {
 
     fn may_stay(&self) -> bool {
         true
+    }
+
+    fn lying(&self) -> Vec<Bytes> {
+        vec![self.from.clone()]
     }
 
     fn go(&self) -> std::io::Result<()> {
@@ -94,17 +100,50 @@ pub fn enqueue(later: &Arc<dyn Later>) {
     QUEUED.fetch_add(later.bytes(), Ordering::Relaxed);
 }
 
-/// Moves some of what is to be moved. What may stay does so once there is not enough memory for all.
+/// Has the system map what is to be moved where it lies now, piece by piece until it is `done` with what this thread waits for: whoever
+/// reads it first need not.
+pub fn map_until(done: &AtomicBool) {
+    const PIECE: usize = 2 << 20;
+    let all: Vec<_> = queue().iter().filter_map(Weak::upgrade).collect();
+    for bytes in all.iter().flat_map(|later| later.lying()) {
+        for start in (0..bytes.len()).step_by(PIECE) {
+            if done.load(Ordering::Acquire) {
+                return;
+            }
+            if let Some(piece) = bytes.slice(start..bytes.len().min(start + PIECE)) {
+                piece.map_now();
+            }
+        }
+    }
+}
+
+/// Moves what is to be moved: at once what products are slow with until then, of the rest some. That stays as soon as there is not enough
+/// memory for all.
 pub fn some() {
     // A step that finds another one at it goes on.
     let Ok(mut queue) = QUEUE.try_lock() else { return };
+    let mut urgent = Vec::new();
+    queue.retain(|later| {
+        let later = later.upgrade();
+        let may_stay = later.as_ref().is_none_or(|later| later.may_stay());
+        urgent.extend(later.filter(|_| !may_stay));
+        may_stay
+    });
+    if !urgent.is_empty() {
+        // Threads that help may be waiting for the queue, to load another model.
+        drop(queue);
+        // Without memory for it they are multiplied as they lie.
+        let _ = urgent.into_iter().try_for_each(|later| later.go());
+        return;
+    }
     if queue.is_empty() {
         return;
     }
     let left: usize = queue.iter().filter_map(Weak::upgrade).map(|later| later.bytes()).sum();
     // Pages of files count as free, as they will be once they are let go: what is asked for is room for the copies.
     if machine::memory().is_none_or(|memory| (memory.free as usize) < left + left / 4) {
-        queue.retain(|later| later.upgrade().is_some_and(|later| !later.may_stay()));
+        queue.clear();
+        return;
     }
     let most = LEAST.max(QUEUED.load(Ordering::Relaxed) / STEPS);
     let mut moved = 0;

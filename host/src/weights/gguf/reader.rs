@@ -212,7 +212,8 @@ impl<'a> Reader<'a> {
         if len > cap {
             return Err(format!("a string of {len} bytes in its header: the file is damaged"));
         }
-        Ok(String::from_utf8_lossy(self.read(len)?).into_owned())
+        let bytes = self.read(len)?;
+        Ok(str::from_utf8(bytes).map_or_else(|_| String::from_utf8_lossy(bytes).into_owned(), str::to_owned))
     }
 
     /// A key or a tensor's name.

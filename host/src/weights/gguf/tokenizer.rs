@@ -4,9 +4,12 @@
 //! those are turned into merges by the rule that transformers uses, best score first.
 
 use super::{Gguf, Value, pre_tokenizer};
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    tokenizer::pairs,
+};
 use serde_json::{Map, Value as Json, json};
-use std::{cmp::Reverse, collections::HashMap, str::FromStr};
+use std::{cmp::Reverse, collections::HashMap};
 use tokenizers::{
     AddedToken, Tokenizer,
     models::bpe::{BPE, BpeBuilder, Merges, Vocab},
@@ -30,18 +33,10 @@ pub(super) fn tokenizer(gguf: &Gguf) -> Result<(Tokenizer, Json)> {
     };
     let config = tokenizer_config(gguf, &vocabulary, add_bos);
     json["version"] = "1.0".into();
-    json["model"] = json!({"type": "BPE", "vocab": {}, "merges": []});
     json["post_processor"] = post_processor(gguf, &vocabulary, &config);
-    let tokenizer = whole(&json, model, vocabulary.added_tokens())
+    let tokenizer = pairs::joined(json, model, vocabulary.added_tokens())
         .map_err(|e| wrong(gguf, format!("its tokenizer cannot be built ({e}): take the model's tokenizer.json")))?;
     Ok((tokenizer, config))
-}
-
-fn whole(json: &Json, model: BpeBuilder, added: Vec<AddedToken>) -> tokenizers::Result<Tokenizer> {
-    let mut tokenizer = Tokenizer::from_str(&json.to_string())?;
-    tokenizer.with_model(model.build()?);
-    tokenizer.add_tokens(added)?;
-    Ok(tokenizer)
 }
 
 /// Tokens that end a text: `eos`, and `eot` (the end of a turn), from the metadata or, failing that, by its usual names.

@@ -78,6 +78,13 @@ impl Later for Store {
         false
     }
 
+    fn lying(&self) -> Vec<Bytes> {
+        match self.source() {
+            Source::Packed(_) => Vec::new(),
+            Source::Lying(matrix) => matrix.parts().to_vec(),
+        }
+    }
+
     fn go(&self) -> std::io::Result<()> {
         if let Source::Lying(matrix) = self.source() {
             let room = pack(&self.layout, &self.blocks, &matrix)?;

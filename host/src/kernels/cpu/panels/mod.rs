@@ -54,10 +54,10 @@ impl Panels {
         Self::pack(layout, matrix)
     }
 
-    /// The same, but what lies in a file is packed only [once the model is in use](crate::weights::moving).
+    /// The same, but packed only [once the model is in use](crate::weights::moving).
     pub fn later(matrix: &Matrix) -> Option<Self> {
         let layout = Self::layout_of(matrix)?;
-        if matrix.parts()[0].is_of_file() { Some(Self::lying(layout, matrix)) } else { Self::pack(layout, matrix) }
+        Some(Self::lying(layout, matrix))
     }
 
     fn layout_of(matrix: &Matrix) -> Option<Layout> {

@@ -48,15 +48,17 @@ impl Strips {
         let [low, _, scales, biases, ..] = &mut self.0;
         let (blocks, _) = data.as_chunks::<SIZE>();
         low.resize(blocks.len() * NUMBERS, 0);
+        scales.resize(blocks.len() * 2, 0);
         let sign = if layout.is_signed() { 0x80 } else { 0 };
-        for (to, block) in low.as_chunks_mut::<NUMBERS>().0.iter_mut().zip(blocks) {
+        let to = low.as_chunks_mut::<NUMBERS>().0.iter_mut().zip(scales.as_chunks_mut::<2>().0);
+        for ((to, scale), block) in to.zip(blocks) {
+            *scale = [block[0], block[1]];
             for (to, byte) in to.iter_mut().zip(&block[SIZE - NUMBERS..]) {
                 *to = byte ^ sign;
             }
-            scales.extend([block[0], block[1]]);
-            if layout.biased {
-                biases.extend([block[2], block[3]]);
-            }
+        }
+        if layout.biased {
+            biases.extend(blocks.iter().flat_map(|block| [block[2], block[3]]));
         }
     }
 
