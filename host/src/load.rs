@@ -4,7 +4,7 @@ use crate::{
     adapter::Adapters,
     config::Config,
     device::{DeviceChoice, DtypeChoice, Placement},
-    error::Result,
+    error::{Error, Result},
     hub::{Found, Heads},
     model::{Model, Plan},
     plugin::{registry::Registry, trust::Trust},
@@ -132,19 +132,21 @@ fn tokenizer(gguf: Option<&Gguf>, source: &Source) -> Result<Tokenizer> {
 pub fn load(spec: Option<&str>, options: &LoadOptions) -> Result<LanguageModel> {
     let mut opened = open(spec, options)?;
     let (source, gguf) = (opened.source.clone(), opened.gguf.take());
-    // The tokenizer takes longer than a network whose weights stay where they lie. These are mapped meanwhile.
+    // The tokenizer takes longer than a network whose weights stay where they lie: what is needed next is done meanwhile. It is made here,
+    // as the system gives its many small pieces of memory to a process's first thread with far fewer calls than to others.
     let (mut made, done) = (None, AtomicBool::new(false));
-    let model = rayon::in_place_scope(|scope| {
+    let tokenizer = rayon::in_place_scope(|scope| {
         scope.spawn(|_| {
-            made = Some(tokenizer(gguf.as_ref(), &source));
-            done.store(true, Ordering::Release);
+            made = Some(network(opened, options));
+            Tokenizer::warm_up();
+            moving::map_until(&done);
         });
-        let model = network(opened, options);
-        moving::map_until(&done);
-        model
+        let tokenizer = tokenizer(gguf.as_ref(), &source);
+        done.store(true, Ordering::Release);
+        tokenizer
     });
-    let mut tokenizer = made.unwrap_or_else(|| tokenizer(gguf.as_ref(), &source))?;
-    let model = model?;
+    let Some(model) = made else { return Err(Error::Usage("the model was not loaded".into())) };
+    let (model, mut tokenizer) = (model?, tokenizer?);
     let mut eos_token_ids = model.config.eos_token_ids.clone();
     if eos_token_ids.is_empty() {
         eos_token_ids.extend(tokenizer.eos_token_id());

@@ -69,6 +69,15 @@ impl Tokenizer {
         Self::assemble(files.tokenizer, files.config, files.templates)
     }
 
+    /// Has what many tokenizers share made before one is used: the pattern by which GPT-2's and its like part words takes milliseconds.
+    pub fn warm_up() {
+        let mut word = tokenizers::PreTokenizedString::from("a");
+        let _ = tokenizers::PreTokenizer::pre_tokenize(
+            &tokenizers::pre_tokenizers::byte_level::ByteLevel::default(),
+            &mut word,
+        );
+    }
+
     /// A tokenizer from its parts, as a GGUF file holds them. `tokenizer_config` has the keys of tokenizer_config.json.
     pub fn new(inner: tokenizers::Tokenizer, tokenizer_config: Json) -> Result<Self> {
         let templates = files::templates_in(&tokenizer_config, "the model")?;

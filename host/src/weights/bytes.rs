@@ -2,7 +2,10 @@
 //! Cloning shares. Checkpoint files are mapped read-only; see `map` for what that asks of the user.
 
 use super::moving::Moving;
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    kernels::cpu,
+};
 use memmap2::{Mmap, MmapMut};
 use std::{
     fs::File,
@@ -13,10 +16,28 @@ use std::{
 
 #[derive(Clone)]
 enum Owner {
-    File(Arc<Mmap>),
+    File(Arc<Mapped>),
     Memory(Arc<Vec<u8>>),
     Room(Arc<Room>),
     Moving(Arc<Moving>),
+}
+
+/// A mapped file.
+struct Mapped(Mmap);
+
+impl Drop for Mapped {
+    /// What takes a process of one thread as long as ten tokens, to give back the pages of a large file, is shared by several.
+    fn drop(&mut self) {
+        const PIECE: usize = 4 << 20;
+        #[cfg(unix)]
+        if self.0.len() > 4 * PIECE {
+            cpu::each(self.0.len().div_ceil(PIECE), |i| {
+                let len = PIECE.min(self.0.len() - i * PIECE);
+                // SAFETY: nobody has a reference into the map any more. Refusal costs nothing: all goes with the map.
+                let _ = unsafe { self.0.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, i * PIECE, len) };
+            });
+        }
+    }
 }
 
 /// Shared, immutable bytes.
@@ -38,7 +59,7 @@ impl Bytes {
         // SAFETY: the map is read-only and private to this process; see above for files that shrink.
         let map = unsafe { Mmap::map(file) }.map_err(Error::io(path))?;
         let range = 0..map.len();
-        Ok(Self { owner: Owner::File(Arc::new(map)), range })
+        Ok(Self { owner: Owner::File(Arc::new(Mapped(map))), range })
     }
 
     /// Whether they are still where the file was mapped.
@@ -66,7 +87,7 @@ impl Bytes {
             let (start, end) = (self.range.start.next_multiple_of(PAGE), self.range.end / PAGE * PAGE);
             if start < end {
                 // SAFETY: the map is of a file and read-only, so dropped pages come back as they were. Refusal would only cost memory.
-                let _ = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, end - start) };
+                let _ = unsafe { map.0.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, end - start) };
             }
         }
     }
@@ -78,7 +99,7 @@ impl Bytes {
         #[cfg(target_os = "linux")]
         if let Owner::File(map) = &self.owner {
             // Refusal would only cost time.
-            let _ = map.advise_range(memmap2::Advice::PopulateRead, self.range.start, self.range.len());
+            let _ = map.0.advise_range(memmap2::Advice::PopulateRead, self.range.start, self.range.len());
         }
     }
 }
@@ -178,7 +199,7 @@ impl Deref for Bytes {
     type Target = [u8];
     fn deref(&self) -> &[u8] {
         let all: &[u8] = match &self.owner {
-            Owner::File(m) => m,
+            Owner::File(m) => &m.0,
             Owner::Memory(v) => v,
             Owner::Room(room) => room,
             Owner::Moving(moving) => moving.bytes(),

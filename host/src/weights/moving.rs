@@ -76,7 +76,7 @@ impl Later for Moving {
     }
 }
 
-/// What is still to be moved, in the order in which it was loaded, and how much that was in all.
+/// What is still to be moved, in the order in which it was loaded, and how much of it may stay.
 static QUEUE: Mutex<VecDeque<Weak<dyn Later>>> = Mutex::new(VecDeque::new());
 static QUEUED: AtomicUsize = AtomicUsize::new(0);
 
@@ -97,7 +97,9 @@ pub fn later(bytes: Bytes) -> Bytes {
 /// Has it moved later, unless it is gone by then.
 pub fn enqueue(later: &Arc<dyn Later>) {
     queue().push_back(Arc::downgrade(later));
-    QUEUED.fetch_add(later.bytes(), Ordering::Relaxed);
+    if later.may_stay() {
+        QUEUED.fetch_add(later.bytes(), Ordering::Relaxed);
+    }
 }
 
 /// Has the system map what is to be moved where it lies now, piece by piece until it is `done` with what this thread waits for: whoever
@@ -193,6 +195,39 @@ mod tests {
         is();
         if has_huge_pages() {
             assert_ne!(a.as_ptr(), before, "has moved");
+        }
+    }
+
+    #[test]
+    fn what_is_gone_before_it_moves_is_not_moved() {
+        struct Counted(Arc<AtomicUsize>, bool);
+        impl Later for Counted {
+            fn bytes(&self) -> usize {
+                SMALL
+            }
+            fn go(&self) -> std::io::Result<()> {
+                self.0.fetch_add(1, Ordering::Relaxed);
+                Ok(())
+            }
+            fn may_stay(&self) -> bool {
+                self.1
+            }
+            fn lying(&self) -> Vec<Bytes> {
+                Vec::new()
+            }
+        }
+        for may_stay in [false, true] {
+            let moved = Arc::new(AtomicUsize::new(0));
+            let all: Vec<Arc<dyn Later>> = (0..3).map(|_| Arc::new(Counted(moved.clone(), may_stay)) as _).collect();
+            all.iter().for_each(enqueue);
+            drop(all.into_iter().skip(1).collect::<Vec<_>>().split_off(1));
+            assert_eq!(Arc::strong_count(&moved), 1, "the queue keeps nothing");
+            (0..3).for_each(|_| some());
+            assert_eq!(moved.load(Ordering::Relaxed), 0);
+            let last: Arc<dyn Later> = Arc::new(Counted(moved.clone(), may_stay));
+            enqueue(&last);
+            (0..3).for_each(|_| some());
+            assert_eq!(moved.load(Ordering::Relaxed), 1, "and what is there moves once");
         }
     }
 

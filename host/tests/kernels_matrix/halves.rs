@@ -2,7 +2,10 @@
 //! without the instructions there are no panels, and the tests of these have nothing to hold.
 
 use super::{Random, back, formats, random};
-use dylm::kernels::cpu::{Float, Format, Isa, Panels};
+use dylm::{
+    kernels::cpu::{Float, Format, Isa, Matrix, Panels},
+    weights::bytes::Bytes,
+};
 
 /// Columns whose activations share a step, and the largest error of one relative to the largest of them.
 fn rounding(format: Format) -> (usize, f64) {
@@ -110,6 +113,58 @@ fn products_in_panels_have_the_same_bits_with_every_instruction_set() {
                 let same = on(isa).iter().zip(&plain).all(|(a, b)| a.to_bits() == b.to_bits());
                 assert!(same, "{format:?} [{rows}, {}] x {tokens} tokens, {isa:?}", m.cols());
             }
+        }
+    }
+}
+
+/// The same matrix, in a file.
+fn in_a_file(m: &Matrix) -> Matrix {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), m.parts().iter().flat_map(|part| part.to_vec()).collect::<Vec<u8>>()).unwrap();
+    let (all, mut at) = (Bytes::map(file.path()).unwrap(), 0);
+    let [data, scales, biases] = m.parts().each_ref().map(|part| {
+        at += part.len();
+        all.slice(at - part.len()..at).unwrap()
+    });
+    Matrix::new(m.format(), m.rows(), m.cols(), data, Some(scales), Some(biases)).unwrap()
+}
+
+#[test]
+fn a_matrix_that_is_packed_later_has_the_same_bits_before_and_after() {
+    let mut r = Random(79);
+    for format in panels() {
+        for (rows, blocks, tokens) in [(16, 1, 1), (37, 3, 2), (70, 5, 3), (129, 7, 9), (33, 4, 16), (290, 2, 70)] {
+            let m = random(format, rows, unit(format) * blocks, &mut r);
+            let (at_once, file) = (Panels::new(&m).unwrap(), in_a_file(&m));
+            let later = [Panels::later(&m).unwrap(), Panels::later(&file).unwrap()];
+            let x = r.floats(tokens * m.cols());
+            let product = |p: &Panels| {
+                let mut out = vec![f32::NAN; tokens * rows];
+                p.matmul(&x, &mut out);
+                out.into_iter().map(f32::to_bits).collect::<Vec<_>>()
+            };
+            let (want, numbers, ids) = (product(&at_once), back(&m), [rows as u32 - 1, 0, 7]);
+            let is = |p: &Panels, when: &str| {
+                let what = format!("{format:?} [{rows}, {}] x {tokens} tokens, {when}", m.cols());
+                assert!(product(p) == want, "{what}");
+                let (mut all, mut some) = (vec![f32::NAN; numbers.len()], vec![f32::NAN; 3 * m.cols()]);
+                p.dequantize(&mut all);
+                p.gather_rows(&ids, &mut some);
+                assert!(all == numbers, "{what}");
+                assert!(
+                    some.chunks(m.cols())
+                        .zip(ids)
+                        .all(|(row, id)| row == &numbers[id as usize * m.cols()..][..m.cols()])
+                );
+            };
+            later.iter().for_each(|p| is(p, "as it lies"));
+            let shared = later[1].clone();
+            // Tests may run at the same time, and the one that finds another at it goes on.
+            while later.iter().any(|p| !p.is_packed()) {
+                dylm::weights::moving::some();
+            }
+            later.iter().for_each(|p| is(p, "packed"));
+            assert!(shared.is_packed());
         }
     }
 }

@@ -48,5 +48,5 @@ pub use norm::{layer_norm, rms_norm};
 pub use panels::Panels;
 pub use quantize::quantize_rows;
 pub use rope::{Angles, Turn, rope};
-pub use team::{copy, start_threads};
+pub use team::{copy, each, start_threads};
 pub use together::{Factor, multiply_all, multiply_each};

@@ -226,7 +226,7 @@ pub(super) fn each_in_runs<S: Default>(n: usize, task: impl Fn(&mut S, usize) + 
 struct Apart(AtomicUsize);
 
 /// The same without anything of their own.
-pub(super) fn each(n: usize, task: impl Fn(usize) + Sync) {
+pub fn each(n: usize, task: impl Fn(usize) + Sync) {
     each_with(n, |(): &mut (), i| task(i));
 }
 

@@ -263,7 +263,7 @@ impl Product<'_> {
                                 } else {
                                     let line = bases[k].add(blocks.at[LOW] + ((step + u) * COLUMNS / 4 + four) * LINE);
                                     if P == 1 && T > 1 {
-                                        fetch_near(line.wrapping_add(blocks.count * blocks.bytes));
+                                        fetch_near(line.wrapping_add(self.panels.to_next));
                                     }
                                     table.open(_mm512_loadu_si512(line.cast()))
                                 };

@@ -54,6 +54,10 @@ impl Store {
         store
     }
 
+    pub(super) fn is_packed(&self) -> bool {
+        self.packed.get().is_some()
+    }
+
     pub(super) fn source(&self) -> Source<'_> {
         if let Some(packed) = self.packed.get() {
             return Source::Packed(packed);
@@ -105,6 +109,8 @@ pub(super) struct View<'a> {
     /// From panel `first` on.
     pub(super) bytes: &'a [u8],
     pub(super) first: usize,
+    /// From a panel's bytes to those that are wanted next.
+    pub(super) to_next: usize,
 }
 
 impl View<'_> {
@@ -149,11 +155,13 @@ impl Source<'_> {
         let strips = strips.get_or_insert_default();
         for first in range.clone().step_by(at_once) {
             let part = first..range.end.min(first + at_once);
+            let next = matrix.parts()[0].as_ptr().addr() + part.end * LANES * (matrix.parts()[0].len() / matrix.rows());
             let bytes = room(lines, part.len() * size);
             for (p, panel) in part.clone().zip(bytes.chunks_exact_mut(size)) {
                 pack_panel(&all.layout, &all.blocks, matrix, p, strips, panel);
             }
-            f(&View { bytes, first, ..*all }, part);
+            let to_next = next.wrapping_sub(bytes.as_ptr().addr());
+            f(&View { bytes, first, to_next, ..*all }, part);
         }
     }
 }

@@ -69,6 +69,11 @@ impl Panels {
         fits.then_some(layout)
     }
 
+    /// Whether its rows lie side by side by now.
+    pub fn is_packed(&self) -> bool {
+        self.store.is_packed()
+    }
+
     /// How the weights were packed.
     pub fn format(&self) -> Format {
         self.store.layout.format

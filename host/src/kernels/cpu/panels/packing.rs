@@ -73,7 +73,17 @@ impl Panels {
     /// As a product reads them from `bytes`; none where they are not packed.
     pub(super) fn view<'a>(&'a self, bytes: &'a [u8]) -> View<'a> {
         let Self { rows, cols, ref store, ref factors } = *self;
-        View { layout: store.layout, rows, cols, blocks: store.blocks, factors, bytes, first: 0 }
+        let blocks = store.blocks;
+        View {
+            layout: store.layout,
+            rows,
+            cols,
+            blocks,
+            factors,
+            bytes,
+            first: 0,
+            to_next: blocks.count * blocks.bytes,
+        }
     }
 
     /// Unpacks all rows into `out`, `[rows, cols]`.

@@ -84,7 +84,7 @@ impl<N: Numbers, const P: usize, const T: usize> Job for Tile<'_, N, P, T> {
                         let low = lows[k].add(block * low_bytes + (group * steps + step) * N::LOW);
                         let high = bases[k].add(blocks.at[HIGH] + N::high(group * steps + step));
                         if P == 1 && T > 1 && self.opened.is_none() {
-                            let next = low.wrapping_add(blocks.count * blocks.bytes);
+                            let next = low.wrapping_add(of.to_next);
                             (0..N::LOW).step_by(64).for_each(|line| fetch_near(next.wrapping_add(line)));
                         }
                         (low, high, group * steps + step)
