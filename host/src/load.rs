@@ -132,20 +132,31 @@ fn tokenizer(gguf: Option<&Gguf>, source: &Source) -> Result<Tokenizer> {
 pub fn load(spec: Option<&str>, options: &LoadOptions) -> Result<LanguageModel> {
     let mut opened = open(spec, options)?;
     let (source, gguf) = (opened.source.clone(), opened.gguf.take());
-    // The tokenizer takes longer than a network whose weights stay where they lie: what is needed next is done meanwhile. It is made here,
-    // as the system gives its many small pieces of memory to a process's first thread with far fewer calls than to others.
-    let (mut made, done) = (None, AtomicBool::new(false));
-    let tokenizer = rayon::in_place_scope(|scope| {
-        scope.spawn(|_| {
-            made = Some(network(opened, options));
-            Tokenizer::warm_up();
-            moving::map_until(&done);
+    let make_tokenizer = || tokenizer(gguf.as_ref(), &source);
+    let (model, tokenizer) = if cfg!(feature = "cuda") {
+        // A GPU belongs to the thread that opened it, which is to be the one that uses it.
+        let mut made = None;
+        let model = rayon::in_place_scope(|scope| {
+            scope.spawn(|_| made = Some(make_tokenizer()));
+            network(opened, options)
         });
-        let tokenizer = tokenizer(gguf.as_ref(), &source);
-        done.store(true, Ordering::Release);
-        tokenizer
-    });
-    let Some(model) = made else { return Err(Error::Usage("the model was not loaded".into())) };
+        (model, made.unwrap_or_else(make_tokenizer))
+    } else {
+        // The tokenizer takes longer than a network whose weights stay where they lie: what is needed next is done meanwhile. It is made
+        // here, as the system gives its many small pieces of memory to a process's first thread with far fewer calls than to others.
+        let (mut made, done) = (None, AtomicBool::new(false));
+        let tokenizer = rayon::in_place_scope(|scope| {
+            scope.spawn(|_| {
+                made = Some(network(opened, options));
+                Tokenizer::warm_up();
+                moving::map_until(&done);
+            });
+            let tokenizer = make_tokenizer();
+            done.store(true, Ordering::Release);
+            tokenizer
+        });
+        (made.unwrap_or_else(|| Err(Error::Usage("the model was not loaded".into()))), tokenizer)
+    };
     let (model, mut tokenizer) = (model?, tokenizer?);
     let mut eos_token_ids = model.config.eos_token_ids.clone();
     if eos_token_ids.is_empty() {
