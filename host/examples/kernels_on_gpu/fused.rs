@@ -27,7 +27,8 @@ impl Checks {
             Format::Mxfp4,
         ];
         for format in formats {
-            for (rows, cols, tokens) in [(64, 256, 1), (2752, 640, 1), (320, 4096, 5), (704, 256, 8)] {
+            let shapes = [(64, 256, 1), (2752, 640, 1), (10592, 256, 1), (320, 8320, 1), (320, 4096, 5), (704, 256, 8)];
+            for (rows, cols, tokens) in shapes {
                 let (gate, gates) = self.packed(format, rows, cols)?;
                 let (up, ups) = self.packed(format, rows, cols)?;
                 let (x, weight, more) =

@@ -26,6 +26,8 @@ struct Experts {
     Route route;                   // has `chosen` and `weights` written, for few tokens
 };
 
+constexpr int MOST_WARPS = 4; // of the first product
+
 __device__ __forceinline__ float of_all(const float *partial, int warps, int stride, int i) {
     float sum = 0;
 #pragma unroll 4
@@ -37,11 +39,10 @@ __device__ __forceinline__ float of_all(const float *partial, int warps, int str
 template <int P, int GROUP, bool HALF, bool GATED, int S> __device__ __forceinline__ void up_few(const Experts &a, uint8_t *shared) {
     constexpr int RT = GATED ? 2 : 1;
     const int warp = threadIdx.x / 32, warps = blockDim.x / 32, lane = threadIdx.x % 32, tile = blockIdx.x, choice = blockIdx.y, token = choice / a.k;
-    uint8_t *rings = shared + staged_bytes(a.dim), *ring = rings + warp * one_ring<P, GROUP, RT, S>;
-    __shared__ uint32_t experts[MOST_CHOSEN];
-    __shared__ float weights[MOST_CHOSEN];
+    uint8_t *rings = shared + staged_bytes(a.dim) + summed_bytes(a.dim), *ring = rings + warp * one_ring<P, GROUP, RT, S>;
+    __shared__ float scores[MOST_WARPS][MOST_ROUTED];
     let_next_start();
-    Arriving<P> own(a.x + size_t(token) * a.dim, a.normed.weight, a.dim, threadIdx.x, blockDim.x);
+    Arriving<P, GROUP> own(a.x + size_t(token) * a.dim, a.normed.weight, a.dim, threadIdx.x, blockDim.x);
     own.ask_weight();
     wait_for_previous();
     // Before the weights: these would keep them waiting.
@@ -49,37 +50,38 @@ template <int P, int GROUP, bool HALF, bool GATED, int S> __device__ __forceinli
     float squares = 0;
     if (warp == warps - 1 && a.normed.weight)
         for (int i = lane; i < a.normed.parts; i += 32) squares += a.normed.squares[size_t(token) * a.normed.parts + i];
-    // Every block finds its expert by itself: that takes less than another kernel's start. One of them finds all, and writes them down.
+    // Every warp finds its expert by itself: that takes less than another kernel's start, or than waiting for each other. One of them finds
+    // all, and writes them down.
     const size_t place = size_t(token) * a.k + lane;
     const bool writes = warp == 0 && a.route.logits && tile == 0 && choice == token * a.k + a.k - 1;
-    __shared__ float scores[MOST_ROUTED];
-    uint32_t chosen = 0;
-    if (warp == 0) {
-        float weight = 0;
-        if (a.route.logits) {
-            chosen = choose(a.route, token, a.scaled_input || writes ? a.k : choice % a.k + 1, scores);
-            if (a.scaled_input) weight = weigh(a.route, chosen, scores);
-        } else if (lane < a.k) {
-            chosen = a.chosen[place], weight = a.weights[place];
-        }
-        if (lane < a.k) experts[lane] = chosen, weights[lane] = weight;
+    uint32_t chosen = ~0u;
+    float weight = 0;
+    if (a.route.logits) {
+        chosen = choose(a.route, token, a.scaled_input || writes ? a.k : choice % a.k + 1, scores[warp]);
+        if (a.scaled_input) weight = weigh(a.route, chosen, scores[warp]);
+    } else if (lane < a.k) {
+        chosen = a.chosen[place];
+        if (a.scaled_input) weight = a.weights[place];
     }
-    auto write = [&] {
-        if (!writes) return;
-        const float weight = weigh(a.route, chosen, scores);
-        if (lane < a.k) a.chosen[place] = chosen, a.weights[place] = weight;
-    };
+    const uint32_t expert = __shfl_sync(~0u, chosen, choice % a.k);
+    weight = __shfl_sync(~0u, weight, choice % a.k);
     uint4 *x = reinterpret_cast<uint4 *>(shared);
-    own.put(x);
-    __syncthreads();
-    const uint32_t expert = experts[choice % a.k];
-    if (expert >= a.experts) return write();
+    float *sums = reinterpret_cast<float *>(shared + staged_bytes(a.dim));
+    auto ready = [&] {
+        own.put(x, sums);
+        if (writes) {
+            const float weight = weigh(a.route, chosen, scores[warp]);
+            if (lane < a.k) a.chosen[place] = chosen, a.weights[place] = weight;
+        }
+        __syncthreads();
+    };
+    if (expert >= a.experts) return ready();
     Packed of[RT];
     int rows[RT];
 #pragma unroll
     for (int r = 0; r < RT; r++) of[r] = GATED && r == 0 ? a.gate : a.up, rows[r] = expert * a.hidden_tiles + tile;
     float y[RT][2] = {};
-    product_of_one<P, GROUP, HALF, RT, S>(of, rows, x, a.dim, warp, warps, ring, y, write);
+    product_of_one<P, GROUP, HALF, RT, S>(of, rows, x, sums, a.dim, warp, warps, ring, y, ready);
     float *partial = reinterpret_cast<float *>(rings);
     __shared__ float normal;
     copies_wait<0>();
@@ -92,7 +94,7 @@ template <int P, int GROUP, bool HALF, bool GATED, int S> __device__ __forceinli
     __syncthreads();
     const int row = tile * 16 + threadIdx.x;
     if (threadIdx.x >= 16 || row >= a.hidden) return;
-    const float factor = (tiny<P> ? UNSTAGED : 1.f) * (a.scaled_input ? weights[choice % a.k] : 1.f) * normal;
+    const float factor = (tiny<P> ? UNSTAGED : 1.f) * (a.scaled_input ? weight : 1.f) * normal;
     const size_t bias = size_t(expert) * a.hidden + row;
     float up = factor * of_all(partial, warps, RT * 16, (RT - 1) * 16 + threadIdx.x), gate = up;
     if (a.up_bias) up += to_float(a.up_bias[bias]);
@@ -104,7 +106,8 @@ template <int P, int GROUP, bool HALF, bool GATED, int S> __device__ __forceinli
 // Grid: (rows of tiles of `dim`, tokens); as many warps as choices, or a multiple.
 template <int P, int GROUP, bool HALF, int S> __device__ __forceinline__ void down_few(const Experts &a, uint8_t *shared) {
     const int warp = threadIdx.x / 32, warps = blockDim.x / 32, lane = threadIdx.x % 32, tile = blockIdx.x, token = blockIdx.y, staged = staged_bytes(a.hidden);
-    uint8_t *rings = shared + a.k * staged;
+    uint8_t *rings = shared + a.k * (staged + summed_bytes(a.hidden));
+    float *sums = reinterpret_cast<float *>(shared + a.k * staged);
     let_next_start();
     wait_for_previous();
     uint32_t expert = ~0u;
@@ -113,20 +116,20 @@ template <int P, int GROUP, bool HALF, int S> __device__ __forceinline__ void do
     const __nv_bfloat16 *inner = a.inner + size_t(token) * a.k * a.hidden;
     // Choices lie one behind the other, unless rows are to be filled up.
     const bool whole = staged == a.hidden * 2;
-    Arriving<P> own(inner, nullptr, whole ? a.k * a.hidden : 0, threadIdx.x, blockDim.x);
+    Arriving<P, GROUP> own(inner, nullptr, whole ? a.k * a.hidden : 0, threadIdx.x, blockDim.x);
     own.ask();
-    const int row = tile * 16 + lane;
+    const int row = tile * 16 + lane, each = staged / (2 * GROUP);
     float more = 0;
     if (warp == 0 && lane < 16 && a.residual) more = to_float(a.residual[size_t(token) * a.dim + row]);
     bool is_staged = false;
     auto ready = [&] {
         if (is_staged) return;
         is_staged = true;
-        if (whole) own.put(reinterpret_cast<uint4 *>(shared));
+        if (whole) own.put(reinterpret_cast<uint4 *>(shared), sums);
         else
             for (int j = 0; j < a.k; j++) {
-                Arriving<P> one(inner + size_t(j) * a.hidden, nullptr, a.hidden, threadIdx.x, blockDim.x);
-                one.ask(), one.put(reinterpret_cast<uint4 *>(shared + j * staged));
+                Arriving<P, GROUP> one(inner + size_t(j) * a.hidden, nullptr, a.hidden, threadIdx.x, blockDim.x);
+                one.ask(), one.put(reinterpret_cast<uint4 *>(shared + j * staged), sums + j * each);
             }
         __syncthreads();
     };
@@ -140,7 +143,7 @@ template <int P, int GROUP, bool HALF, int S> __device__ __forceinline__ void do
         const Packed of[1] = {a.down};
         const int rows[1] = {int(chosen) * a.dim_tiles + tile};
         float y[1][2] = {};
-        product_of_one<P, GROUP, HALF, 1, S>(of, rows, reinterpret_cast<const uint4 *>(shared + j * staged), a.hidden, warp % share, share, rings + warp * one_ring<P, GROUP, 1, S>, y, ready);
+        product_of_one<P, GROUP, HALF, 1, S>(of, rows, reinterpret_cast<const uint4 *>(shared + j * staged), sums + j * each, a.hidden, warp % share, share, rings + warp * one_ring<P, GROUP, 1, S>, y, ready);
         sum[0][0] += factor * y[0][0], sum[0][1] += factor * y[0][1];
     }
     ready();
@@ -278,9 +281,9 @@ extern "C" __global__ void __launch_bounds__(256) sum_choices(const __grid_const
         CALL(a, shared);                                                                                                                   \
     }
 #define FEW(NAME, P, GROUP, HALF)                                                                                                          \
-    KERNEL(up_few_##NAME, 256, (up_few<P, GROUP, HALF, false, 4>))                                                                         \
-    KERNEL(gated_few_##NAME, 256, (up_few<P, GROUP, HALF, true, 4>))                                                                       \
-    KERNEL(down_few_##NAME, 512, (down_few<P, GROUP, HALF, 4>))
+    KERNEL(up_few_##NAME, 128, (up_few<P, GROUP, HALF, false, 4>))                                                                         \
+    KERNEL(gated_few_##NAME, 128, (up_few<P, GROUP, HALF, true, 2>))                                                                       \
+    KERNEL(down_few_##NAME, 512, (down_few<P, GROUP, HALF, 3>))
 #define MANY(NAME, P, GROUP)                                                                                                               \
     KERNEL(up_many_##NAME, 128, (many<P, GROUP, true, false, 2>))                                                                          \
     KERNEL(gated_many_##NAME, 128, (many<P, GROUP, true, true, 2>))                                                                        \

@@ -3,8 +3,8 @@
 
 use super::{
     norm::joint,
-    packed::{Layout, Packed, Packing, TILE, Tiles, aligned, by_layout},
-    product::{Joint, Normed, Norming, by_scales},
+    packed::{Layout, Packed, Packing, Tiles, aligned, by_layout},
+    product::{Joint, Normed, Norming, by_scales, staged},
     program::{Arg, Shape, function},
     route::{Args as RouteArgs, MOST_CHOSEN, Route},
     step::{address, device_of, unwritten},
@@ -16,13 +16,8 @@ use candle_core::{DType, Device, Result, Tensor, bail};
 const MANY: usize = 385;
 /// Tokens that a block multiplies then.
 const TOGETHER: usize = 32;
-/// Steps on their way at once, for few and for many, as experts.cu compiles them.
-const AHEAD: [usize; 2] = [4, 2];
-
-/// Bytes of shared memory that a token's activations take.
-fn staged(cols: usize) -> usize {
-    cols.next_multiple_of(TILE[0]) * 2
-}
+/// Steps on their way at once as experts.cu compiles them: for few with a gate, without, and back; and for many.
+const AHEAD: [usize; 4] = [2, 4, 3, 2];
 
 /// One projection of all experts.
 pub struct Projection {
@@ -192,7 +187,9 @@ impl Stacked {
             let most = kernel.most_shared.saturating_sub(staged);
             let warps = most.checked_div(own).map_or(warps, |most| warps.min(most).max(1));
             let grid = [grid[0] as u32, grid[1] as u32, 1];
-            let shape = Shape { grid, block: 32 * warps as u32, shared: (warps * own + staged) as u32, early: true };
+            let least = warps * own + staged;
+            let shared = if many { least } else { kernel.evenly((grid[0] * grid[1]) as usize, least) } as u32;
+            let shape = Shape { grid, block: 32 * warps as u32, shared, early: true };
             // SAFETY: as experts.cu says; every tensor above has the shape that is written there.
             unsafe { kernel.launch(device, shape, &[Arg::of(&args)]) }
         };
@@ -206,16 +203,20 @@ impl Stacked {
         a: &Args,
     ) -> Result<()> {
         let [tokens, k, dim, hidden] = [a.tokens, a.k, a.dim, a.hidden].map(|n| n as usize);
-        let (first, rows) = match self.gate {
-            Some(_) => (by_scales!(layout, "gated_few"), 2),
-            None => (by_scales!(layout, "up_few"), 1),
+        let (first, own) = match self.gate {
+            Some(_) => (by_scales!(layout, "gated_few"), layout.shared_of_one(2, AHEAD[0])),
+            None => (by_scales!(layout, "up_few"), layout.shared_of_one(1, AHEAD[1])),
         };
-        let own = |rows| layout.shared(rows, 1, AHEAD[0]);
-        start(first, [a.hidden_tiles as usize, tokens * k], 2, [staged(dim), own(rows)])?;
+        start(first, [a.hidden_tiles as usize, tokens * k], 4, [staged(dim), own])?;
         // A warp a choice, or several where choices are few.
         let share = (8 / k).clamp(1, hidden.div_ceil(256));
         let warps = (k * share).min(16);
-        start(by_scales!(layout, "down_few"), [a.dim_tiles as usize, tokens], warps, [k * staged(hidden), own(1)])
+        start(
+            by_scales!(layout, "down_few"),
+            [a.dim_tiles as usize, tokens],
+            warps,
+            [k * staged(hidden), layout.shared_of_one(1, AHEAD[2])],
+        )
     }
 
     fn run_many(
@@ -229,7 +230,7 @@ impl Stacked {
             Some(_) => (by_layout!(layout, "gated_many"), tiles),
             None => (by_layout!(layout, "up_many"), tiles.div_ceil(2)),
         };
-        let own = [0, layout.shared(2, TOGETHER / 8, AHEAD[1])];
+        let own = [0, layout.shared(2, TOGETHER / 8, AHEAD[3])];
         start("sort_choices", [1, 1], 32, [0, (self.experts * 4).div_ceil(32)])?;
         start(first, [columns, blocks], 1, own)?;
         start(by_layout!(layout, "down_many"), [(a.dim_tiles as usize).div_ceil(2), blocks], 1, own)?;

@@ -11,10 +11,20 @@
 
 // One or two rows of tiles a block, or a gate's and those that it lets through; steps on their way as product.rs counts them.
 #define FOR_FORMAT(NAME, P, GROUP, HALF)                                                                                                   \
-    ONE(one_1_##NAME, P, GROUP, HALF, 1, 2, false, 512)                                                                                    \
+    ONE(one_1_##NAME, P, GROUP, HALF, 1, (pieces<P>() == 1 ? 3 : 2), false, 512)                                                                                    \
     ONE(one_1_ahead_##NAME, P, GROUP, HALF, 1, 3, false, 512, 1)                                                                           \
     ONE(one_2_##NAME, P, GROUP, HALF, 2, 2, false, 512)                                                                                    \
     ONE(one_gated_##NAME, P, GROUP, HALF, 2, (P == PLAIN ? 3 : 2), true, 512)
+
+// Six blocks of four warps to a multiprocessor, for so many rows that the last blocks would begin when most have ended.
+#define MANY_GATED(NAME, P, GROUP, HALF) ONE(one_gated_many_##NAME, P, GROUP, HALF, 2, 3, true, 128, 6)
+
+MANY_GATED(nibble_32, NIBBLE, 32, false)
+MANY_GATED(nibble_64, NIBBLE, 64, false)
+MANY_GATED(nibble_128, NIBBLE, 128, false)
+MANY_GATED(half_nibble_32, NIBBLE, 32, true)
+MANY_GATED(half_nibble_64, NIBBLE, 64, true)
+MANY_GATED(half_nibble_128, NIBBLE, 128, true)
 
 FOR_FORMAT(nibble_32, NIBBLE, 32, false)
 FOR_FORMAT(nibble_64, NIBBLE, 64, false)

@@ -19,9 +19,12 @@ struct Matmul {
     float *squares; // of what comes out, summed over each row of tiles [tokens, tiles]; or none
 };
 
-// Bytes of shared memory for the activations, filled up with zeros.
+// Bytes of shared memory for the activations, filled up with zeros, and for the sums of their groups, behind them: up to four a tile.
 __device__ __host__ constexpr int staged_bytes(int cols) { return (cols + TILE_COLS - 1) / TILE_COLS * TILE_COLS * 2; }
-template <int P, int GROUP, int RT, int S> constexpr int one_ring = S * RT * tile_pieces<P, GROUP> * 512;
+__device__ __host__ constexpr int summed_bytes(int cols) { return (cols + TILE_COLS - 1) / TILE_COLS * 16; }
+// A tile as it lies in memory, scales behind weights; of PLAIN ones 16 rows.
+template <int P, int GROUP> constexpr int one_tile = 1024 * pieces<P>() + scale_bytes<P, GROUP>();
+template <int P, int GROUP, int RT, int S> constexpr int one_ring = S * RT * one_tile<P, GROUP>;
 
 // Small integers are bf16 numbers as they lie: masked out of their word they are so many times 2^-133, bf16's smallest, and tensor cores
 // multiply such numbers exactly. So that sums of products are no such numbers in f32, the activations are 2^64 times what they are.
@@ -43,8 +46,9 @@ template <int P> __device__ __forceinline__ void multiply_tiny(const uint32_t (&
     }
 }
 
-// A token's activations on their way to shared memory, times a norm's weights if it has some; those are nobody's output.
-template <int P> struct Arriving {
+// A token's activations on their way to shared memory, times a norm's weights if it has some; those are nobody's output. Where groups have
+// biases, the sums of the activations that these are multiplied with come along.
+template <int P, int GROUP> struct Arriving {
     static constexpr int MOST = 4;
     uint4 v[MOST], factors[MOST];
     const __nv_bfloat16 *x, *weight;
@@ -59,16 +63,26 @@ template <int P> struct Arriving {
 #pragma unroll
         for (int i = 0; i < MOST; i++) v[i] = activations(x, (thread + i * threads) * 8, cols);
     }
-    __device__ __forceinline__ void put(uint4 *to) const {
+    // All threads of the block come here.
+    __device__ __forceinline__ void put(uint4 *to, float *sums) const {
         const int staged = staged_bytes(cols) / 16;
         auto put_one = [&](int at, uint4 now) {
-            if constexpr (tiny<P>) now = times(now, make_uint4(STAGED, STAGED, STAGED, STAGED));
-            to[at] = now;
+            if constexpr (tiny<P>) {
+                float sum = 0;
+#pragma unroll
+                for (int i = 0; i < 4; i++) sum += __uint_as_float(word_of(now, i) << 16) + __uint_as_float(word_of(now, i) & 0xFFFF0000u);
+#pragma unroll
+                for (int i = GROUP / 16; i > 0; i /= 2) sum += __shfl_xor_sync(~0u, sum, i);
+                if (at % (GROUP / 8) == 0 && at < staged) sums[at / (GROUP / 8)] = sum * (1.f / UNSTAGED);
+                now = times(now, make_uint4(STAGED, STAGED, STAGED, STAGED));
+            }
+            if (at < staged) to[at] = now;
         };
 #pragma unroll
         for (int i = 0; i < MOST; i++)
-            if (thread + i * threads < staged) put_one(thread + i * threads, weight ? times(v[i], factors[i]) : v[i]);
-        for (int at = thread + MOST * threads; at < staged; at += threads) {
+            if (i * threads < staged) put_one(thread + i * threads, weight ? times(v[i], factors[i]) : v[i]);
+        for (int first = MOST * threads; first < staged; first += threads) {
+            const int at = first + thread;
             const uint4 now = activations(x, at * 8, cols);
             put_one(at, weight ? times(now, activations(weight, at * 8, cols)) : now);
         }
@@ -85,14 +99,15 @@ template <int RT> __device__ __forceinline__ void put_one(const float (&y)[RT][2
             for (int h = 0; h < 2; h++) partial[(warp * RT + r) * 16 + lane / 4 + 8 * h] = y[r][h];
 }
 
-// y[r] += rows g and g + 8 of row of tiles `rows[r]` of `of[r]`, times the activations at `x`; right in lanes with c = 0. `ready` is called
-// when the first weights have been asked for; the activations are there when it returns.
+// y[r] += rows g and g + 8 of row of tiles `rows[r]` of `of[r]`, times the activations at `x`, whose groups have the `sums`; right in lanes
+// with c = 0. `ready` is called when the first weights have been asked for; the activations are there when it returns.
 template <int P, int GROUP, bool HALF, int RT, int S, class Ready>
-__device__ __forceinline__ void product_of_one(const Packed (&of)[RT], const int (&rows)[RT], const uint4 *x, int cols, int warp, int warps, uint8_t *ring, float (&y)[RT][2], Ready ready) {
-    constexpr int GROUPS = TILE_COLS / GROUP, WORDS = 4 / GROUPS, PIECES = tile_pieces<P, GROUP>, Q = pieces<P>(), STEP = RT * PIECES;
+__device__ __forceinline__ void product_of_one(const Packed (&of)[RT], const int (&rows)[RT], const uint4 *x, const float *sums, int cols, int warp, int warps, uint8_t *ring, float (&y)[RT][2], Ready ready) {
+    constexpr int GROUPS = TILE_COLS / GROUP, WORDS = 4 / GROUPS, Q = pieces<P>(), SCALES = scale_bytes<P, GROUP>(), TILE = one_tile<P, GROUP>, STEP = RT * TILE;
     constexpr bool BIASED = P == NIBBLE || P == BYTE;
     const int lane = threadIdx.x % 32, c = lane % 4, blocks = (cols + TILE_COLS - 1) / TILE_COLS;
-    const uint4 *shared = reinterpret_cast<const uint4 *>(ring) + lane;
+    // Of its rows' scales.
+    const uint8_t *shared = ring + lane * 16, *scaled = ring + 1024 * Q + lane / 4 * (SCALES / 8) + (scaled_first<P> ? c / 2 * 16 : 0);
     const uint32_t to = uint32_t(__cvta_generic_to_shared(ring)) + lane * 16;
     const uint8_t *q_from[RT], *s_from[RT];
 #pragma unroll
@@ -104,7 +119,7 @@ __device__ __forceinline__ void product_of_one(const Packed (&of)[RT], const int
         } else {
             const size_t tile = size_t(rows[r]) * blocks + warp;
             q_from[r] = of[r].data + tile * (1024 * Q) + lane * 16;
-            s_from[r] = of[r].scales + tile * scale_bytes<P, GROUP>() + (lane / 4) * (scale_bytes<P, GROUP>() / 8) + (scaled_first<P> ? c / 2 * 16 : 0);
+            s_from[r] = of[r].scales + tile * SCALES + lane * 16;
         }
     }
     auto ask = [&](int block, int stage) {
@@ -116,12 +131,15 @@ __device__ __forceinline__ void product_of_one(const Packed (&of)[RT], const int
                     for (int j = 0; j < 4; j++) {
                         const int column = block * TILE_COLS + 8 * c + 32 * j;
                         const bool there = column < cols;
-                        const uint32_t at = to + (stage * STEP + r * PIECES + j) * 512;
+                        const uint32_t at = to + stage * STEP + r * TILE + j * 512;
                         copy16_if(at, q_from[r] + (there ? column * 2 : 0), there), copy16_if(at + 4 * 512, s_from[r] + (there ? column * 2 : 0), there);
                     }
                 } else {
-                    fetch<P, GROUP>(to + (stage * STEP + r * PIECES) * 512, q_from[r], s_from[r]);
-                    q_from[r] += warps * (1024 * Q), s_from[r] += warps * scale_bytes<P, GROUP>();
+                    const uint32_t at = to + stage * STEP + r * TILE;
+#pragma unroll
+                    for (int i = 0; i < 2 * Q; i++) copy16(at + i * 512, q_from[r] + i * 512);
+                    if (lane * 16 < SCALES) copy16(at + 1024 * Q, s_from[r]);
+                    q_from[r] += warps * (1024 * Q), s_from[r] += warps * SCALES;
                 }
             }
         copies_end();
@@ -134,20 +152,26 @@ __device__ __forceinline__ void product_of_one(const Packed (&of)[RT], const int
         uint4 b[4];
 #pragma unroll
         for (int j = 0; j < 4; j++) b[j] = x[block * (TILE_COLS / 8) + 4 * j + c];
-        float sums[GROUPS][4] = {};
+        float sum[GROUPS];
         if constexpr (BIASED)
 #pragma unroll
-            for (int j = 0; j < 4; j++) {
-                constexpr uint32_t one = 0x00010001u; // as small as the weights
-                mma(sums[j / WORDS], one, one, one, one, b[j].x, b[j].y), mma(sums[j / WORDS], one, one, one, one, b[j].z, b[j].w);
-            }
+            for (int group = 0; group < GROUPS; group++) sum[group] = sums[block * GROUPS + group];
         copies_wait<S - 1>();
+        if constexpr (SCALES > 0) __syncwarp(); // other lanes have asked for its scales
 #pragma unroll
         for (int r = 0; r < RT; r++) {
-            uint4 q[PIECES];
+            uint4 q[2 * Q];
 #pragma unroll
-            for (int i = 0; i < PIECES; i++) q[i] = shared[(stage * STEP + r * PIECES + i) * 32];
-            auto scale = [&](int i) { return word_of(q[PIECES - (scale_words<P, GROUP> + 3) / 4 + i / 4], i % 4); };
+            for (int i = 0; i < 2 * Q; i++) q[i] = *reinterpret_cast<const uint4 *>(shared + stage * STEP + r * TILE + i * 512);
+            uint4 words[2];
+            const uint8_t *own = scaled + stage * STEP + r * TILE;
+            if constexpr (scale_words<P, GROUP> == 2) {
+                const uint2 two = *reinterpret_cast<const uint2 *>(own);
+                words[0].x = two.x, words[0].y = two.y;
+            } else
+#pragma unroll
+                for (int i = 0; i < scale_words<P, GROUP> / 4; i++) words[i] = reinterpret_cast<const uint4 *>(own)[i];
+            auto scale = [&](int i) { return word_of(words[i / 4], i % 4); };
 #pragma unroll
             for (int group = 0; group < GROUPS; group++) {
                 float d[1][4] = {}, e[2][4] = {};
@@ -176,11 +200,12 @@ __device__ __forceinline__ void product_of_one(const Packed (&of)[RT], const int
                 } else {
                     const float2 low = scale_and_bias(scale(group), HALF), high = scale_and_bias(scale(GROUPS + group), HALF);
                     const float first = P == NIBBLE ? fmaf(e[1][0], 0.0625f, e[0][0]) : e[0][0], second = P == NIBBLE ? fmaf(e[1][2], 0.0625f, e[0][2]) : e[0][2];
-                    y[r][0] = fmaf(low.x, first, fmaf(low.y, sums[group][0], y[r][0]));
-                    y[r][1] = fmaf(high.x, second, fmaf(high.y, sums[group][0], y[r][1]));
+                    y[r][0] = fmaf(low.x, first, fmaf(low.y, sum[group], y[r][0]));
+                    y[r][1] = fmaf(high.x, second, fmaf(high.y, sum[group], y[r][1]));
                 }
             }
         }
+        if constexpr (SCALES > 0) __syncwarp();
         ask(block + S * warps, stage);
         stage = (stage + 1) % S;
     }
@@ -202,11 +227,12 @@ __device__ __forceinline__ void matmul_of_one(const Matmul &a, uint8_t *shared) 
         of[r] = m.w, rows[r] = min(first + (GATED ? r / 2 : r), m.tiles - 1);
     }
     uint4 *x = reinterpret_cast<uint4 *>(shared);
-    const int staged = staged_bytes(a.cols) / 16;
+    const int staged = staged_bytes(a.cols);
+    float *sums = reinterpret_cast<float *>(shared + staged);
     float squares = 0, more = 0;
     let_next_start();
     auto ready = [&] {
-        Arriving<P> own(a.x, a.normed.weight, a.cols, threadIdx.x, blockDim.x);
+        Arriving<P, GROUP> own(a.x, a.normed.weight, a.cols, threadIdx.x, blockDim.x);
         own.ask_weight();
         wait_for_previous();
         own.ask();
@@ -221,12 +247,12 @@ __device__ __forceinline__ void matmul_of_one(const Matmul &a, uint8_t *shared) 
                 if (m.residual) more += to_float(m.residual[row]);
             }
         }
-        own.put(x);
+        own.put(x, sums);
         __syncthreads();
     };
     float y[RT][2] = {};
-    uint8_t *rings = shared + staged * 16;
-    product_of_one<P, GROUP, HALF, RT, S>(of, rows, x, a.cols, warp, warps, rings + warp * one_ring<P, GROUP, RT, S>, y, ready);
+    uint8_t *rings = shared + staged + summed_bytes(a.cols);
+    product_of_one<P, GROUP, HALF, RT, S>(of, rows, x, sums, a.cols, warp, warps, rings + warp * one_ring<P, GROUP, RT, S>, y, ready);
     // Into the place of the warp's own ring.
     float *partial = reinterpret_cast<float *>(rings);
     copies_wait<0>();

@@ -69,7 +69,8 @@ macro_rules! by_layout {
 pub(super) use by_layout;
 
 impl Layout {
-    fn pieces(self) -> usize {
+    /// 16-byte pieces of a row that a lane holds of a tile.
+    pub fn pieces(self) -> usize {
         match self.packing {
             Packing::Plain => 4,
             Packing::Byte | Packing::Fp8 | Packing::Six => 2,
@@ -99,6 +100,11 @@ impl Layout {
         let lanes = if matches!(self.packing, Packing::Six | Packing::Nv4) { 2 } else { 1 };
         let step = rows * (2 * self.pieces() + (self.scale_words() / lanes).div_ceil(4)) + activations;
         (ahead * step).max(rows * eights) * 512
+    }
+
+    /// The same for one token, as one.cuh counts them: tiles as they lie in memory.
+    pub fn shared_of_one(self, rows: usize, ahead: usize) -> usize {
+        ahead * rows * (1024 * self.pieces() + 32 * self.scale_words())
     }
 }
 

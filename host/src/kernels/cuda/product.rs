@@ -111,18 +111,25 @@ fn spread(layout: Layout, tiles: usize, eights: usize) -> (usize, usize) {
     }
 }
 
+/// Bytes of shared memory that a token's activations take in a block, with the sums of their groups.
+pub fn staged(cols: usize) -> usize {
+    let cols = cols.next_multiple_of(TILE[0]);
+    cols * 2 + cols / TILE[0] * 16
+}
+
 /// A kernel for one token: its name, rows of tiles a block, and steps of a warp that are on their way at once, as one.cu compiles it.
 type One = (&'static str, usize, usize);
 
 /// Which one for so many tiles of so many columns, and how many warps, as an H200 likes it: many blocks of few warps for many rows, so that
 /// a multiprocessor always has some that wait for memory and some that multiply.
 fn one(layout: Layout, tiles: usize, cols: usize) -> (One, usize) {
-    let single = (by_scales!(layout, "one_1"), 1, 2);
+    let single = (by_scales!(layout, "one_1"), 1, if layout.pieces() == 1 { 3 } else { 2 });
     let ahead = (by_scales!(layout, "one_1_ahead"), 1, 3);
     let double = (by_scales!(layout, "one_2"), 2, 2);
     match (layout.packing, tiles) {
         (Packing::Plain, _) if cols > 4096 => (ahead, 16),
-        (Packing::Plain, ..=132) => (single, 16),
+        (Packing::Plain, ..=132) => (single, 12),
+        (_, 133..=264) if cols <= 8192 => (double, (cols / 256).clamp(8, 12)),
         (Packing::Plain, ..=4000) => (ahead, 8),
         (Packing::Plain, _) if cols >= 4096 => (ahead, 16),
         (Packing::Plain, _) => (double, 8),
@@ -137,6 +144,7 @@ fn one(layout: Layout, tiles: usize, cols: usize) -> (One, usize) {
 fn one_gated(layout: Layout, tiles: usize, cols: usize) -> (One, usize) {
     let name = by_scales!(layout, "one_gated");
     match (layout.packing, tiles) {
+        (Packing::Nibble, 1321..) => ((by_scales!(layout, "one_gated_many"), 2, 3), 4),
         (Packing::Plain, _) => ((name, 2, 3), if cols < 4096 { 2 } else { 8 }),
         (_, ..=300) => ((name, 2, 2), 16),
         (_, ..=1000) => ((name, 2, 2), 8),
@@ -172,7 +180,8 @@ impl Product<'_> {
         let mats = self.mats()?;
         let all: usize = mats.0.iter().map(|mat| mat.tiles as usize).sum();
         if self.tokens() == 1 {
-            return self.start_one(&mats.0, None, |layout, cols| {
+            // Behind several matrices comes attention, whose clusters want room beside them.
+            return self.start_one(&mats.0, None, self.matrices.len() == 1, |layout, cols| {
                 let (one, warps) = one(layout, all, cols);
                 (one, warps, mats.0.iter().map(|mat| mat.tiles.div_ceil(one.1 as u32)).sum())
             });
@@ -195,7 +204,7 @@ impl Product<'_> {
         let mats = self.mats()?;
         let tiles = mats.0[0].tiles;
         if self.tokens() == 1 {
-            return self.start_one(&mats.0, Some(joint), |layout, cols| {
+            return self.start_one(&mats.0, Some(joint), true, |layout, cols| {
                 let (one, warps) = one_gated(layout, 2 * tiles as usize, cols);
                 (one, warps, tiles)
             });
@@ -230,11 +239,12 @@ impl Product<'_> {
         self.matrices.first().map_or(0, |(tiles, _)| self.x.elem_count() / tiles.cols.max(1))
     }
 
-    /// For a single token.
+    /// For a single token, with blocks spread evenly or as they come.
     fn start_one(
         &self,
         mats: &[Mat; 3],
         joint: Option<Joint>,
+        even: bool,
         kernel: impl Fn(Layout, usize) -> (One, usize, u32),
     ) -> Result<()> {
         let Some(&(Tiles { layout, cols, .. }, _)) = self.matrices.first() else { return Ok(()) };
@@ -242,7 +252,7 @@ impl Product<'_> {
         let x = aligned(&self.x.to_dtype(DType::BF16)?)?;
         let ((name, rows, ahead), warps, blocks) = kernel(*layout, *cols);
         let kernel = function(device, "one", name)?;
-        let (staged, own) = (cols.next_multiple_of(TILE[0]) * 2, layout.shared(rows, 1, ahead));
+        let (staged, own) = (staged(*cols), layout.shared_of_one(rows, ahead));
         let warps = warps.min(kernel.most_shared.saturating_sub(staged) / own).max(1);
         let work = Matmul {
             mats: *mats,
@@ -254,7 +264,10 @@ impl Product<'_> {
             normed: self.norm.map_or(Ok(Normed::default()), Norming::normed)?,
             squares: self.squares.map_or(Ok(0), address)?,
         };
-        let shared = (staged + warps * own) as u32;
+        let least = staged + warps * own;
+        // Rows that are not packed give every multiprocessor enough to do.
+        let even = even && layout.packing != Packing::Plain;
+        let shared = if even { kernel.evenly(blocks as usize, least) } else { least } as u32;
         let shape = Shape { grid: [blocks, 1, 1], block: 32 * warps as u32, shared, early: true };
         // SAFETY: as one.cuh says; x and y hold the token's rows, and start at multiples of 16 bytes.
         unsafe { kernel.launch(device, shape, &[Arg::of(&work)]) }

@@ -28,6 +28,17 @@ pub struct Kernel {
     name: &'static str,
     /// Bytes of shared memory that a block of it can have.
     pub most_shared: usize,
+    /// What a block takes beside those.
+    own_shared: usize,
+    room: Room,
+}
+
+/// Of a device.
+#[derive(Clone, Copy)]
+struct Room {
+    multiprocessors: usize,
+    /// Bytes of shared memory of each, for all its blocks.
+    shared: usize,
 }
 
 // SAFETY: a handle that the driver takes from any thread.
@@ -97,25 +108,36 @@ pub fn function(device: &CudaDevice, file: &'static str, name: &'static str) -> 
     let entry = CString::new(name).map_err(candle_core::Error::wrap)?;
     // SAFETY: the module was loaded on this device and is never unloaded.
     let function = unsafe { result::module::get_function(module as sys::CUmodule, entry) }.w()?;
-    let kernel = Kernel { function, name, most_shared: more_shared(device, function)? };
+    let [most_shared, own_shared] = more_shared(device, function)?;
+    let kernel = Kernel { function, name, most_shared, own_shared, room: room(device)? };
     kernels.insert((device.id(), name), kernel);
     Ok(kernel)
 }
 
-/// Lets a kernel's blocks have all the shared memory that there is, which must be asked for; how much that is.
-fn more_shared(device: &CudaDevice, function: sys::CUfunction) -> Result<usize> {
+fn room(device: &CudaDevice) -> Result<Room> {
+    use sys::CUdevice_attribute as Of;
+    let of = |what| Ok::<_, candle_core::Error>(device.cuda_stream().context().attribute(what).w()?.max(1) as usize);
+    Ok(Room {
+        multiprocessors: of(Of::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+        shared: of(Of::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR)?,
+    })
+}
+
+/// Lets a kernel's blocks have all the shared memory that there is, which must be asked for; how much that is, and what they take beside it.
+fn more_shared(device: &CudaDevice, function: sys::CUfunction) -> Result<[usize; 2]> {
     use sys::{CUdevice_attribute as Of, CUfunction_attribute as Has};
-    let most = Of::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
-    let most = device.cuda_stream().context().attribute(most).w()?;
+    let of = |what| device.cuda_stream().context().attribute(what).w();
+    let most = of(Of::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
+    let reserved = of(Of::CU_DEVICE_ATTRIBUTE_RESERVED_SHARED_MEMORY_PER_BLOCK)?;
     // SAFETY: a known function and attributes.
-    let bytes = unsafe {
+    let (bytes, own) = unsafe {
         let own = result::function::get_function_attribute(function, Has::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES).w()?;
         let bytes = most - own;
         let what = Has::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         result::function::set_function_attribute(function, what, bytes).w()?;
-        bytes
+        (bytes, own + reserved)
     };
-    Ok(bytes.max(0) as usize)
+    Ok([bytes, own].map(|bytes| bytes.max(0) as usize))
 }
 
 /// Whether code for Hopper alone runs there: `*_hopper.cu`, and what other files have behind `__CUDA_ARCH__ >= 900`, which PTX for Ampere lacks.
@@ -127,6 +149,15 @@ pub fn is_hopper(device: &CudaDevice) -> Result<bool> {
 }
 
 impl Kernel {
+    /// How much shared memory a block shall ask for that needs `least`: so much that a multiprocessor has no room for more than its share of
+    /// so many blocks. A launch begins while those before it still fill some multiprocessors; its blocks would crowd into the others, and
+    /// their weights come through few of the ways to memory. No more than that: what is left is room for the next launch.
+    pub fn evenly(&self, blocks: usize, least: usize) -> usize {
+        let share = blocks.div_ceil(self.room.multiprocessors);
+        let one_more = (self.room.shared / (share + 1)).saturating_sub(self.own_shared) / 128 * 128;
+        least.max((one_more + 256).min(self.most_shared))
+    }
+
     /// Puts the kernel into the device's stream.
     ///
     /// # Safety
