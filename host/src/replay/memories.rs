@@ -47,7 +47,11 @@ pub(super) fn caches(model: &Model, inputs: &[Input]) -> candle_core::Result<Vec
             for table in [&kv.keys, &kv.values] {
                 let Some(whole) = table.whole() else { continue };
                 all.extend([address(whole)?, whole.dim(0)? as u64]);
+                // Another sequence's memory may come to lie where that of one with other options lay.
+                all.extend(table.form().map_or([0; 2], |form| [form.bits, form.group]).map(|n| n as u64));
             }
+            let rule = kv.rule();
+            all.extend([rule.window.unwrap_or(0), rule.keep].map(|n| n as u64));
             all.push(kv.origin(input.state.offset)?.into());
         }
     }
