@@ -1,8 +1,8 @@
 // y = x W^T for one token (one.cuh). A block has some rows of tiles; its warps share the columns and add up at the end.
 #include "one.cuh"
 
-// The last are the most threads of a block, and how many blocks shall fit a multiprocessor. Where that is not said, nvcc leaves room for two
-// of 512 threads: one_1 is for as many rows as take two; alone, a block does better with half as many registers again.
+// The last are the most threads of a block, and how many blocks shall fit a multiprocessor: one_1 is for as many rows as take two of 512;
+// alone, a block does better with half as many registers again. Where that is not said, nvcc leaves room for one or two.
 #define ONE(NAME, P, GROUP, HALF, RT, S, GATED, ...)                                                                                       \
     extern "C" __global__ void __launch_bounds__(__VA_ARGS__) NAME(const __grid_constant__ Matmul a) {                                    \
         extern __shared__ __align__(16) uint8_t shared[];                                                                                  \
@@ -11,7 +11,7 @@
 
 // One or two rows of tiles a block, or a gate's and those that it lets through; steps on their way as product.rs counts them.
 #define FOR_FORMAT(NAME, P, GROUP, HALF)                                                                                                   \
-    ONE(one_1_##NAME, P, GROUP, HALF, 1, (pieces<P>() == 1 ? 3 : 2), false, 512)                                                                                    \
+    ONE(one_1_##NAME, P, GROUP, HALF, 1, (pieces<P>() == 1 ? 3 : 2), false, 512, 2)                                                        \
     ONE(one_1_ahead_##NAME, P, GROUP, HALF, 1, 3, false, 512, 1)                                                                           \
     ONE(one_2_##NAME, P, GROUP, HALF, 2, 2, false, 512)                                                                                    \
     ONE(one_gated_##NAME, P, GROUP, HALF, 2, (P == PLAIN ? 3 : 2), true, 512)
