@@ -149,7 +149,7 @@ pub fn load(spec: Option<&str>, options: &LoadOptions) -> Result<LanguageModel> 
             scope.spawn(|_| {
                 made = Some(network(opened, options));
                 Tokenizer::warm_up();
-                moving::map_until(&done);
+                moving::prepare_until(&done);
             });
             let tokenizer = make_tokenizer();
             done.store(true, Ordering::Release);

@@ -4,6 +4,7 @@
 
 use super::bytes::{Bytes, Room};
 use crate::{kernels::cpu, machine};
+use rayon::prelude::*;
 use std::{
     collections::VecDeque,
     sync::{
@@ -23,8 +24,8 @@ const SMALL: usize = 1 << 15;
 pub trait Later: Send + Sync {
     /// Bytes that are still to be moved.
     fn bytes(&self) -> usize;
-    /// Moves them.
-    fn go(&self) -> std::io::Result<()>;
+    /// Moves them, with this thread `alone` or with all.
+    fn go(&self, alone: bool) -> std::io::Result<()>;
     /// Whether little is lost while they stay, so that they can be moved a few at a time, or never.
     fn may_stay(&self) -> bool;
     /// Where they are until then.
@@ -62,7 +63,7 @@ impl Later for Moving {
         vec![self.from.clone()]
     }
 
-    fn go(&self) -> std::io::Result<()> {
+    fn go(&self, _: bool) -> std::io::Result<()> {
         let mut room = Room::new(self.from.len())?;
         for (i, piece) in room.chunks_mut(LEAST).enumerate() {
             let from = self.from.slice(i * LEAST..i * LEAST + piece.len());
@@ -102,19 +103,29 @@ pub fn enqueue(later: &Arc<dyn Later>) {
     }
 }
 
-/// Has the system map what is to be moved where it lies now, piece by piece until it is `done` with what this thread waits for: whoever
-/// reads it first need not.
-pub fn map_until(done: &AtomicBool) {
-    const PIECE: usize = 2 << 20;
+/// What this thread can do for a first step until it is `done` with what that waits for: has the system map what is to be moved where it lies
+/// now, so that whoever reads it first need not, and then moves some already.
+pub fn prepare_until(done: &AtomicBool) {
+    // Whoever asks for memory waits for the whole piece.
+    const PIECE: usize = 1 << 17;
+    const LARGE: usize = 2 << 20;
+    let is_done = || done.load(Ordering::Acquire);
     let all: Vec<_> = queue().iter().filter_map(Weak::upgrade).collect();
     for bytes in all.iter().flat_map(|later| later.lying()) {
         for start in (0..bytes.len()).step_by(PIECE) {
-            if done.load(Ordering::Acquire) {
+            if is_done() {
                 return;
             }
             if let Some(piece) = bytes.slice(start..bytes.len().min(start + PIECE)) {
                 piece.map_now();
             }
+        }
+    }
+    // What has moved is nothing to those who find it in the queue.
+    let mut urgent = all.iter().filter(|later| !later.may_stay() && later.bytes() < LARGE);
+    while let Some(later) = urgent.next().filter(|_| !is_done()) {
+        if later.go(true).is_err() {
+            return;
         }
     }
 }
@@ -135,7 +146,7 @@ pub fn some() {
         // Threads that help may be waiting for the queue, to load another model.
         drop(queue);
         // Without memory for it they are multiplied as they lie.
-        let _ = urgent.into_iter().try_for_each(|later| later.go());
+        let _ = urgent.par_iter().try_for_each(|later| later.go(false));
         return;
     }
     if queue.is_empty() {
@@ -154,7 +165,7 @@ pub fn some() {
     {
         let Some(later) = next.upgrade() else { continue };
         moved += later.bytes();
-        if later.go().is_err() {
+        if later.go(false).is_err() {
             return queue.clear();
         }
     }
@@ -205,7 +216,7 @@ mod tests {
             fn bytes(&self) -> usize {
                 SMALL
             }
-            fn go(&self) -> std::io::Result<()> {
+            fn go(&self, _: bool) -> std::io::Result<()> {
                 self.0.fetch_add(1, Ordering::Relaxed);
                 Ok(())
             }

@@ -177,7 +177,9 @@ impl Matrix {
         let sizes = self.format.row_bytes(self.cols);
         let parts = [0, 1, 2].map(|p| {
             let (part, size) = (&self.parts[p], sizes[p]);
-            Bytes::from(order.iter().flat_map(|&r| &part[r * size..(r + 1) * size]).copied().collect::<Vec<u8>>())
+            let mut rows = Vec::with_capacity(order.len() * size);
+            order.iter().for_each(|&r| rows.extend_from_slice(&part[r * size..(r + 1) * size]));
+            Bytes::from(rows)
         });
         Self { rows: order.len(), parts, ..self.clone() }
     }
@@ -249,6 +251,12 @@ impl Matrix {
     pub(super) fn stored_order<'x>(&self, x: &'x [f32]) -> Cow<'x, [f32]> {
         let Some(order) = &self.order else { return Cow::Borrowed(x) };
         x.chunks_exact(self.cols).flat_map(|x| order.iter().map(|&c| x[c as usize])).collect()
+    }
+
+    /// The packed weights of all rows from one on; none where it is beyond them.
+    pub(super) fn rows_from(&self, row: usize) -> &[u8] {
+        let [size, ..] = self.format.row_bytes(self.cols);
+        self.parts[0].get(row * size..).unwrap_or_default()
     }
 
     /// The bytes of one row.

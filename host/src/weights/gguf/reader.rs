@@ -1,8 +1,8 @@
 //! The bytes of a GGUF header -> numbers, strings and metadata values, nothing taken on trust: every length is compared with what
-//! is left of the file before it is used. Arrays of numbers stay where they are in the file and are decoded when asked for.
+//! is left of the file before it is used. Arrays stay where they are in the file and are decoded when asked for.
 
 use crate::weights::bytes::Bytes;
-use std::ops::Range;
+use std::{borrow::Cow, ops::Range};
 
 // Far above any vocabulary (2^18) or merge table (2^19) in use.
 const ARRAY_CAP: u64 = 1 << 22;
@@ -26,9 +26,35 @@ pub enum Value {
     /// Text; bytes that are not UTF-8 became U+FFFD.
     String(String),
     /// An array of strings.
-    Strings(Vec<String>),
+    Strings(Strings),
     /// An array of numbers or truth values.
     Numbers(Numbers),
+}
+
+/// An array of strings, still in the file's bytes.
+#[derive(Debug, Clone)]
+pub struct Strings {
+    count: usize,
+    /// Each with its length before it, which was found to fit.
+    bytes: Bytes,
+}
+
+impl Strings {
+    /// The strings, one by one; bytes that are not UTF-8 become U+FFFD.
+    pub fn iter(&self) -> impl Iterator<Item = Cow<'_, str>> {
+        let mut rest = &self.bytes[..];
+        (0..self.count).map_while(move |_| {
+            let (len, strings) = rest.split_first_chunk::<8>()?;
+            let (string, others) = strings.split_at_checked(usize::try_from(u64::from_le_bytes(*len)).ok()?)?;
+            rest = others;
+            Some(text(string))
+        })
+    }
+}
+
+fn text(bytes: &[u8]) -> Cow<'_, str> {
+    // Most are, and that is found out faster than what is wrong with others.
+    str::from_utf8(bytes).map_or_else(|_| String::from_utf8_lossy(bytes), Cow::Borrowed)
 }
 
 /// An array of numbers, still in the file's bytes.
@@ -149,7 +175,7 @@ impl Value {
     }
 
     /// The value as an array of strings.
-    pub fn as_strings(&self) -> Option<&[String]> {
+    pub fn as_strings(&self) -> Option<&Strings> {
         if let Value::Strings(s) = self { Some(s) } else { None }
     }
 
@@ -207,25 +233,24 @@ impl<'a> Reader<'a> {
         Ok(bytes.first_chunk().map_or(0, |b| u64::from_le_bytes(*b)))
     }
 
-    fn string(&mut self, cap: u64) -> Result<String, String> {
+    fn string(&mut self, cap: u64) -> Result<&'a [u8], String> {
         let len = self.u64()?;
         if len > cap {
             return Err(format!("a string of {len} bytes in its header: the file is damaged"));
         }
-        let bytes = self.read(len)?;
-        Ok(str::from_utf8(bytes).map_or_else(|_| String::from_utf8_lossy(bytes).into_owned(), str::to_owned))
+        self.read(len)
     }
 
     /// A key or a tensor's name.
     pub(super) fn name(&mut self) -> Result<String, String> {
-        self.string(KEY_CAP)
+        Ok(text(self.string(KEY_CAP)?).into_owned())
     }
 
     pub(super) fn value(&mut self) -> Result<Value, String> {
         const STRING: u32 = 8;
         const ARRAY: u32 = 9;
         match self.u32()? {
-            STRING => Ok(Value::String(self.string(STRING_CAP)?)),
+            STRING => Ok(Value::String(text(self.string(STRING_CAP)?).into_owned())),
             ARRAY => match self.u32()? {
                 ARRAY => Err("an array of arrays, which GGUF files for text models do not have".into()),
                 STRING => self.strings(),
@@ -250,11 +275,12 @@ impl<'a> Reader<'a> {
         if self.strings > STRINGS_CAP {
             return Err("more strings in its header than any vocabulary has: the file is damaged".into());
         }
-        let mut strings = Vec::with_capacity(count);
+        let start = self.at;
         for _ in 0..count {
-            strings.push(self.string(STRING_CAP)?);
+            self.string(STRING_CAP)?;
         }
-        Ok(Value::Strings(strings))
+        let bytes = self.file.slice(start..self.at).ok_or("cut short: download it again")?;
+        Ok(Value::Strings(Strings { count, bytes }))
     }
 
     // An array's length, checked against what is left before anything is allocated for it.

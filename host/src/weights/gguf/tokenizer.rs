@@ -9,7 +9,7 @@ use crate::{
     tokenizer::pairs,
 };
 use serde_json::{Map, Value as Json, json};
-use std::{cmp::Reverse, collections::HashMap};
+use std::{borrow::Cow, cmp::Reverse, collections::HashMap};
 use tokenizers::{
     AddedToken, Tokenizer,
     models::bpe::{BPE, BpeBuilder, Merges, Vocab},
@@ -49,8 +49,8 @@ pub(super) fn eos_token_ids(gguf: &Gguf) -> Vec<u64> {
         None => {
             if let Ok(vocabulary) = Vocabulary::of(gguf) {
                 let names = ["<|eot_id|>", "<|im_end|>", "<end_of_turn>"];
-                let is_eot = |(i, token): (usize, &String)| {
-                    (vocabulary.kind(i) == CONTROL && names.contains(&token.as_str())).then_some(i as u64)
+                let is_eot = |(i, token): (usize, &Cow<str>)| {
+                    (vocabulary.kind(i) == CONTROL && names.contains(&&**token)).then_some(i as u64)
                 };
                 ids.extend(vocabulary.tokens.iter().enumerate().find_map(is_eot));
             }
@@ -62,7 +62,7 @@ pub(super) fn eos_token_ids(gguf: &Gguf) -> Vec<u64> {
 }
 
 struct Vocabulary<'a> {
-    tokens: &'a [String],
+    tokens: Vec<Cow<'a, str>>,
     kinds: Vec<u64>,
 }
 
@@ -70,6 +70,7 @@ impl<'a> Vocabulary<'a> {
     fn of(gguf: &'a Gguf) -> Result<Self> {
         let tokens = gguf.metadata.get("tokenizer.ggml.tokens").and_then(Value::as_strings);
         let tokens = tokens.ok_or_else(|| wrong(gguf, "tokenizer.ggml.tokens is missing from its header"))?;
+        let tokens: Vec<_> = tokens.iter().collect();
         let kinds = gguf.metadata.get("tokenizer.ggml.token_type").and_then(Value::as_numbers);
         let kinds: Vec<u64> =
             kinds.map(|list| list.iter().map(|n| n.as_u64().unwrap_or(NORMAL)).collect()).unwrap_or_default();
@@ -86,15 +87,15 @@ impl<'a> Vocabulary<'a> {
         self.kinds.get(id).copied().unwrap_or(NORMAL)
     }
 
-    fn token(&self, id: u64) -> Option<&'a str> {
-        self.tokens.get(usize::try_from(id).ok()?).map(String::as_str)
+    fn token(&self, id: u64) -> Option<&str> {
+        self.tokens.get(usize::try_from(id).ok()?).map(|token| &**token)
     }
 
     // Token -> id; of tokens that come twice the first is meant.
     fn ids(&self) -> Vocab {
         let mut ids = Vocab::with_capacity(self.tokens.len());
-        for (id, token) in (0..).zip(self.tokens) {
-            ids.entry(token.clone()).or_insert(id);
+        for (id, token) in (0..).zip(&self.tokens) {
+            ids.entry(token.to_string()).or_insert(id);
         }
         ids
     }
@@ -103,7 +104,7 @@ impl<'a> Vocabulary<'a> {
         let added = self.tokens.iter().enumerate().filter_map(|(id, token)| {
             let kind = self.kind(id);
             let added = matches!(kind, UNKNOWN | CONTROL | USER_DEFINED) && !token.is_empty();
-            added.then(|| AddedToken::from(token.clone(), kind != USER_DEFINED).normalized(false))
+            added.then(|| AddedToken::from(&**token, kind != USER_DEFINED).normalized(false))
         });
         added.collect()
     }
@@ -128,8 +129,8 @@ fn byte_level_bpe(gguf: &Gguf, vocabulary: &Vocabulary) -> Result<(BpeBuilder, J
     })?;
     let merges = gguf.metadata.get("tokenizer.ggml.merges").and_then(Value::as_strings);
     let merges = merges.ok_or_else(|| wrong(gguf, "tokenizer.ggml.merges is missing from its header"))?;
-    let mut pairs = Vec::with_capacity(merges.len());
-    for merge in merges {
+    let mut pairs = Merges::new();
+    for merge in merges.iter() {
         // The first character is never the separator, even where it is a space.
         let cut = merge.char_indices().skip(1).find(|(_, c)| *c == ' ').map(|(at, _)| at);
         let pair = cut.map(|at| (merge[..at].to_owned(), merge[at + 1..].to_owned()));
@@ -183,7 +184,7 @@ fn sentencepiece_bpe(gguf: &Gguf, vocabulary: &Vocabulary) -> Result<(BpeBuilder
 fn merges_from_scores(vocabulary: &Vocabulary, scores: &[f64]) -> Merges {
     let plain = |id: &usize| matches!(vocabulary.kind(*id), NORMAL | USER_DEFINED);
     let pieces = || vocabulary.tokens.iter().enumerate().filter(|(id, _)| plain(id));
-    let ids: HashMap<&str, usize> = pieces().map(|(id, token)| (token.as_str(), id)).collect();
+    let ids: HashMap<&str, usize> = pieces().map(|(id, token)| (&**token, id)).collect();
     let mut merges = Vec::new();
     for (id, token) in pieces() {
         let mut ways: Vec<(usize, usize)> = Vec::new();
@@ -199,7 +200,7 @@ fn merges_from_scores(vocabulary: &Vocabulary, scores: &[f64]) -> Merges {
     let lengths: Vec<Reverse<usize>> = vocabulary.tokens.iter().map(|token| Reverse(token.chars().count())).collect();
     let by_length = |(left, right): (usize, usize)| (lengths[left], lengths[right]);
     merges.sort_by(|a, b| b.0.total_cmp(&a.0).then_with(|| by_length(a.1).cmp(&by_length(b.1))));
-    let text = |id: usize| vocabulary.tokens[id].clone();
+    let text = |id: usize| vocabulary.tokens[id].to_string();
     merges.into_iter().map(|(_, (left, right))| (text(left), text(right))).collect()
 }
 

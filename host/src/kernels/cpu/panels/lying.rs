@@ -89,9 +89,9 @@ impl Later for Store {
         }
     }
 
-    fn go(&self) -> std::io::Result<()> {
+    fn go(&self, alone: bool) -> std::io::Result<()> {
         if let Source::Lying(matrix) = self.source() {
-            let room = pack(&self.layout, &self.blocks, &matrix)?;
+            let room = pack(&self.layout, &self.blocks, &matrix, alone)?;
             let _ = self.packed.set(room.into());
             *self.matrix.lock().unwrap_or_else(PoisonError::into_inner) = None;
         }
@@ -155,7 +155,7 @@ impl Source<'_> {
         let strips = strips.get_or_insert_default();
         for first in range.clone().step_by(at_once) {
             let part = first..range.end.min(first + at_once);
-            let next = matrix.parts()[0].as_ptr().addr() + part.end * LANES * (matrix.parts()[0].len() / matrix.rows());
+            let next = matrix.rows_from(part.end * LANES).as_ptr().addr();
             let bytes = room(lines, part.len() * size);
             for (p, panel) in part.clone().zip(bytes.chunks_exact_mut(size)) {
                 pack_panel(&all.layout, &all.blocks, matrix, p, strips, panel);

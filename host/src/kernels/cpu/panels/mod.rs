@@ -22,7 +22,7 @@ mod sixteen;
 mod tile;
 
 use super::{format::Format, matrix::Matrix};
-use layout::Layout;
+use layout::{Layout, Order};
 use lying::Store;
 pub(super) use product::multiply;
 use std::sync::Arc;
@@ -54,10 +54,11 @@ impl Panels {
         Self::pack(layout, matrix)
     }
 
-    /// The same, but packed only [once the model is in use](crate::weights::moving).
+    /// The same, but packed only [once the model is in use](crate::weights::moving) where that is little work: until then products do it
+    /// each time.
     pub fn later(matrix: &Matrix) -> Option<Self> {
         let layout = Self::layout_of(matrix)?;
-        Some(Self::lying(layout, matrix))
+        if layout.order == Order::Straight { Self::pack(layout, matrix) } else { Some(Self::lying(layout, matrix)) }
     }
 
     fn layout_of(matrix: &Matrix) -> Option<Layout> {

@@ -10,6 +10,7 @@ use super::{
 };
 use crate::{
     kernels::cpu::{
+        ahead::fetch,
         dequantize::{E2M1, e4m3_to_f32, e8m0_to_f32},
         format::{Float, Format},
         matrix::Matrix,
@@ -26,16 +27,24 @@ fn gather(size: usize, panel: &[u8], lane: usize) -> impl Iterator<Item = u8> {
 /// Bytes of rows that are packed before their pages are let go: no large matrix is in memory twice.
 const AT_ONCE: usize = 16 << 20;
 
-/// All panels of a matrix, whose own pages are let go.
-pub(super) fn pack(layout: &Layout, blocks: &Blocks, matrix: &Matrix) -> std::io::Result<Room> {
+/// All panels of a matrix, whose own pages are let go; with this thread `alone`, or with all.
+pub(super) fn pack(layout: &Layout, blocks: &Blocks, matrix: &Matrix, alone: bool) -> std::io::Result<Room> {
     let size = blocks.count * blocks.bytes;
     let mut room = Room::new(matrix.rows().div_ceil(LANES) * size)?;
     let at_once = (AT_ONCE / size.max(1)).max(1);
     for (i, some) in room.chunks_mut(at_once * size).enumerate() {
-        let panels = some.par_chunks_exact_mut(size).enumerate();
-        panels.for_each_init(<[Strips; LANES]>::default, |strips, (p, panel)| {
-            pack_panel(layout, blocks, matrix, i * at_once + p, strips, panel);
-        });
+        let one = |strips: &mut [Strips; LANES], (p, panel): (usize, &mut [u8])| {
+            let p = i * at_once + p;
+            // Sixteen short streams at once are more than a processor foresees.
+            matrix.rows_from((p + 1) * LANES).chunks(64).take(size / 64).for_each(|line| fetch(line.as_ptr()));
+            pack_panel(layout, blocks, matrix, p, strips, panel);
+        };
+        if alone {
+            let mut strips = Default::default();
+            some.chunks_exact_mut(size).enumerate().for_each(|panel| one(&mut strips, panel));
+        } else {
+            some.par_chunks_exact_mut(size).enumerate().for_each_init(Default::default, one);
+        }
         let rows = (i * at_once * LANES)..((i + 1) * at_once * LANES).min(matrix.rows());
         if let Some(done) = matrix.slice_rows(rows) {
             done.parts().iter().for_each(Bytes::let_go);
@@ -48,7 +57,7 @@ impl Panels {
     /// `None` where there is no memory for it: then rows may stay as they are.
     pub(super) fn pack(layout: Layout, matrix: &Matrix) -> Option<Self> {
         let blocks = layout.blocks(matrix.cols());
-        let packed = pack(&layout, &blocks, matrix).ok()?;
+        let packed = pack(&layout, &blocks, matrix, false).ok()?;
         Some(Self::with(matrix, Store::packed(layout, blocks, packed.into())))
     }
 
