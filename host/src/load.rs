@@ -128,7 +128,7 @@ fn tokenizer(gguf: Option<&Gguf>, source: &Source) -> Result<Tokenizer> {
 /// Loads a model: a Hub id, a folder, a `.gguf` file, `pip:PACKAGE`, or by `None` the default one.
 ///
 /// # Errors
-/// One sentence for each way this fails: see [`Error`](crate::Error).
+/// One sentence for each way this fails: see [`Error`].
 pub fn load(spec: Option<&str>, options: &LoadOptions) -> Result<LanguageModel> {
     let mut opened = open(spec, options)?;
     let (source, gguf) = (opened.source.clone(), opened.gguf.take());
