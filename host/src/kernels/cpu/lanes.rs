@@ -16,7 +16,7 @@ use std::sync::OnceLock;
 /// An instruction set that kernels are compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Isa {
-    /// The same with a matrix unit for many tokens: AMX, for bytes and for bfloat16.
+    /// The same with a matrix unit for many tokens: AMX, for bfloat16.
     Amx,
     /// AVX-512 with VNNI: packed whole numbers are multiplied as they are.
     Vnni,

@@ -1,5 +1,5 @@
 //! Intel's matrix unit (AMX): tiles of sixteen rows of 64 bytes, of which one instruction multiplies two and adds the product to a third.
-//! Whole numbers in panels are multiplied by it where there are many tokens (`panels::amx`), bfloat16 always (`halves`).
+//! It multiplies pairs of bfloat16: weights that are such (`halves`), panels that are opened for many tokens (`panels::amx`), attention.
 //!
 //! The unit's registers are eight kilobytes that the system saves for a process only once that has asked for it.
 
@@ -11,18 +11,19 @@ pub(super) use halves::{multiply, two};
 pub(super) use laid_out::PAIR;
 pub(super) use tiles::{Operands, Shape, TILE, Tiles};
 
-/// Whether this processor has the unit, for bytes and for bfloat16, and the system lets this process use it.
+/// Whether this processor has the unit, for bfloat16, and the system lets this process use it.
 #[cfg(target_os = "linux")]
 pub(super) fn available() -> bool {
     use std::{arch::x86_64::__cpuid_count, sync::OnceLock};
     static AVAILABLE: OnceLock<bool> = OnceLock::new();
-    // Of leaf 7: AMX-BF16, AMX-TILE, AMX-INT8.
-    const UNIT: u32 = 1 << 22 | 1 << 24 | 1 << 25;
+    // Of leaf 7: AMX-BF16, AMX-TILE.
+    const UNIT: u32 = 1 << 22 | 1 << 24;
     // Linux: ARCH_REQ_XCOMP_PERM, for the state component of the tiles' data.
     const ASK: libc::c_int = 0x1023;
     const TILE_DATA: libc::c_ulong = 18;
     *AVAILABLE.get_or_init(|| {
         is_x86_feature_detected!("avx512bf16")
+            && is_x86_feature_detected!("avx512vbmi")
             && is_x86_feature_detected!("xsave")
             && __cpuid_count(7, 0).edx & UNIT == UNIT
             // SAFETY: the processor has the instruction.

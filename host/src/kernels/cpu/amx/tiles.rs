@@ -47,56 +47,6 @@ pub(in crate::kernels::cpu) struct Tiles {
     _here: std::marker::PhantomData<*const u8>,
 }
 
-/// Sums + products of as many steps as wanted, each one step of A and sixteen rows of B further on.
-macro_rules! products {
-    ($(#[$doc:meta])* $name:ident, $product:literal) => {
-        $(#[$doc])*
-        ///
-        /// # Safety
-        /// The operands have so many steps of the shape.
-        #[inline(always)]
-        pub(in crate::kernels::cpu) unsafe fn $name(&self, from: Operands, steps: usize) {
-            if steps == 0 {
-                return;
-            }
-            // SAFETY: the caller vouches for the operands; whoever has `Tiles` has the unit.
-            unsafe {
-                asm!(
-                    "2:",
-                    "tileloadd tmm4, [{a0} + {ap}]",
-                    "tileloadd tmm6, [{b0} + {bp0}]",
-                    "tileloadd tmm5, [{a1} + {ap}]",
-                    "tileloadd tmm7, [{b1} + {bp1}]",
-                    concat!($product, " tmm0, tmm4, tmm6"),
-                    concat!($product, " tmm2, tmm5, tmm6"),
-                    concat!($product, " tmm1, tmm4, tmm7"),
-                    concat!($product, " tmm3, tmm5, tmm7"),
-                    "add {a0}, {step}",
-                    "add {a1}, {step}",
-                    "add {b0}, {bs0}",
-                    "add {b1}, {bs1}",
-                    "dec {steps}",
-                    "jnz 2b",
-                    a0 = inout(reg) from.a[0] => _,
-                    a1 = inout(reg) from.a[1] => _,
-                    ap = in(reg) from.a_pitch,
-                    step = in(reg) from.a_step,
-                    b0 = inout(reg) from.b[0] => _,
-                    b1 = inout(reg) from.b[1] => _,
-                    bp0 = in(reg) from.b_pitch[0],
-                    bp1 = in(reg) from.b_pitch[1],
-                    bs0 = in(reg) TILE * from.b_pitch[0],
-                    bs1 = in(reg) TILE * from.b_pitch[1],
-                    steps = inout(reg) steps => _,
-                    out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-                    out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-                    options(nostack),
-                )
-            }
-        }
-    };
-}
-
 impl Tiles {
     /// Takes this thread's tiles, of this shape.
     ///
@@ -148,40 +98,48 @@ impl Tiles {
         }
     }
 
-    products!(
-        /// Signed bytes of A times unsigned ones of B.
-        bytes, "tdpbsud"
-    );
-    products!(
-        /// Pairs of bfloat16.
-        halves, "tdpbf16ps"
-    );
-
-    /// A quarter of a step of [`Self::bytes`], so that the thread can do something else between two of them.
+    /// Sums + products of pairs of bfloat16, of as many steps as wanted, each one step of A and sixteen rows of B further on.
     ///
     /// # Safety
-    /// The operands have the step, and quarters 0 to 3 come in turn.
+    /// The operands have so many steps of the shape.
     #[inline(always)]
-    pub(in crate::kernels::cpu) unsafe fn quarter_of_bytes<const QUARTER: usize>(&self, from: Operands) {
-        let Operands { a: [a0, a1], a_pitch: ap, b: [b0, b1], b_pitch: [bp0, bp1], .. } = from;
+    pub(in crate::kernels::cpu) unsafe fn halves(&self, from: Operands, steps: usize) {
+        if steps == 0 {
+            return;
+        }
         // SAFETY: the caller vouches for the operands; whoever has `Tiles` has the unit.
         unsafe {
-            match QUARTER {
-                0 => asm!(
-                    "tileloadd tmm4, [{a0} + {ap}]", "tileloadd tmm6, [{b0} + {bp0}]", "tdpbsud tmm0, tmm4, tmm6",
-                    a0 = in(reg) a0, ap = in(reg) ap, b0 = in(reg) b0, bp0 = in(reg) bp0,
-                    out("tmm0") _, out("tmm4") _, out("tmm6") _, options(nostack, readonly)
-                ),
-                1 => asm!(
-                    "tileloadd tmm5, [{a1} + {ap}]", "tdpbsud tmm2, tmm5, tmm6",
-                    a1 = in(reg) a1, ap = in(reg) ap, out("tmm2") _, out("tmm5") _, options(nostack, readonly)
-                ),
-                2 => asm!(
-                    "tileloadd tmm7, [{b1} + {bp1}]", "tdpbsud tmm1, tmm4, tmm7",
-                    b1 = in(reg) b1, bp1 = in(reg) bp1, out("tmm1") _, out("tmm7") _, options(nostack, readonly)
-                ),
-                _ => asm!("tdpbsud tmm3, tmm5, tmm7", out("tmm3") _, options(nostack, nomem)),
-            }
+            asm!(
+                "2:",
+                "tileloadd tmm4, [{a0} + {ap}]",
+                "tileloadd tmm6, [{b0} + {bp0}]",
+                "tileloadd tmm5, [{a1} + {ap}]",
+                "tileloadd tmm7, [{b1} + {bp1}]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "tdpbf16ps tmm3, tmm5, tmm7",
+                "add {a0}, {step}",
+                "add {a1}, {step}",
+                "add {b0}, {bs0}",
+                "add {b1}, {bs1}",
+                "dec {steps}",
+                "jnz 2b",
+                a0 = inout(reg) from.a[0] => _,
+                a1 = inout(reg) from.a[1] => _,
+                ap = in(reg) from.a_pitch,
+                step = in(reg) from.a_step,
+                b0 = inout(reg) from.b[0] => _,
+                b1 = inout(reg) from.b[1] => _,
+                bp0 = in(reg) from.b_pitch[0],
+                bp1 = in(reg) from.b_pitch[1],
+                bs0 = in(reg) TILE * from.b_pitch[0],
+                bs1 = in(reg) TILE * from.b_pitch[1],
+                steps = inout(reg) steps => _,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                options(nostack),
+            )
         }
     }
 

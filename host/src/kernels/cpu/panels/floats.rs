@@ -54,7 +54,7 @@ pub(super) fn multiply(of: &[View], sources: &[Source], outs: impl Iterator<Item
     if tokens <= FEW {
         in_streams(panels, size, if tokens > 4 { 1 } else { 4 }, |turn: &mut Turn, range| {
             by_list(range, lengths(), |i, range| {
-                sources[i].each(products[i].panels, range, false, turn, |panels, range| {
+                sources[i].each(products[i].panels, range, 1, turn, |panels, range| {
                     // SAFETY: panels that there are; tasks write disjoint rows of the output; `runs_here`.
                     unsafe { Product { panels, ..products[i] }.few(range) }
                 });
@@ -63,7 +63,7 @@ pub(super) fn multiply(of: &[View], sources: &[Source], outs: impl Iterator<Item
     } else {
         in_tasks(panels, size, 4, usize::MAX, |(scratch, turn): &mut (_, Turn), range| {
             by_list(range, lengths(), |i, range| {
-                sources[i].each(products[i].panels, range, true, turn, |panels, range| {
+                sources[i].each(products[i].panels, range, 2, turn, |panels, range| {
                     // SAFETY: as above.
                     unsafe { Product { panels, ..products[i] }.many(range, scratch) }
                 });
@@ -100,12 +100,12 @@ static TABLES: [[u8; 128]; 2] = {
 
 /// [`TABLES`] in registers, two vectors each.
 #[derive(Clone, Copy)]
-struct Table([__m512i; 4]);
+pub(super) struct Table([__m512i; 4]);
 
 impl Table {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let [high, low] = TABLES.each_ref().map(|table| table.as_ptr());
         // SAFETY: two vectors each.
         unsafe {
@@ -121,7 +121,7 @@ impl Table {
     /// Bytes as bfloat16: those of even columns, and those of odd ones.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
-    fn open(self, bytes: __m512i) -> [__m512i; 2] {
+    pub(super) fn open(self, bytes: __m512i) -> [__m512i; 2] {
         let Self([a, b, c, d]) = self;
         let sign = _mm512_set1_epi8(-128);
         // a | b & c

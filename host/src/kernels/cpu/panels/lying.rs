@@ -139,18 +139,18 @@ impl Source<'_> {
     }
 
     /// Calls `f` with the panels of `range` in a view of them: at once if they are packed, otherwise part by part, packed into `turn` before;
-    /// one panel at a time, or as many as stay in cache if there are `many` tokens, for which they are read again and again.
+    /// one panel at a time, or as many as stay in cache, `least` anyhow, if that is more: many tokens read them again and again.
     pub(super) fn each(
         &self,
         all: &View<'_>,
         range: Range<usize>,
-        many: bool,
+        least: usize,
         turn: &mut Turn,
         mut f: impl FnMut(&View<'_>, Range<usize>),
     ) {
         let Source::Lying(matrix) = self else { return f(all, range) };
         let size = all.blocks.count * all.blocks.bytes;
-        let at_once = if many { (CACHED / size.max(1)).next_multiple_of(2).max(2) } else { 1 };
+        let at_once = if least > 1 { (CACHED / size.max(1)).next_multiple_of(least).max(least) } else { 1 };
         let Turn { strips, lines } = turn;
         let strips = strips.get_or_insert_default();
         for first in range.clone().step_by(at_once) {

@@ -3,7 +3,8 @@
 //! their group; sums within a group are exact, and scales meet them once a group.
 //!
 //! The error is that of the rounding: of each activation up to 1/254 of its group's largest where weights have at most four bits (their own
-//! error is ten times that), 1/65000 where they have more. A token's bits are the same alone, in a batch and on any number of threads.
+//! error is ten times that), 1/65000 where they have more. A token's bits are the same alone, in a batch and on any number of threads, but for
+//! more than 32 tokens on a matrix unit, which multiplies both factors as bfloat16.
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
@@ -15,6 +16,8 @@ mod lying;
 mod numbers;
 mod opened;
 mod packing;
+#[cfg(target_arch = "x86_64")]
+mod pairs;
 mod product;
 mod rounded;
 mod scales;

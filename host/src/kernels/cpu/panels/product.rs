@@ -11,7 +11,7 @@ use super::{
     tile::{Opened, Product, Tile},
 };
 #[cfg(target_arch = "x86_64")]
-use super::{amx, floats};
+use super::{amx, floats, pairs::E4m3};
 use crate::kernels::cpu::{
     ahead, asked,
     lanes::Isa,
@@ -21,7 +21,7 @@ use std::ops::Range;
 
 /// Up to this many tokens numbers are taken out in registers, from a panel that comes from memory once: it stays in the first-level cache while
 /// tokens pass, and the next one is fetched meanwhile.
-const FEW: usize = 16;
+pub(super) const FEW: usize = 16;
 
 /// Whether this machine has the instructions.
 pub(super) fn runs_here(layout: &Layout) -> bool {
@@ -41,7 +41,8 @@ impl Panels {
         self.matmul_on(Isa::best(), x, out);
     }
 
-    /// The same with a chosen instruction set, one of [`Isa::available`]: the bits are the same with all of them. Eight-bit floats have but one.
+    /// The same with a chosen instruction set, one of [`Isa::available`]: the bits are the same with all of them, save those that a matrix unit
+    /// gives more than 32 tokens. Eight-bit floats have but one and the matrix unit, which takes more than 16.
     pub fn matmul_on(&self, isa: Isa, x: &[f32], out: &mut [f32]) {
         let tokens = x.len() / self.cols;
         assert!(
@@ -74,66 +75,73 @@ fn multiply_on(isa: Isa, of: &mut [(&Panels, &mut [f32])], x: &[f32]) {
     if tokens <= FEW {
         sources.iter().for_each(|source| ahead::pass(source.bytes()));
     }
-    let outs = of.iter_mut().map(|(_, out)| Output(out.as_mut_ptr()));
-    #[cfg(target_arch = "x86_64")]
-    if first.store.layout.e4m3 {
-        return floats::multiply(&views, &sources, outs, x);
-    }
-    let first = &views[0];
-    let rounded = Rounded::new(isa, first, x);
-    let asks = asked::is_wanted();
-    let product = |(panels, out)| Product { isa, panels, rounded: &rounded, tokens, out, asks };
-    let products: Vec<Product> = views.iter().zip(outs).map(product).collect();
-    match (first.layout.bits, first.layout.e2m1) {
-        (2, _) => run(&products, &sources, Quarters),
-        (3, _) => run(&products, &sources, Three),
-        (5, _) => run(&products, &sources, Five),
-        (6, _) => run(&products, &sources, Six),
-        (4, false) => run(&products, &sources, Nibbles),
-        (4, true) => run(&products, &sources, E2m1),
-        _ => run(&products, &sources, Eight),
+    let outs: Vec<Output> = of.iter_mut().map(|(_, out)| Output(out.as_mut_ptr())).collect();
+    let call = Call { isa, views: &views, sources: &sources, outs: &outs, x, tokens };
+    match (first.store.layout.bits, first.store.layout.e2m1) {
+        #[cfg(target_arch = "x86_64")]
+        _ if first.store.layout.e4m3 && call.is_for_matrix_unit() => amx::multiply(&views, &sources, &outs, x, E4m3),
+        #[cfg(target_arch = "x86_64")]
+        _ if first.store.layout.e4m3 => floats::multiply(&views, &sources, outs.into_iter(), x),
+        (2, _) => call.run(Quarters),
+        (3, _) => call.run(Three),
+        (5, _) => call.run(Five),
+        (6, _) => call.run(Six),
+        (4, false) => call.run(Nibbles),
+        (4, true) => call.run(E2m1),
+        _ => call.run(Eight),
     }
 }
 
-fn run<N: Numbers>(products: &[Product], sources: &[Source], numbers: N) {
-    let Some(first) = products.first() else { return };
-    let lengths = || products.iter().map(|p| p.panels.rows.div_ceil(LANES));
-    let (panels, size) = (lengths().sum(), LANES * first.panels.cols * first.tokens);
+/// Products of the same activations.
+struct Call<'a> {
+    isa: Isa,
+    views: &'a [View<'a>],
+    sources: &'a [Source<'a>],
+    outs: &'a [Output],
+    x: &'a [f32],
+    tokens: usize,
+}
+
+impl Call<'_> {
     #[cfg(target_arch = "x86_64")]
-    if first.isa == Isa::Amx && amx::is_worth_while(first) {
-        let x = amx::Tiled::new(first);
-        in_tasks(panels, size, 4, usize::MAX, |(scratch, turn): &mut (_, Turn), range| {
-            by_list(range, lengths(), |i, range| {
-                sources[i].each(products[i].panels, range, true, turn, |panels, range| {
-                    // SAFETY: panels that there are; tasks write disjoint rows of the output; panels exist only where the machine has the
-                    // instructions.
-                    unsafe { Product { panels, ..products[i] }.on_tiles(numbers, &x, range, scratch) }
+    fn is_for_matrix_unit(&self) -> bool {
+        self.isa == Isa::Amx && amx::is_worth_while(&self.views[0], self.tokens)
+    }
+
+    fn run<N: Numbers>(self, numbers: N) {
+        #[cfg(target_arch = "x86_64")]
+        if self.is_for_matrix_unit() {
+            return amx::multiply(self.views, self.sources, self.outs, self.x, numbers);
+        }
+        let Self { isa, views, sources, outs, x, tokens } = self;
+        let (rounded, asks) = (Rounded::new(isa, &views[0], x), asked::is_wanted());
+        let product = |(panels, &out)| Product { panels, rounded: &rounded, tokens, out, asks };
+        let products: Vec<Product> = views.iter().zip(outs).map(product).collect();
+        let lengths = || views.iter().map(|view| view.rows.div_ceil(LANES));
+        let (panels, size) = (lengths().sum(), LANES * views[0].cols * tokens);
+        if tokens <= FEW {
+            in_streams(panels, size, if tokens > 4 { 1 } else { 4 }, |turn: &mut Turn, range| {
+                by_list(range, lengths(), |i, range| {
+                    sources[i].each(&views[i], range, 1, turn, |panels, range| {
+                        let product = Product { panels, ..products[i] };
+                        // SAFETY: panels that there are; tasks write disjoint rows of the output; panels exist only where the machine has
+                        // the instructions.
+                        unsafe { dispatch(isa, Few { product, numbers, range }) }
+                    });
                 });
             });
-        });
-        return;
-    }
-    if first.tokens <= FEW {
-        in_streams(panels, size, if first.tokens > 4 { 1 } else { 4 }, |turn: &mut Turn, range| {
+            return;
+        }
+        in_tasks(panels, size, 4, usize::MAX, |(scratch, turn): &mut (Vec<Line>, Turn), range| {
             by_list(range, lengths(), |i, range| {
-                sources[i].each(products[i].panels, range, false, turn, |panels, range| {
+                sources[i].each(&views[i], range, 2, turn, |panels, range| {
                     let product = Product { panels, ..products[i] };
                     // SAFETY: as above.
-                    unsafe { dispatch(first.isa, Few { product, numbers, range }) }
+                    unsafe { dispatch(isa, Many { product, numbers, range, scratch }) }
                 });
             });
         });
-        return;
     }
-    in_tasks(panels, size, 4, usize::MAX, |(scratch, turn): &mut (Vec<Line>, Turn), range| {
-        by_list(range, lengths(), |i, range| {
-            sources[i].each(products[i].panels, range, true, turn, |panels, range| {
-                let product = Product { panels, ..products[i] };
-                // SAFETY: as above.
-                unsafe { dispatch(first.isa, Many { product, numbers, range, scratch }) }
-            });
-        });
-    });
 }
 
 /// A cache line.
@@ -249,7 +257,7 @@ impl<N: Numbers> Many<'_, N> {
 /// # Safety
 /// As for [`Sixteen`].
 #[inline(always)]
-pub(super) unsafe fn open<S: Sixteen, N: Numbers>(panels: &View<'_>, numbers: N, p: usize, lines: &mut [Line]) {
+unsafe fn open<S: Sixteen, N: Numbers>(panels: &View<'_>, numbers: N, p: usize, lines: &mut [Line]) {
     let blocks = &panels.blocks;
     let of_block = panels.panel(p).chunks_exact(blocks.bytes);
     for (lines, block) in lines.chunks_exact_mut(lines.len() / blocks.count).zip(of_block) {

@@ -10,12 +10,11 @@ use super::{
     scales::scales,
     sixteen::{Job, Sixteen},
 };
-use crate::kernels::cpu::{ahead::fetch_near, asked, lanes::Isa, tasks::Output};
+use crate::kernels::cpu::{ahead::fetch_near, asked, tasks::Output};
 
 /// One product.
 #[derive(Clone, Copy)]
 pub(super) struct Product<'a> {
-    pub(super) isa: Isa,
     pub(super) panels: &'a View<'a>,
     pub(super) rounded: &'a Rounded,
     pub(super) tokens: usize,
