@@ -116,9 +116,8 @@ impl Panels {
     /// If an id is out of range or `out` does not fit.
     pub fn gather_rows(&self, ids: &[u32], out: &mut [f32]) {
         assert!(out.len() == ids.len() * self.cols, "gather_rows: {} ids of {self:?}", ids.len());
-        if let Some(id) = ids.iter().find(|&&id| id as usize >= self.rows) {
-            panic!("gather_rows: row {id} of {self:?}");
-        }
+        let beyond = ids.iter().find(|&&id| id as usize >= self.rows);
+        assert!(beyond.is_none(), "gather_rows: row {beyond:?} of {self:?}");
         match self.store.source() {
             Source::Packed(bytes) => {
                 let view = self.view(bytes);
