@@ -3,7 +3,7 @@
 
 use crate::device::Placement;
 use candle_core::{Result, Tensor, bail};
-#[cfg(feature = "cuda")]
+#[cfg(any(test, feature = "cuda"))]
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
@@ -20,9 +20,9 @@ pub struct Group {
     meeting: Mutex<Meeting>,
     turned: Condvar,
     /// How often all ranks on GPUs have met, and how many have come since.
-    #[cfg(feature = "cuda")]
+    #[cfg(any(test, feature = "cuda"))]
     rounds: AtomicUsize,
-    #[cfg(feature = "cuda")]
+    #[cfg(any(test, feature = "cuda"))]
     arrived: AtomicUsize,
     #[cfg(feature = "cuda")]
     nccl: Option<super::nccl::Communicators>,
@@ -44,9 +44,9 @@ impl Group {
             ranks,
             meeting: Mutex::default(),
             turned: Condvar::new(),
-            #[cfg(feature = "cuda")]
+            #[cfg(any(test, feature = "cuda"))]
             rounds: AtomicUsize::new(0),
-            #[cfg(feature = "cuda")]
+            #[cfg(any(test, feature = "cuda"))]
             arrived: AtomicUsize::new(0),
             #[cfg(feature = "cuda")]
             nccl: None,
@@ -121,7 +121,7 @@ impl Group {
     /// Starts something on each rank's GPU that waits there for the other GPUs: when all ranks have come to it, and none goes on before all
     /// have started it. The driver lets nobody do certain things (pin memory, load a kernel) while a GPU is busy: a rank that did one
     /// would wait for a GPU that waits for what this rank has not started yet.
-    #[cfg(feature = "cuda")]
+    #[cfg(any(test, feature = "cuda"))]
     pub fn together<T>(&self, start: impl FnOnce() -> Result<T>) -> Result<T> {
         self.meet()?;
         let started = start()?;
@@ -130,7 +130,7 @@ impl Group {
     }
 
     /// Waits until all ranks are here. They come within microseconds of each other, so the thread stays awake.
-    #[cfg(feature = "cuda")]
+    #[cfg(any(test, feature = "cuda"))]
     fn meet(&self) -> Result<()> {
         let round = self.rounds.load(Ordering::Acquire);
         if self.arrived.fetch_add(1, Ordering::AcqRel) + 1 == self.ranks {
@@ -177,7 +177,7 @@ impl Group {
 
     /// A new beginning, when no rank is on its way.
     pub fn renew(&self) {
-        #[cfg(feature = "cuda")]
+        #[cfg(any(test, feature = "cuda"))]
         self.arrived.store(0, Ordering::Release);
         let mut meeting = self.meeting();
         *meeting = Meeting { round: meeting.round, ..Meeting::default() };
@@ -223,6 +223,49 @@ mod tests {
             let other = scope.spawn(|| group.sum(1, of(2.0)).unwrap());
             assert_eq!(group.sum(0, of(1.0)).unwrap().to_vec1::<f32>().unwrap(), [3.0, 6.0]);
             other.join().unwrap();
+        });
+    }
+
+    #[test]
+    fn what_waits_for_other_ranks_starts_when_all_have_come_and_none_goes_on_before() {
+        let group = Group::of(3);
+        let [came, started, wrong] = [(); 3].map(|()| AtomicUsize::new(0));
+        // Who panicked here would keep the others waiting.
+        let hold = |right: bool| wrong.fetch_add(usize::from(!right), Ordering::SeqCst);
+        let rank = || {
+            for all in (1..=500).map(|round| 3 * round) {
+                came.fetch_add(1, Ordering::SeqCst);
+                let start = || {
+                    hold(came.load(Ordering::SeqCst) >= all);
+                    Ok(started.fetch_add(1, Ordering::SeqCst))
+                };
+                hold(group.together(start).is_ok());
+                hold(started.load(Ordering::SeqCst) >= all);
+            }
+        };
+        std::thread::scope(|scope| {
+            for _ in 0..3 {
+                scope.spawn(rank);
+            }
+        });
+        assert_eq!(wrong.into_inner(), 0);
+    }
+
+    #[test]
+    fn a_rank_that_does_not_come_lets_go_who_waits_to_start_and_the_next_time_all_start() {
+        let group = Arc::new(Group::of(2));
+        std::thread::scope(|scope| {
+            let waits = scope.spawn(|| group.together(|| Ok(())).unwrap_err().to_string());
+            while group.arrived.load(Ordering::SeqCst) == 0 {
+                std::thread::yield_now();
+            }
+            group.fail();
+            assert!(waits.join().unwrap().contains(LET_GO));
+        });
+        group.renew();
+        std::thread::scope(|scope| {
+            let other = scope.spawn(|| group.together(|| Ok(2)).unwrap());
+            assert_eq!([group.together(|| Ok(1)).unwrap(), other.join().unwrap()], [1, 2]);
         });
     }
 }

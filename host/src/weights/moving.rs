@@ -223,6 +223,22 @@ mod tests {
     }
 
     #[test]
+    fn all_that_steps_would_move_can_be_moved_at_once() {
+        // Each part is as much as a step moves.
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(3 * LEAST as u64).unwrap();
+        let whole = Bytes::map(file.path()).unwrap();
+        let parts: Vec<Bytes> = (0..3).map(|i| later(whole.slice(i * LEAST..(i + 1) * LEAST).unwrap())).collect();
+        let places = || parts.iter().map(|part| part.as_ptr()).collect::<Vec<_>>();
+        let before = places();
+        some();
+        let still = |now: &[*const u8]| now.iter().zip(&before).filter(|(now, before)| now == before).count();
+        assert_eq!(still(&places()), if has_huge_pages() { 2 } else { 3 }, "a step moves one");
+        all();
+        assert_eq!(still(&places()), if has_huge_pages() { 0 } else { 3 });
+    }
+
+    #[test]
     fn what_is_gone_before_it_moves_is_not_moved() {
         struct Counted(Arc<AtomicUsize>, bool);
         impl Later for Counted {
