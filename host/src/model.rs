@@ -36,8 +36,12 @@ use engine::Engine;
 use plugin_api::abi::{CacheSpec, Slot, extension::Extension};
 use std::{
     cell::RefCell,
+    collections::HashMap,
     path::PathBuf,
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{
+        Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 /// A model that an architecture has described and no weights have been read for.
@@ -90,6 +94,8 @@ pub struct Model {
     division: Option<String>,
     /// Whether a step was taken.
     begun: AtomicBool,
+    /// How many ops of a step look from token to token, by its tokens: see [`last_rows`](crate::ops::last_rows).
+    looks: Mutex<HashMap<usize, Option<usize>>>,
 }
 
 /// Which rows of a sequence's new tokens the caller wants logits for.
@@ -162,16 +168,7 @@ impl Plan {
     /// `forward` and `head` without numbers; gives the logits.
     pub(crate) fn dry(&self, tokens: Value, watch: Option<&Watch>) -> Result<(Value, CacheShapes)> {
         let place = Placement::new(DeviceChoice::Cpu, DtypeChoice::Float32, DType::F32)?;
-        let engine = Engine {
-            object: &self.object,
-            wanted: &self.wanted,
-            layers: &[],
-            place: &place,
-            watch,
-            places: None,
-            notes: None,
-            seat: None,
-        };
+        let engine = Engine { watch, ..Engine::new(&self.object, &self.wanted, &[], &place) };
         let (logits, shapes) = engine.run(Vec::new(), tokens, |all| Ok(Some(all.clone())))?;
         Ok((logits.unwrap_or(Value::planned(&[])), shapes))
     }
@@ -360,15 +357,13 @@ impl Model {
         }
         let count = ids.len();
         let tokens = Tensor::from_vec(ids, count, &self.place.device)?;
-        let (object, wanted, layers, place) = (&self.object, &self.wanted, &self.layers, &self.place);
-        let watch = self.watch.as_ref();
-        let seat = self.seat.as_ref();
-        let places = self.places(&parts, count)?;
-        let engine = Engine { object, wanted, layers, place, watch, places, notes: None, seat };
+        let (watch, seat, places) = (self.watch.as_ref(), self.seat.as_ref(), self.places(&parts, count)?);
+        let last_rows = self.last_rows(count, &rows)?;
+        let engine = Engine { watch, seat, places, last_rows, ..self.engine() };
         let select = |hidden: &Value| match hidden {
             // A GPU does not choose nothing out of something.
             _ if rows.is_empty() => Ok(None),
-            Value::Real(hidden) if rows.len() < count => {
+            Value::Real(hidden) if rows.len() < hidden.dim(0)? => {
                 let index = Tensor::from_vec(rows.clone(), rows.len(), &self.place.device)?;
                 Ok(Some(Value::Real(hidden.index_select(&index, 0)?)))
             }

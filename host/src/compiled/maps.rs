@@ -4,7 +4,7 @@ use candle_core::op::{Gelu, GeluErf, Relu, Silu, UnaryOpT};
 
 /// One number to one.
 #[derive(Clone, Copy)]
-pub(super) enum Map {
+pub(crate) enum Map {
     Of(fn(f32) -> f32),
     /// `x * a + b`
     Affine(f32, f32),
@@ -13,7 +13,7 @@ pub(super) enum Map {
 
 /// Two numbers to one.
 #[derive(Clone, Copy)]
-pub(super) struct Zip {
+pub(crate) struct Zip {
     one: fn(f32, f32) -> f32,
     /// The same number by number, in vectors: a call for each number would cost more than all else of a step that is no product.
     each: fn(&[f32], &[f32], &mut [f32]),
@@ -27,7 +27,7 @@ macro_rules! zip {
 
 /// How an operand meets a result.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Spread {
+pub(crate) enum Spread {
     /// Number by number.
     Same,
     /// Again and again from the start.
@@ -40,7 +40,7 @@ pub(super) enum Spread {
 
 impl Map {
     /// An op by its name in the table.
-    pub(super) fn named(op: &str) -> Option<Map> {
+    pub(crate) fn named(op: &str) -> Option<Map> {
         Some(Map::Of(match op {
             "neg" => |x| -x,
             "floor" => f32::floor,
@@ -60,7 +60,7 @@ impl Map {
         }))
     }
 
-    pub(super) fn run(self, x: &[f32], out: &mut [f32]) {
+    pub(crate) fn run(self, x: &[f32], out: &mut [f32]) {
         let each = |f: &dyn Fn(f32) -> f32, out: &mut [f32]| out.iter_mut().zip(x).for_each(|(y, &x)| *y = f(x));
         match self {
             Map::Of(f) => each(&f, out),
@@ -73,8 +73,15 @@ impl Map {
     }
 }
 
+impl Zip {
+    /// Number by number of two rows.
+    pub(crate) fn rows(self, a: &[f32], b: &[f32], out: &mut [f32]) {
+        (self.each)(a, b, out);
+    }
+}
+
 /// An op by its name in the table.
-pub(super) fn zip_named(op: &str) -> Option<Zip> {
+pub(crate) fn zip_named(op: &str) -> Option<Zip> {
     Some(match op {
         "add" => zip!(|a, b| a + b),
         "sub" => zip!(|a, b| a - b),
@@ -89,22 +96,47 @@ pub(super) fn zip_named(op: &str) -> Option<Zip> {
 
 impl Spread {
     /// How an operand of shape `dims` meets a result of shape `out`, which it is broadcast to.
-    pub(super) fn of(dims: &[usize], out: &[usize]) -> Spread {
+    pub(crate) fn of(dims: &[usize], out: &[usize]) -> Spread {
+        let listed = || Spread::Listed((0..out.iter().product()).map(|i| Self::listed(dims, out, i)).collect());
+        Self::in_order(dims, out).unwrap_or_else(listed)
+    }
+
+    /// The same without a list; none if it takes one.
+    pub(crate) fn in_order(dims: &[usize], out: &[usize]) -> Option<Spread> {
         let lead = dims.iter().take_while(|&&d| d == 1).count();
         let (dims, count) = (&dims[lead..], dims.iter().product::<usize>());
         if count == out.iter().product::<usize>() {
-            return Spread::Same;
+            return Some(Spread::Same);
         }
         if out.ends_with(dims) {
-            return Spread::Again;
+            return Some(Spread::Again);
         }
         // [.., n, 1] against [.., n, m], with all axes in front.
         let kept = dims.iter().rposition(|&d| d != 1).map_or(0, |last| last + 1);
         let front = out.len().saturating_sub(dims.len() - kept);
-        if out[..front].ends_with(&dims[..kept]) && out[..front].iter().product::<usize>() == count {
-            return Spread::Each(out[front..].iter().product());
+        let each = out[..front].ends_with(&dims[..kept]) && out[..front].iter().product::<usize>() == count;
+        each.then(|| Spread::Each(out[front..].iter().product()))
+    }
+
+    /// Whether each row of `width` of the result meets either so many numbers side by side or a single one.
+    pub(crate) fn goes_by_rows(&self, width: usize, len: usize) -> bool {
+        match self {
+            Spread::Same => true,
+            Spread::Again => len == 1 || len.is_multiple_of(width),
+            Spread::Each(of) => of.is_multiple_of(width),
+            Spread::Listed(_) => false,
         }
-        Spread::Listed((0..out.iter().product()).map(|i| Self::listed(dims, out, i)).collect())
+    }
+
+    /// What meets the row of `width` at `i` of the result: from `x`, or in `room` if it is one number again and again.
+    pub(crate) fn row<'a>(&self, x: &'a [f32], i: usize, width: usize, room: &'a mut Vec<f32>) -> &'a [f32] {
+        let at = self.at(i, x.len());
+        if matches!(self, Spread::Each(_)) || x.len() == 1 {
+            room.clear();
+            room.resize(width, x[at]);
+            return room;
+        }
+        &x[at..at + width]
     }
 
     /// Which number of the operand meets number `i` of the result.
@@ -129,7 +161,7 @@ impl Spread {
 }
 
 /// `out[i] = f(a, b)`, where each operand meets the result in its own way.
-pub(super) fn zip(f: Zip, [a, b]: [&[f32]; 2], spread: &[Spread; 2], out: &mut [f32]) {
+pub(crate) fn zip(f: Zip, [a, b]: [&[f32]; 2], spread: &[Spread; 2], out: &mut [f32]) {
     if *spread == [Spread::Same, Spread::Same] {
         return (f.each)(a, b, out);
     }

@@ -8,7 +8,7 @@
 mod attend;
 mod buffers;
 mod lower;
-mod maps;
+pub(crate) mod maps;
 mod play;
 mod recur;
 

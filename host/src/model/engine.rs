@@ -6,6 +6,7 @@ use crate::{
     error::{Error, Result},
     layers::Layer,
     ops::{
+        last_rows::{LastRows, looks},
         lending::Call,
         noting::{Noted, Notes, Word},
         running::{CacheShapes, Part, Places, Running},
@@ -18,7 +19,7 @@ use crate::{
 };
 use candle_core::Tensor;
 use plugin_api::abi::Handle;
-use std::cell::RefCell;
+use std::{cell::RefCell, collections::hash_map::Entry, sync::PoisonError};
 
 impl Model {
     /// Where a step's tokens stand, for the kernels that read it on the device.
@@ -35,9 +36,7 @@ impl Model {
     /// The logits `[tokens, vocab]` of a step whose ids and positions lie on the device.
     #[cfg(feature = "cuda")]
     pub(crate) fn logits(&self, parts: Vec<Part>, ids: Tensor, places: Places) -> Result<Tensor> {
-        let (object, wanted, layers, place) = (&self.object, &self.wanted, &self.layers, &self.place);
-        let seat = self.seat.as_ref();
-        let engine = Engine { object, wanted, layers, place, watch: None, places: Some(places), notes: None, seat };
+        let engine = Engine { seat: self.seat.as_ref(), places: Some(places), ..self.engine() };
         match engine.run(parts, Value::Real(ids), |all| Ok(Some(all.clone())))?.0 {
             Some(Value::Real(logits)) => Ok(logits),
             _ => Err(Error::plugin("the plugin's head gave no logits".to_owned())),
@@ -50,11 +49,31 @@ impl Model {
     /// it feeds hold of a token.
     pub(crate) fn note(&self, tokens: usize) -> Result<(Vec<Noted>, CacheShapes)> {
         let notes = RefCell::new(Vec::new());
-        let (object, wanted, place) = (&self.object, &self.wanted, &self.place);
-        let engine =
-            Engine { object, wanted, layers: &[], place, watch: None, places: None, notes: Some(&notes), seat: None };
+        let engine = Engine { layers: &[], notes: Some(&notes), ..self.engine() };
         let (_, shapes) = engine.run(Vec::new(), Value::planned(&[tokens]), |all| Ok(Some(all.clone())))?;
         Ok((notes.into_inner(), shapes))
+    }
+}
+
+impl Model {
+    /// This model's calls, alone and unwatched.
+    pub(super) fn engine(&self) -> Engine<'_> {
+        Engine::new(&self.object, &self.wanted, &self.layers, &self.place)
+    }
+
+    /// How a step of so many tokens can go on with these rows alone at some time; none if it cannot, or if they are all.
+    pub(super) fn last_rows(&self, tokens: usize, rows: &[u32]) -> Result<Option<LastRows>> {
+        if rows.len() >= tokens || self.watch.is_some() {
+            return Ok(None);
+        }
+        // A plugin may look at the shapes that it is given.
+        let left = match self.looks.lock().unwrap_or_else(PoisonError::into_inner).entry(tokens) {
+            Entry::Occupied(known) => *known.get(),
+            Entry::Vacant(new) => *new.insert(looks(&self.note(tokens)?.0, tokens)),
+        };
+        // Where no row is wanted, one keeps the plugin's shapes whole.
+        let rows = if rows.is_empty() { vec![tokens as u32 - 1] } else { rows.to_vec() };
+        Ok(left.map(|left| LastRows { left, rows }))
     }
 }
 
@@ -69,9 +88,16 @@ pub(super) struct Engine<'a> {
     /// Where to note the ops.
     pub notes: Option<&'a RefCell<Vec<Noted>>>,
     pub seat: Option<&'a Seat>,
+    /// The rows that are wanted, where a step can do with fewer than it has tokens.
+    pub last_rows: Option<LastRows>,
 }
 
-impl Engine<'_> {
+impl<'a> Engine<'a> {
+    /// A call whose ops nobody watches or notes, on one device.
+    pub fn new(object: &'a Object, wanted: &'a [Wanted], layers: &'a [Layer], place: &'a Placement) -> Self {
+        Engine { object, wanted, layers, place, watch: None, places: None, notes: None, seat: None, last_rows: None }
+    }
+
     /// `forward`, then `head` on the rows that `select` leaves, if any.
     pub fn run(
         &self,
@@ -85,6 +111,7 @@ impl Engine<'_> {
             seat: self.seat,
             ops: self.watch.map(|_| Vec::new()),
             notes: self.notes.map(|_| Notes::default()),
+            last_rows: self.last_rows.clone(),
             ..Running::new(&self.object.caches, self.wanted, self.layers, self.place, parts, count)
         };
         let call = Call::Running(RefCell::new(running));
@@ -102,7 +129,8 @@ impl Engine<'_> {
         };
         let tokens = given("tokens", Handle::NONE, tokens);
         let made = self.object.forward(&call, tokens)?;
-        let hidden = take(cell, made, "forward", count)?;
+        let rows = cell.borrow().rows();
+        let hidden = take(cell, made, "forward", rows)?;
         let Some(chosen) = select(&hidden)? else {
             self.tell(cell);
             return Ok((None, CacheShapes::new()));

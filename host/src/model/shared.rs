@@ -92,6 +92,7 @@ impl Plan {
             followers: None,
             division: None,
             begun: Default::default(),
+            looks: Default::default(),
             compiled: Default::default(),
             #[cfg(feature = "cuda")]
             replays: Default::default(),
@@ -134,6 +135,7 @@ impl Plan {
                 followers: None,
                 division: None,
                 begun: Default::default(),
+                looks: Default::default(),
                 compiled: Default::default(),
                 #[cfg(feature = "cuda")]
                 replays: Default::default(),
@@ -153,17 +155,7 @@ impl Plan {
     pub(crate) fn division(&self, ranks: usize, adapters: &Adapters) -> Result<Division> {
         let place = Placement::new(DeviceChoice::Cpu, DtypeChoice::Float32, DType::F32)?;
         let notes = RefCell::default();
-        let (object, wanted) = (&self.object, &self.wanted);
-        let engine = Engine {
-            object,
-            wanted,
-            layers: &[],
-            place: &place,
-            watch: None,
-            places: None,
-            notes: Some(&notes),
-            seat: None,
-        };
+        let engine = Engine { notes: Some(&notes), ..Engine::new(&self.object, &self.wanted, &[], &place) };
         engine.run(Vec::new(), Value::planned(&[3]), |all| Ok(Some(all.clone())))?;
         let changed: Vec<&str> = adapters.names().collect();
         Ok(Division::new(&graph(notes.into_inner()), &self.wanted, &self.pantry, ranks, &changed))

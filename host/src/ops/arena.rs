@@ -1,8 +1,11 @@
 //! Handles -> values. A handle is a step, a place and how often that place was taken before, so that a forged, stale or twice-dropped one is
 //! an error and never a crash; the arena lives for one step, and with it everything that a plugin forgot to release.
 
-use super::value::{Outcome, Value, fault};
-use candle_core::DType;
+use super::{
+    last_rows::kept,
+    value::{Outcome, Value, fault},
+};
+use candle_core::{DType, Tensor};
 use plugin_api::abi::Handle;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -106,6 +109,18 @@ impl Arena {
         self.place(handle).and_then(|place| self.entries.get(place)?.value.as_ref()).ok_or_else(stale)
     }
 
+    /// Leaves all tensors that have `tokens` rows with these of them.
+    pub fn keep_rows(&mut self, tokens: usize, rows: &Tensor) -> candle_core::Result<()> {
+        #[cfg(feature = "cuda")]
+        self.later.read_all()?;
+        for entry in self.entries.iter_mut().filter(|entry| entry.owners > 0) {
+            if let Some(kept) = entry.value.as_ref().map(|value| kept(value, tokens, rows)).transpose()?.flatten() {
+                entry.value = Some(kept);
+            }
+        }
+        Ok(())
+    }
+
     /// Tensors that somebody still owns.
     pub fn owned(&self) -> usize {
         self.entries.iter().filter(|entry| entry.owners > 0).count()
@@ -179,7 +194,7 @@ fn widened(value: &Value) -> Option<Value> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use candle_core::{Device, Tensor};
+    use candle_core::Device;
 
     fn value(n: usize) -> Value {
         Value::planned(&[n])

@@ -43,7 +43,11 @@ pub fn finish(running: &mut Running, op: &str, slot: Option<Slot>, at: At, outco
         ops.push(Op::new(op, slot, &value, at));
     }
     if running.notes.is_none() {
-        return running.arena.put(value);
+        let output = running.arena.put(value);
+        if let Err(e) = running.keep_last_rows(op) {
+            running.misuse.get_or_insert(format!("{op}: {e}"));
+        }
+        return output;
     }
     let output = running.arena.put(value.clone());
     if let Some(notes) = &mut running.notes {

@@ -124,6 +124,9 @@ impl Running<'_> {
 
     /// A small op on rows, by its name in the table.
     pub(super) fn row_later(&mut self, op: &str, x: Handle, other: Option<Handle>) -> Outcome<Option<Value>> {
+        if self.place.native {
+            return self.by_team(op, x, other);
+        }
         let op = match op {
             "softmax" => RowOp::Softmax,
             "sigmoid" => RowOp::Sigmoid,

@@ -3,12 +3,14 @@
 
 use super::{
     arena::Arena,
+    last_rows::LastRows,
     noting::Notes,
     value::{Dims, Outcome, Value, fault},
     watch::Op,
 };
 use crate::{
     cache::State,
+    compiled::maps::Map,
     device::Placement,
     kernels::{
         cpu::{Angles, Turn},
@@ -80,6 +82,8 @@ pub struct Running<'a> {
     pub ops: Option<Vec<Op>>,
     /// The same with all that they were told, where the step is to be compiled.
     pub notes: Option<Notes>,
+    /// The rows that are wanted, where they are not all.
+    pub last_rows: Option<LastRows>,
 }
 
 impl<'a> Running<'a> {
@@ -109,6 +113,7 @@ impl<'a> Running<'a> {
             shapes: CacheShapes::new(),
             ops: None,
             notes: None,
+            last_rows: None,
         }
     }
 }
@@ -326,6 +331,9 @@ impl Running<'_> {
         if let Some(y) = self.affine_later(x, [scale as f32, offset as f32])? {
             return Ok(y);
         }
+        if let Some(y) = self.mapped(Map::Affine(scale as f32, offset as f32), x)? {
+            return Ok(y);
+        }
         self.arena.look(x)?.map(|x| x.affine(scale, offset))
     }
 
@@ -345,13 +353,16 @@ impl Running<'_> {
     }
 
     #[cfg(not(feature = "cuda"))]
-    pub(super) fn row_later(&mut self, _: &str, _: Handle, _: Option<Handle>) -> Outcome<Option<Value>> {
-        Ok(None)
+    pub(super) fn row_later(&mut self, op: &str, a: Handle, b: Option<Handle>) -> Outcome<Option<Value>> {
+        self.by_team(op, a, b)
     }
 
     /// a + b
     #[cfg(not(feature = "cuda"))]
     pub fn add(&mut self, a: Handle, b: Handle) -> Outcome {
+        if let Some(y) = self.by_team("add", a, Some(b))? {
+            return Ok(y);
+        }
         self.arena.look(a)?.zip(self.arena.look(b)?, |a, b| a.broadcast_add(b))
     }
 

@@ -289,7 +289,7 @@ impl Value {
 }
 
 /// The shape of two tensors computed with each other: axes from the right, 1 stretches.
-fn broadcast(a: &[usize], b: &[usize]) -> Outcome<Dims> {
+pub(super) fn broadcast(a: &[usize], b: &[usize]) -> Outcome<Dims> {
     if a == b {
         return Ok(Dims::from_slice(a));
     }

@@ -21,6 +21,8 @@ const LANES: usize = 32;
 const FEW: usize = 16;
 /// Up to this many one row after the other: memory is what they wait for.
 const LEAST: usize = 4;
+/// Up to this many the next rows are fetched.
+const SOME: usize = 64;
 /// Tokens that are worth a task of their own to be rounded.
 const ROUNDED: usize = 16;
 /// Bytes of weights that stay in a core's second-level cache while tokens pass.
@@ -88,9 +90,15 @@ pub(super) fn multiply(of: &mut [(&Matrix, &mut [f32])], x: &[f32]) {
         });
     } else {
         let most = (CACHED / (2 * cols)).max(8);
+        // While some tokens pass, what is read next comes; while many do, it has time enough.
+        let (most, block) = if tokens <= SOME { (4 * most, (most / 2).max(8)) } else { (most, most) };
         in_tasks(rows, cols * tokens, 8, most, |(): &mut (), range| {
-            // SAFETY: as above.
-            by_list(range, lengths(), |i, range| unsafe { products[i].many(range) });
+            by_list(range, lengths(), |i, range| {
+                for start in range.clone().step_by(block) {
+                    // SAFETY: as above.
+                    unsafe { products[i].many(start..range.end.min(start + block), tokens <= SOME) };
+                }
+            });
         });
     }
 }
@@ -149,16 +157,17 @@ impl Product {
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
     unsafe fn all<const R: usize>(self, r: usize) -> usize {
         let mut t = 0;
+        let next: [*const u16; R] = std::array::from_fn(|i| self.weights.wrapping_add((r + R + i) * self.cols));
         while t < self.tokens {
             // SAFETY: passed on to the caller.
             t += unsafe {
                 match self.tokens - t {
-                    6.. if t == 0 => self.tile::<R, 6, true>(r, t),
-                    6.. => self.tile::<R, 6, false>(r, t),
-                    4.. if t == 0 => self.tile::<R, 4, true>(r, t),
-                    4.. => self.tile::<R, 4, false>(r, t),
-                    2.. => self.tile::<R, 2, false>(r, t),
-                    _ => self.tile::<R, 1, false>(r, t),
+                    6.. if t == 0 => self.tile::<R, 6, R>(r, t, next),
+                    6.. => self.tile::<R, 6, 0>(r, t, []),
+                    4.. if t == 0 => self.tile::<R, 4, R>(r, t, next),
+                    4.. => self.tile::<R, 4, 0>(r, t, []),
+                    2.. => self.tile::<R, 2, 0>(r, t, []),
+                    _ => self.tile::<R, 1, 0>(r, t, []),
                 }
             };
         }
@@ -200,44 +209,69 @@ impl Product {
         4
     }
 
+    /// Rows that stay in cache while all tokens pass, more than [`FEW`], six at a time or nearly so: never fewer than four. Meanwhile, if that is `ahead`, as many rows behind them are
+    /// fetched: one in four each time that tokens pass, two where they pass but three times.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-    unsafe fn many(self, range: Range<usize>) {
-        let mut t = 0;
-        while t < self.tokens {
+    unsafe fn many(self, range: Range<usize>, ahead: bool) {
+        let (passes, mut t) = (self.tokens.div_ceil(6), 0);
+        for pass in 0..passes {
+            let fetched = if !ahead || pass == 0 {
+                0..0
+            } else if passes > 4 {
+                (pass - 1).min(4)..pass.min(4)
+            } else {
+                (2 * pass - 2).min(4)..(2 * pass).min(4)
+            };
             // SAFETY: passed on to the caller.
             unsafe {
-                t += match self.tokens - t {
-                    6.. => self.column::<6>(range.clone(), t),
-                    3.. => self.column::<3>(range.clone(), t),
-                    _ => self.column::<1>(range.clone(), t),
+                t += match (self.tokens - t).div_ceil(passes - pass) {
+                    4 => self.column::<4>(range.clone(), t, fetched),
+                    5 => self.column::<5>(range.clone(), t, fetched),
+                    _ => self.column::<6>(range.clone(), t, fetched),
                 }
             };
         }
     }
 
-    /// All rows of the range with some tokens.
+    /// All rows of the range with some tokens; `fetched` says which of each four rows of the next as many.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-    unsafe fn column<const T: usize>(self, range: Range<usize>, t: usize) -> usize {
-        for r in range.clone().step_by(4) {
-            // SAFETY: passed on to the caller.
-            unsafe {
-                if range.end - r >= 4 {
-                    self.tile::<4, T, false>(r, t);
-                } else {
-                    for r in r..range.end {
-                        self.tile::<1, T, false>(r, t);
-                    }
-                }
+    unsafe fn column<const T: usize>(self, range: Range<usize>, t: usize, fetched: Range<usize>) -> usize {
+        // SAFETY: passed on to the caller.
+        unsafe {
+            match fetched.len() {
+                0 => self.fours::<T, 0>(range, t, 0),
+                1 => self.fours::<T, 1>(range, t, fetched.start),
+                _ => self.fours::<T, 2>(range, t, fetched.start),
             }
         }
         T
     }
 
-    /// `R` rows with `T` tokens, while the `NEXT` rows are fetched; says how many tokens.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-    unsafe fn tile<const R: usize, const T: usize, const NEXT: bool>(self, r: usize, t: usize) -> usize {
+    unsafe fn fours<const T: usize, const NEXT: usize>(self, range: Range<usize>, t: usize, fetched: usize) {
+        let whole = range.len() / 4 * 4;
+        for r in (range.start..range.start + whole).step_by(4) {
+            let next = |i: usize| self.weights.wrapping_add((r + range.len() + fetched + i) * self.cols);
+            // SAFETY: passed on to the caller.
+            unsafe { self.tile::<4, T, NEXT>(r, t, std::array::from_fn(next)) };
+        }
+        for r in range.start + whole..range.end {
+            // SAFETY: as above.
+            unsafe { self.tile::<1, T, 0>(r, t, []) };
+        }
+    }
+
+    /// `R` rows with `T` tokens, while `next` ones are fetched; says how many tokens.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    unsafe fn tile<const R: usize, const T: usize, const NEXT: usize>(
+        self,
+        r: usize,
+        t: usize,
+        next: [*const u16; NEXT],
+    ) -> usize {
         // SAFETY: rows of the matrix and tokens of `x`; what lies beyond the last column is masked away.
         unsafe {
             let rows: [*const u16; R] = std::array::from_fn(|i| self.weights.add((r + i) * self.cols));
@@ -247,10 +281,8 @@ impl Product {
             let mut c = 0;
             while c < whole {
                 let weights: [__m512bh; R] = std::array::from_fn(|i| halves(_mm512_loadu_si512(rows[i].add(c).cast())));
-                if NEXT {
-                    for row in rows {
-                        fetch(row.wrapping_add(R * self.cols + c).cast());
-                    }
+                for row in next {
+                    fetch(row.wrapping_add(c).cast());
                 }
                 for k in 0..T {
                     let x = halves(_mm512_loadu_si512(tokens[k].add(c).cast()));

@@ -35,6 +35,12 @@ pub fn softmax_rows(x: &mut [f32], cols: usize) {
     each_chunk(x, rows * cols, |_, x| x.chunks_exact_mut(cols).for_each(one));
 }
 
+/// Calls `f` with pieces of `out` and where they begin, multiples of `step` numbers, with all threads.
+pub fn in_pieces(out: &mut [f32], step: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
+    let size = TASK.div_ceil(step.max(1)) * step.max(1);
+    each_chunk(out, size, |i, out| f(i * size, out));
+}
+
 /// Index of the largest number, the first one of equals; numbers that are not comparable (NaN) never win. 0 for no numbers.
 pub fn argmax(x: &[f32]) -> usize {
     // SAFETY: the instruction set is available; the job stays inside its slice.

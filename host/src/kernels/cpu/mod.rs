@@ -40,7 +40,7 @@ pub use attention::{Attend, Rows, attend, attend_all, attend_apart};
 pub use dequantize::e8m0_to_f32;
 #[cfg(feature = "cuda")]
 pub(crate) use dequantize::{e4m3_to_f32, scale_and_min};
-pub use elementwise::{argmax, gelu_tanh_mul, largest, silu_mul, softmax_rows};
+pub use elementwise::{argmax, gelu_tanh_mul, in_pieces, largest, silu_mul, softmax_rows};
 pub use format::{Float, Format};
 pub use lanes::Isa;
 pub use matrix::Matrix;
