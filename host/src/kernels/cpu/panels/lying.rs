@@ -119,6 +119,13 @@ impl View<'_> {
         let size = self.blocks.count * self.blocks.bytes;
         &self.bytes[(p - self.first) * size..][..size]
     }
+
+    /// Where begins what is read when `count` panels from `p` on are done.
+    pub(super) fn behind(&self, p: usize, count: usize) -> *const u8 {
+        let panel = self.panel(p);
+        let steps = if self.to_next == panel.len() { count } else { 1 };
+        panel.as_ptr().wrapping_add(steps.wrapping_mul(self.to_next))
+    }
 }
 
 impl Source<'_> {

@@ -8,7 +8,7 @@ use super::{
     numbers::{E2m1, Eight, Five, Nibbles, Numbers, Quarters, Six, Taken, Three},
     rounded::Rounded,
     sixteen::{Job, Sixteen, dispatch, is_worth_while},
-    tile::{Opened, Product, Tile},
+    tile::{Ahead, Opened, Product, Tile},
 };
 #[cfg(target_arch = "x86_64")]
 use super::{amx, floats, pairs::E4m3};
@@ -22,6 +22,8 @@ use std::ops::Range;
 /// Up to this many tokens numbers are taken out in registers, from a panel that comes from memory once: it stays in the first-level cache while
 /// tokens pass, and the next one is fetched meanwhile.
 pub(super) const FEW: usize = 16;
+/// Up to this many the next panels are fetched while tokens pass; more of them give memory time enough.
+const SOME: usize = 64;
 
 /// Whether this machine has the instructions.
 pub(super) fn runs_here(layout: &Layout) -> bool {
@@ -162,16 +164,18 @@ impl<N: Numbers> Job for Few<'_, N> {
     unsafe fn run<S: Sixteen>(self) {
         let Self { product, numbers, range } = self;
         for p in range {
-            let mut t = 0;
+            let (mut t, ahead) = (0, Ahead::NOTHING);
             while t < product.tokens {
                 // SAFETY: passed on to the caller.
                 t += unsafe {
                     match product.tokens - t {
-                        8.. if S::WIDE => S::run(Tile::<N, 1, 8> { product, numbers, opened: None, p, t }),
-                        1 => S::run(Tile::<N, 1, 1> { product, numbers, opened: None, p, t }),
-                        2 => S::run(Tile::<N, 1, 2> { product, numbers, opened: None, p, t }),
-                        3 => S::run(Tile::<N, 1, 3> { product, numbers, opened: None, p, t }),
-                        _ => S::run(Tile::<N, 1, 4> { product, numbers, opened: None, p, t }),
+                        8.. if S::WIDE => {
+                            S::run(Tile::<N, 1, 8, false> { product, numbers, opened: None, p, t, ahead })
+                        }
+                        1 => S::run(Tile::<N, 1, 1, false> { product, numbers, opened: None, p, t, ahead }),
+                        2 => S::run(Tile::<N, 1, 2, false> { product, numbers, opened: None, p, t, ahead }),
+                        3 => S::run(Tile::<N, 1, 3, false> { product, numbers, opened: None, p, t, ahead }),
+                        _ => S::run(Tile::<N, 1, 4, false> { product, numbers, opened: None, p, t, ahead }),
                     }
                 };
             }
@@ -234,19 +238,50 @@ impl<N: Numbers> Many<'_, N> {
         Opened { numbers: self.scratch.as_ptr().cast(), pitch: 64 * lines }
     }
 
+    /// What is to be fetched while the first tokens pass, four times, of what is read behind the next `count` panels.
+    fn quarters_behind(&self, count: usize) -> impl Iterator<Item = Ahead> + use<N> {
+        let panels = self.product.panels;
+        let (size, groups) = (count * panels.blocks.count * panels.blocks.bytes, panels.cols / panels.layout.group);
+        let lines = size.div_ceil(4 * 64 * groups);
+        let from = panels.behind(self.range.start, count);
+        (0..4).map(move |i| Ahead { from: from.wrapping_add(i * lines * groups * 64), lines })
+    }
+
     #[inline(always)]
     unsafe fn tokens<S: Sixteen, M: Numbers, const P: usize>(&self, numbers: M, opened: Option<Opened>) {
+        let (all, mut t) = (self.product.tokens, 0);
+        let mut quarters = self.quarters_behind(P);
+        // SAFETY: passed on to the caller.
+        unsafe {
+            while t < all
+                && all <= SOME
+                && let Some(ahead) = quarters.next()
+            {
+                t += self.some::<S, M, P, true>(numbers, opened, t, ahead);
+            }
+            while t < all {
+                t += self.some::<S, M, P, false>(numbers, opened, t, Ahead::NOTHING);
+            }
+        }
+    }
+
+    /// Some tokens from token `t` on; says how many.
+    #[inline(always)]
+    unsafe fn some<S: Sixteen, M: Numbers, const P: usize, const AHEAD: bool>(
+        &self,
+        numbers: M,
+        opened: Option<Opened>,
+        t: usize,
+        ahead: Ahead,
+    ) -> usize {
         let (product, p) = (self.product, self.range.start);
-        let mut t = 0;
         // SAFETY: tokens that there are, and panels.
         unsafe {
-            while t < product.tokens {
-                t += match (product.tokens - t, M::BYTES) {
-                    (6.., 1) if S::WIDE => S::run(Tile::<M, P, 6> { product, numbers, opened, p, t }),
-                    (4.., _) => S::run(Tile::<M, P, 4> { product, numbers, opened, p, t }),
-                    (2.., _) => S::run(Tile::<M, P, 2> { product, numbers, opened, p, t }),
-                    (_, _) => S::run(Tile::<M, P, 1> { product, numbers, opened, p, t }),
-                };
+            match (product.tokens - t, M::BYTES) {
+                (6.., 1) if S::WIDE => S::run(Tile::<M, P, 6, AHEAD> { product, numbers, opened, p, t, ahead }),
+                (4.., _) => S::run(Tile::<M, P, 4, AHEAD> { product, numbers, opened, p, t, ahead }),
+                (2.., _) => S::run(Tile::<M, P, 2, AHEAD> { product, numbers, opened, p, t, ahead }),
+                (_, _) => S::run(Tile::<M, P, 1, AHEAD> { product, numbers, opened, p, t, ahead }),
             }
         }
     }

@@ -10,7 +10,11 @@ use super::{
     scales::scales,
     sixteen::{Job, Sixteen},
 };
-use crate::kernels::cpu::{ahead::fetch_near, asked, tasks::Output};
+use crate::kernels::cpu::{
+    ahead::{fetch, fetch_near},
+    asked,
+    tasks::Output,
+};
 
 /// One product.
 #[derive(Clone, Copy)]
@@ -30,17 +34,29 @@ pub(super) struct Opened {
     pub(super) pitch: usize,
 }
 
+/// What is fetched meanwhile: so many cache lines a group, from there on.
+#[derive(Clone, Copy)]
+pub(super) struct Ahead {
+    pub(super) from: *const u8,
+    pub(super) lines: usize,
+}
+
+impl Ahead {
+    pub(super) const NOTHING: Ahead = Ahead { from: std::ptr::null(), lines: 0 };
+}
+
 /// `P` panels from panel `p` on with `T` tokens from token `t` on. A single panel is read as the one stream that it is, for one token
 /// [asked for](asked) only where the processor does not foresee that better. Several keep it busy while the next panel comes.
-pub(super) struct Tile<'a, N, const P: usize, const T: usize> {
+pub(super) struct Tile<'a, N, const P: usize, const T: usize, const AHEAD: bool> {
     pub(super) product: Product<'a>,
     pub(super) numbers: N,
     pub(super) opened: Option<Opened>,
     pub(super) p: usize,
     pub(super) t: usize,
+    pub(super) ahead: Ahead,
 }
 
-impl<N: Numbers, const P: usize, const T: usize> Job for Tile<'_, N, P, T> {
+impl<N: Numbers, const P: usize, const T: usize, const AHEAD: bool> Job for Tile<'_, N, P, T, AHEAD> {
     /// How many tokens.
     type Out = usize;
     #[inline(always)]
@@ -78,6 +94,10 @@ impl<N: Numbers, const P: usize, const T: usize> Job for Tile<'_, N, P, T> {
                 for group in 0..blocks.groups {
                     if asks {
                         asked::behind(bases[0].wrapping_add(group * share), share, N::BYTES == 2);
+                    }
+                    if AHEAD {
+                        let next = self.ahead.from.wrapping_add(g * self.ahead.lines * 64);
+                        (0..self.ahead.lines).for_each(|line| fetch(next.wrapping_add(line * 64)));
                     }
                     let of = self.group::<S>(tokens, g, |k, step| {
                         let low = lows[k].add(block * low_bytes + (group * steps + step) * N::LOW);
@@ -124,7 +144,7 @@ impl<N: Numbers, const P: usize, const T: usize> Job for Tile<'_, N, P, T> {
     }
 }
 
-impl<N: Numbers, const P: usize, const T: usize> Tile<'_, N, P, T> {
+impl<N: Numbers, const P: usize, const T: usize, const AHEAD: bool> Tile<'_, N, P, T, AHEAD> {
     /// The products of group `g`, added up. `at` says where a panel's step of the group begins, and which of its block it is.
     #[inline(always)]
     unsafe fn group<S: Sixteen>(
