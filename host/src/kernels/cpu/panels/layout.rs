@@ -151,6 +151,11 @@ impl Layout {
         [4, 4, self.scale.size(), self.scale.size(), 2, 2]
     }
 
+    /// Whether a block is read in jumps: from low bits to high ones, or to scales that have steps of their own.
+    pub(super) fn jumps(&self) -> bool {
+        self.high > 0 || matches!(self.scale, Scale::Steps(_))
+    }
+
     /// Signed bytes for each number of an activation: weights of more than four bits are worth a second one.
     pub(super) fn planes(&self) -> usize {
         if self.bits > 4 { 2 } else { 1 }

@@ -13,7 +13,8 @@ use super::{
 #[cfg(target_arch = "x86_64")]
 use super::{amx, floats, pairs::E4m3};
 use crate::kernels::cpu::{
-    ahead, asked,
+    ahead,
+    asked::Asking,
     lanes::Isa,
     tasks::{Output, by_list, in_streams, in_tasks},
 };
@@ -116,7 +117,7 @@ impl Call<'_> {
             return amx::multiply(self.views, self.sources, self.outs, self.x, numbers);
         }
         let Self { isa, views, sources, outs, x, tokens } = self;
-        let (rounded, asks) = (Rounded::new(isa, &views[0], x), asked::is_wanted());
+        let (rounded, asks) = (Rounded::new(isa, &views[0], x), Asking::of(views[0].layout.jumps()));
         let product = |(panels, &out)| Product { panels, rounded: &rounded, tokens, out, asks };
         let products: Vec<Product> = views.iter().zip(outs).map(product).collect();
         let lengths = || views.iter().map(|view| view.rows.div_ceil(LANES));

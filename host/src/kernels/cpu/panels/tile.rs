@@ -12,7 +12,7 @@ use super::{
 };
 use crate::kernels::cpu::{
     ahead::{fetch, fetch_near},
-    asked,
+    asked::Asking,
     tasks::Output,
 };
 
@@ -23,8 +23,8 @@ pub(super) struct Product<'a> {
     pub(super) rounded: &'a Rounded,
     pub(super) tokens: usize,
     pub(super) out: Output,
-    /// Whether weights that stream from memory are to be asked for.
-    pub(super) asks: bool,
+    /// What is asked for of weights that stream from memory.
+    pub(super) asks: Asking,
 }
 
 /// Where numbers lie that have been taken out of their panels, `pitch` bytes a panel.
@@ -46,7 +46,7 @@ impl Ahead {
 }
 
 /// `P` panels from panel `p` on with `T` tokens from token `t` on. A single panel is read as the one stream that it is, for one token
-/// [asked for](asked) only where the processor does not foresee that better. Several keep it busy while the next panel comes.
+/// [asked for](Asking) only where the processor does not foresee that better. Several keep it busy while the next panel comes.
 pub(super) struct Tile<'a, N, const P: usize, const T: usize, const AHEAD: bool> {
     pub(super) product: Product<'a>,
     pub(super) numbers: N,
@@ -84,7 +84,7 @@ impl<N: Numbers, const P: usize, const T: usize, const AHEAD: bool> Job for Tile
             let low_bytes = if self.opened.is_some() { blocks.groups * steps * N::LOW } else { blocks.bytes };
             let mut sums = [[S::splat_f32(0.0); T]; P];
             let mut g = 0;
-            let asks = [P, T] == [1, 1] && self.t == 0 && self.opened.is_none() && self.product.asks;
+            let asks = [P, T] == [1, 1] && self.t == 0 && self.opened.is_none();
             let share = blocks.bytes / blocks.groups;
             for block in 0..blocks.count {
                 let mut bases = panels;
@@ -93,7 +93,7 @@ impl<N: Numbers, const P: usize, const T: usize, const AHEAD: bool> Job for Tile
                 }
                 for group in 0..blocks.groups {
                     if asks {
-                        asked::behind(bases[0].wrapping_add(group * share), share, N::BYTES == 2);
+                        self.product.asks.behind(bases[0].wrapping_add(group * share), share, N::BYTES == 2);
                     }
                     if AHEAD {
                         let next = self.ahead.from.wrapping_add(g * self.ahead.lines * 64);
