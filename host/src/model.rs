@@ -358,7 +358,7 @@ impl Model {
         let count = ids.len();
         let tokens = Tensor::from_vec(ids, count, &self.place.device)?;
         let (watch, seat, places) = (self.watch.as_ref(), self.seat.as_ref(), self.places(&parts, count)?);
-        let last_rows = self.last_rows(count, &rows)?;
+        let last_rows = self.last_rows(count, &rows);
         let engine = Engine { watch, seat, places, last_rows, ..self.engine() };
         let select = |hidden: &Value| match hidden {
             // A GPU does not choose nothing out of something.

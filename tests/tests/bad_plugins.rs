@@ -172,7 +172,9 @@ fn a_panic_while_a_step_is_taken_down_for_later_makes_it_run_op_by_op() {
     let (good, broken) = (model(""), model("panic after attention, later"));
     let (good, broken) = (load(good.path(), plugins.path()).unwrap(), load(broken.path(), plugins.path()).unwrap());
     let step = |lm: &LanguageModel, state: &mut dylm::cache::State, tokens: &[u32]| {
-        lm.model.step(&mut [Input { state, tokens, want: Want::Last }])
+        // A prompt of whose tokens only the last one's logits are wanted would be taken down too.
+        let want = if tokens.len() > 1 { Want::All } else { Want::Last };
+        lm.model.step(&mut [Input { state, tokens, want }])
     };
     let mut expected = good.model.state(&Default::default()).unwrap();
     let mut state = broken.model.state(&Default::default()).unwrap();
@@ -183,6 +185,22 @@ fn a_panic_while_a_step_is_taken_down_for_later_makes_it_run_op_by_op() {
     // The dry run was call 0, the prompt call 1.
     let why = broken.model.not_replayed().unwrap();
     assert!(why.contains("a deliberate panic in call 2"), "{why}");
+}
+
+#[test]
+fn a_panic_while_a_prompt_is_looked_through_makes_it_go_on_with_all_rows() {
+    let plugins = install(&bad());
+    let (good, broken) = (model(""), model("panic after attention, later"));
+    let (good, broken) = (load(good.path(), plugins.path()).unwrap(), load(broken.path(), plugins.path()).unwrap());
+    let mut expected = good.model.state(&Default::default()).unwrap();
+    let mut state = broken.model.state(&Default::default()).unwrap();
+    // The dry run was call 0, the first prompt is call 1, and call 2 looks through the second one.
+    for (tokens, want) in [([5, 6, 7], Want::All), ([8, 9, 10], Want::Last)] {
+        let step = |lm: &LanguageModel, state| lm.model.step(&mut [Input { state, tokens: &tokens, want }]).unwrap();
+        assert_eq!(step(&good, &mut expected), step(&broken, &mut state));
+    }
+    let looks = [&good, &broken].map(|lm| lm.model.looks_across(3));
+    assert_eq!(looks, [Some(1), None]);
 }
 
 #[test]

@@ -62,18 +62,24 @@ impl Model {
     }
 
     /// How a step of so many tokens can go on with these rows alone at some time; none if it cannot, or if they are all.
-    pub(super) fn last_rows(&self, tokens: usize, rows: &[u32]) -> Result<Option<LastRows>> {
+    pub(super) fn last_rows(&self, tokens: usize, rows: &[u32]) -> Option<LastRows> {
         if rows.len() >= tokens || self.watch.is_some() {
-            return Ok(None);
+            return None;
         }
-        // A plugin may look at the shapes that it is given.
-        let left = match self.looks.lock().unwrap_or_else(PoisonError::into_inner).entry(tokens) {
-            Entry::Occupied(known) => *known.get(),
-            Entry::Vacant(new) => *new.insert(looks(&self.note(tokens)?.0, tokens)),
-        };
         // Where no row is wanted, one keeps the plugin's shapes whole.
         let rows = if rows.is_empty() { vec![tokens as u32 - 1] } else { rows.to_vec() };
-        Ok(left.map(|left| LastRows { left, rows }))
+        self.looks_across(tokens).map(|left| LastRows { left, rows })
+    }
+
+    /// How many ops of a step of so many tokens look from one to another, after which it goes on with those whose logits are wanted; none if
+    /// it goes on with all.
+    pub fn looks_across(&self, tokens: usize) -> Option<usize> {
+        // A plugin may look at the shapes that it is given. One that fails on shapes alone may do well with numbers.
+        let look = || looks(&self.note(tokens).ok()?.0, tokens);
+        match self.looks.lock().unwrap_or_else(PoisonError::into_inner).entry(tokens) {
+            Entry::Occupied(known) => *known.get(),
+            Entry::Vacant(new) => *new.insert(look()),
+        }
     }
 }
 

@@ -148,3 +148,58 @@ pub fn kept(value: &Value, tokens: usize, rows: &Tensor) -> candle_core::Result<
         _ => Ok(None),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TOKENS: usize = 7;
+
+    /// Ops by their names, what they take (numbers of ops before) and their shapes; the step's tokens are number 0.
+    fn notes(ops: &[(&str, &[u64], &[usize])]) -> Vec<Noted> {
+        let tokens = [("tokens", &[][..], &[TOKENS][..])];
+        let rows = [("rows", &[ops.len() as u64][..], &[TOKENS, 16][..])];
+        let noted = |(i, &(op, takes, dims)): (usize, &(&str, &[u64], &[usize]))| Noted {
+            op: op.to_owned(),
+            slot: None,
+            said: takes.iter().map(|&x| Word::Tensor(Handle(x + 1))).collect(),
+            gives: Handle(i as u64 + 1),
+            dims: dims.to_vec(),
+        };
+        tokens.iter().chain(ops).chain(&rows).enumerate().map(noted).collect()
+    }
+
+    #[test]
+    fn a_step_goes_on_with_fewer_rows_behind_its_last_attention() {
+        let layer = [
+            ("embed", &[0][..], &[TOKENS, 16][..]),
+            ("linear", &[1], &[TOKENS, 16]),
+            ("split_heads", &[2], &[TOKENS, 2, 8]),
+            ("attend", &[3, 3, 3], &[TOKENS, 2, 8]),
+            ("merge_heads", &[4], &[TOKENS, 16]),
+            ("linear", &[5], &[TOKENS, 16]),
+            ("add", &[1, 6], &[TOKENS, 16]),
+            ("parameter", &[], &[16]),
+            ("mul", &[7, 8], &[TOKENS, 16]),
+        ];
+        assert_eq!(looks(&notes(&layer), TOKENS), Some(2), "embed, which is not known to keep to its rows, and attend");
+        assert_eq!(looks(&notes(&layer[..3]), TOKENS), Some(1));
+    }
+
+    #[test]
+    fn it_does_not_where_rows_cannot_be_told_from_other_axes() {
+        let begin = [("embed", &[0][..], &[TOKENS, 16][..]), ("attend", &[1], &[TOKENS, 16])];
+        let with = |ops: &[(&str, &[u64], &[usize])]| looks(&notes(&[&begin, ops].concat()), TOKENS);
+        assert_eq!(with(&[("neg", &[2], &[TOKENS, 16])]), Some(2));
+        // A weight that has as many rows as the step has tokens.
+        assert_eq!(with(&[("parameter", &[], &[TOKENS, 16]), ("add", &[2, 3], &[TOKENS, 16])]), None);
+        // Columns become rows, or rows a part of something else.
+        assert_eq!(with(&[("transpose", &[2], &[16, TOKENS])]), None);
+        assert_eq!(with(&[("flatten", &[2], &[TOKENS * 16])]), None);
+        assert_eq!(with(&[("unflatten", &[2], &[TOKENS, TOKENS, 2]), ("add", &[3, 2], &[TOKENS, TOKENS, 16])]), None);
+        // Each row stretched over all.
+        assert_eq!(with(&[("parameter", &[], &[3, 1, 16]), ("mul", &[2, 3], &[3, TOKENS, 16])]), None);
+        // A weight that stretches over rows.
+        assert_eq!(with(&[("parameter", &[], &[1, 16]), ("mul", &[2, 3], &[TOKENS, 16])]), Some(2));
+    }
+}

@@ -171,6 +171,23 @@ fn a_prompt_in_chunks_gives_the_logits_of_the_whole() {
 }
 
 #[test]
+fn the_last_token_s_logits_alone_are_those_among_all() {
+    let without = Mutex::new(Vec::new());
+    each(|tiny| {
+        let prompt = &tiny.expected.prompt;
+        let whole = tiny.read(&mut tiny.state()?, prompt, Want::All)?;
+        near("alone", &tiny.read(&mut tiny.state()?, prompt, Want::Last)?, &whole[prompt.len() - 1..], 1e-5)?;
+        if tiny.lm.model.looks_across(prompt.len()).is_none() {
+            without.lock().unwrap().push(tiny.name.clone());
+        }
+        Ok(())
+    });
+    let without = without.into_inner().unwrap();
+    eprintln!("go on with all rows: {}", without.join(", "));
+    assert!(!without.iter().any(|name| name.starts_with("llama")), "llama goes on with all rows");
+}
+
+#[test]
 fn ragged_sequences_in_one_step_give_what_each_gives_alone() {
     each(|tiny| {
         let prompt = &tiny.expected.prompt;

@@ -84,7 +84,8 @@ impl<N: Numbers, const P: usize, const T: usize, const AHEAD: bool> Job for Tile
             let low_bytes = if self.opened.is_some() { blocks.groups * steps * N::LOW } else { blocks.bytes };
             let mut sums = [[S::splat_f32(0.0); T]; P];
             let mut g = 0;
-            let asks = [P, T] == [1, 1] && self.t == 0 && self.opened.is_none();
+            let alone = [P, T] == [1, 1] && self.t == 0 && self.opened.is_none();
+            let asks = if alone { self.product.asks } else { Asking::Nothing };
             let share = blocks.bytes / blocks.groups;
             for block in 0..blocks.count {
                 let mut bases = panels;
@@ -92,8 +93,8 @@ impl<N: Numbers, const P: usize, const T: usize, const AHEAD: bool> Job for Tile
                     *base = base.add(block * blocks.bytes);
                 }
                 for group in 0..blocks.groups {
-                    if asks {
-                        self.product.asks.behind(bases[0].wrapping_add(group * share), share, N::BYTES == 2);
+                    if asks != Asking::Nothing {
+                        asks.behind(bases[0].wrapping_add(group * share), share, N::BYTES == 2);
                     }
                     if AHEAD {
                         let next = self.ahead.from.wrapping_add(g * self.ahead.lines * 64);
