@@ -199,8 +199,7 @@ fn a_panic_while_a_prompt_is_looked_through_makes_it_go_on_with_all_rows() {
         let step = |lm: &LanguageModel, state| lm.model.step(&mut [Input { state, tokens: &tokens, want }]).unwrap();
         assert_eq!(step(&good, &mut expected), step(&broken, &mut state));
     }
-    let looks = [&good, &broken].map(|lm| lm.model.looks_across(3));
-    assert_eq!(looks, [Some(1), None]);
+    assert_eq!([&good, &broken].map(|lm| lm.model.looks_across(3).is_some()), [true, false]);
 }
 
 #[test]
