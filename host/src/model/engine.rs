@@ -63,7 +63,8 @@ impl Model {
 
     /// How a step of so many tokens can go on with these rows alone at some time; none if it cannot, or if they are all.
     pub(super) fn last_rows(&self, tokens: usize, rows: &[u32]) -> Option<LastRows> {
-        if rows.len() >= tokens || self.watch.is_some() {
+        // On NVIDIA's GPUs it has not been tried: launches that wait there would have to go first.
+        if rows.len() >= tokens || self.watch.is_some() || self.place.device.is_cuda() {
             return None;
         }
         // Where no row is wanted, one keeps the plugin's shapes whole.
