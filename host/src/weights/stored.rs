@@ -3,7 +3,7 @@
 
 use crate::{
     error::{Error, Result},
-    weights::bytes::Bytes,
+    weights::bytes::{Bytes, Room},
 };
 use std::{fmt, path::Path, sync::Arc};
 
@@ -179,7 +179,7 @@ impl Stored {
     pub fn bytes(&self) -> Bytes {
         match (self.permuted_heads, &self.bytes) {
             (_, None) => Vec::new().into(),
-            (Some(heads), Some(bytes)) => self.rows_put_right(bytes, heads).into(),
+            (Some(heads), Some(bytes)) => self.rows_put_right(bytes, heads),
             (None, Some(bytes)) => bytes.clone(),
         }
     }
@@ -199,20 +199,29 @@ impl Stored {
         self.shape.iter().product()
     }
 
-    // Blocks never cross rows, so whole rows move in every format.
-    fn rows_put_right(&self, bytes: &Bytes, heads: usize) -> Vec<u8> {
+    // Blocks never cross rows, so whole rows move in every format. What they are copied from is not read again.
+    fn rows_put_right(&self, bytes: &Bytes, heads: usize) -> Bytes {
         let rows = self.shape.first().copied().unwrap_or(0);
-        if rows == 0 || bytes.is_empty() {
-            return Vec::new();
+        let (head_dim, row_bytes) = (rows / heads, bytes.len().checked_div(rows).unwrap_or(0));
+        let put_right = |out: &mut [u8]| {
+            for (row, out) in out.chunks_exact_mut(row_bytes.max(1)).enumerate() {
+                let (head, within) = (row / head_dim, row % head_dim);
+                let (half, pair) = (within / (head_dim / 2), within % (head_dim / 2));
+                let from = (head * head_dim + pair * 2 + half) * row_bytes;
+                out.copy_from_slice(&bytes[from..from + row_bytes]);
+            }
+            bytes.let_go();
+        };
+        match Room::new(bytes.len()) {
+            Ok(mut room) => {
+                put_right(&mut room);
+                room.into()
+            }
+            Err(_) => {
+                let mut out = vec![0; bytes.len()];
+                put_right(&mut out);
+                out.into()
+            }
         }
-        let (head_dim, row_bytes) = (rows / heads, bytes.len() / rows);
-        let mut out = Vec::with_capacity(bytes.len());
-        for row in 0..rows {
-            let (head, within) = (row / head_dim, row % head_dim);
-            let (half, pair) = (within / (head_dim / 2), within % (head_dim / 2));
-            let from = (head * head_dim + pair * 2 + half) * row_bytes;
-            out.extend_from_slice(&bytes[from..from + row_bytes]);
-        }
-        out
     }
 }
