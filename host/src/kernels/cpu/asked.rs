@@ -14,9 +14,9 @@ const JUMPING: usize = 8 << 10;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Asking {
     Nothing,
-    /// What a processor does not foresee that ends with the page.
+    /// All, of a processor whose prefetcher ends with the page.
     Pages,
-    /// What one does not foresee that follows but one direction.
+    /// What one with a better prefetcher does not foresee either.
     Jumps,
 }
 

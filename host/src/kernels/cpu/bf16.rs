@@ -209,8 +209,8 @@ impl Product {
         4
     }
 
-    /// Rows that stay in cache while all tokens pass, more than [`FEW`], six at a time or nearly so: never fewer than four. Meanwhile, if that is `ahead`, as many rows behind them are
-    /// fetched: one in four each time that tokens pass, two where they pass but three times.
+    /// Rows that stay in cache while all tokens pass, more than [`FEW`], six at a time or nearly so: never fewer than four. Meanwhile, if that
+    /// is `ahead`, as many rows behind them are fetched: one in four each time that tokens pass, two where they pass but three times.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
     unsafe fn many(self, range: Range<usize>, ahead: bool) {
         let (passes, mut t) = (self.tokens.div_ceil(6), 0);
