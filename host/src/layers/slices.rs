@@ -1,5 +1,6 @@
 //! candle tensors on the CPU <-> plain slices, for dylm's own kernels. Nothing is copied for a tensor that lies in one piece.
 
+use crate::kernels::cpu::zeros;
 use candle_core::{CpuStorage, Device, Result, Storage, Tensor, bail};
 
 /// Lends the numbers of an f32 tensor on the CPU.
@@ -25,7 +26,7 @@ pub fn with_u32<R>(t: &Tensor, f: impl FnOnce(&[u32]) -> R) -> Result<R> {
 /// A tensor of `dims` whose numbers `fill` writes.
 pub fn filled(dims: impl Into<candle_core::Shape>, fill: impl FnOnce(&mut [f32])) -> Result<Tensor> {
     let shape = dims.into();
-    let mut numbers = vec![0.0; shape.elem_count()];
+    let mut numbers = zeros(shape.elem_count());
     fill(&mut numbers);
     Tensor::from_vec(numbers, shape, &Device::Cpu)
 }

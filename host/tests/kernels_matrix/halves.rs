@@ -21,14 +21,24 @@ fn rounding(format: Format) -> (usize, f64) {
     }
 }
 
-/// Up to how many tokens opening panels for a matrix unit takes longer than multiplying without.
-fn few(format: Format) -> usize {
-    if matches!(format, Format::Mxfp8 | Format::Fp8 { .. }) { 16 } else { 32 }
+/// Whether so many tokens meet panels that are opened, both as bfloat16: on a matrix unit, or where one byte of each activation is not enough.
+fn opened(format: Format, tokens: usize) -> bool {
+    let float = matches!(format, Format::Mxfp8 | Format::Fp8 { .. });
+    let by_pairs = Isa::best().has_vnni() && multiplies_pairs() && (float || rounding(format).1 < 1.0 / 512.0);
+    match Isa::best() {
+        Isa::Amx => tokens > if float { 16 } else { 32 },
+        _ => by_pairs && tokens > if float { 16 } else { 64 },
+    }
 }
 
-/// Whether so many tokens meet panels on the matrix unit, both as bfloat16.
-fn on_matrix_unit(format: Format, tokens: usize) -> bool {
-    Isa::best() == Isa::Amx && tokens > few(format)
+#[cfg(target_arch = "x86_64")]
+fn multiplies_pairs() -> bool {
+    is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512vbmi")
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn multiplies_pairs() -> bool {
+    false
 }
 
 /// The fewest columns that a matrix in panels may have.
@@ -74,9 +84,12 @@ fn products_in_panels_are_off_by_the_rounding_of_activations_alone() {
     let mut r = Random(43);
     for format in panels() {
         let (group, rounding) = rounding(format);
-        for (rows, blocks, tokens) in
-            [(16, 1, 1), (37, 3, 2), (70, 5, 3), (129, 7, 4), (33, 4, 5), (16, 6, 13), (50, 2, 70), (145, 8, 33)]
-        {
+        let shapes =
+            [(16, 1, 1), (37, 3, 2), (70, 5, 3), (129, 7, 4), (33, 4, 5), (16, 6, 13), (50, 2, 70), (145, 8, 33)];
+        // More columns than are opened at a time, and every number of panels that are multiplied together.
+        let long =
+            [(49, 67), (90, 19), (120, 71)].map(|(rows, tokens)| (rows, 1100usize.div_ceil(unit(format)), tokens));
+        for (rows, blocks, tokens) in shapes.into_iter().chain(long) {
             let m = random(format, rows, unit(format) * blocks, &mut r);
             let (cols, w) = (m.cols(), back(&m));
             let x: Vec<f32> = r.floats(tokens * cols).into_iter().map(|x| x * x * x).collect();
@@ -92,7 +105,7 @@ fn products_in_panels_are_off_by_the_rounding_of_activations_alone() {
                             w.iter().map(|w| f64::from(w.abs())).sum::<f64>() * f64::from(peak) * (rounding + 4e-6);
                         want += w.iter().zip(x).map(|(&w, &x)| f64::from(w) * f64::from(x)).sum::<f64>();
                     }
-                    if on_matrix_unit(format, tokens) && cols.is_multiple_of(32) {
+                    if opened(format, tokens) && cols.is_multiple_of(32) {
                         // Both factors rounded by half a unit in their eighth bit, and sums in f32.
                         let magnitudes = w.iter().zip(x).map(|(&w, &x)| f64::from((w * x).abs())).sum::<f64>();
                         bound = magnitudes * (2f64.powi(-8) + 2f64.powi(-18) + cols as f64 * 2f64.powi(-24)) + 1e-12;
@@ -124,7 +137,7 @@ fn products_in_panels_have_the_same_bits_with_every_instruction_set() {
                 out
             };
             let plain = on(Isa::Portable);
-            let same_way = |&isa: &Isa| isa != Isa::Amx || tokens <= few(format);
+            let same_way = |&isa: &Isa| isa != Isa::Amx || !opened(format, tokens);
             for isa in Isa::available().into_iter().filter(same_way) {
                 let same = on(isa).iter().zip(&plain).all(|(a, b)| a.to_bits() == b.to_bits());
                 assert!(same, "{format:?} [{rows}, {}] x {tokens} tokens, {isa:?}", m.cols());
@@ -222,8 +235,8 @@ fn fp8_rows_of_one_scale_lie_in_panels_as_they_are_elsewhere() {
         let (w, largest) = (back(&m), want.iter().fold(0f32, |m, x| m.max(x.abs())));
         for (i, (got, want)) in got.iter().zip(&want).enumerate() {
             let (x, w) = (&x[i / rows * cols..][..cols], &w[i % rows * cols..][..cols]);
-            // On the matrix unit weights with their scales are rounded to bfloat16.
-            let rounding = if on_matrix_unit(format, tokens) { 1.0 / 512.0 } else { 0.0 };
+            // Where they are opened weights with their scales are rounded to bfloat16.
+            let rounding = if opened(format, tokens) { 1.0 / 512.0 } else { 0.0 };
             let bound = 1e-5 * largest + rounding * w.iter().zip(x).map(|(w, x)| (w * x).abs()).sum::<f32>();
             assert!((got - want).abs() <= bound, "[{rows}, {cols}] x {tokens} tokens: {got}, not {want}");
         }
@@ -269,7 +282,7 @@ fn a_rounded_token_gives_the_same_bits_alone_and_among_others() {
             for (i, x) in x.chunks(chunk * cols).enumerate() {
                 let mut part = vec![0.0; x.len() / cols * rows];
                 product(x, &mut part);
-                let apart = on_matrix_unit(format, x.len() / cols) && format != Format::Dense(Float::BF16);
+                let apart = opened(format, x.len() / cols) && format != Format::Dense(Float::BF16);
                 let like = if apart { &whole } else { &alone };
                 assert!(part == like[i * chunk * rows..][..part.len()], "{format:?} in chunks of {chunk}");
             }
@@ -281,7 +294,7 @@ fn a_rounded_token_gives_the_same_bits_alone_and_among_others() {
 fn what_is_no_number_stays_none_when_it_is_rounded() {
     let mut r = Random(59);
     for (format, product) in kinds(16, 768, &mut r) {
-        for (stray, tokens) in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY].into_iter().zip([2, 40, 2]) {
+        for (stray, tokens) in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY].into_iter().zip([2, 40, 70]) {
             let mut x = r.floats(tokens * 768);
             x[(tokens - 1) * 768 + 300] = stray;
             let mut out = vec![0.0; tokens * 16];
@@ -297,7 +310,7 @@ fn what_is_no_number_stays_none_when_it_is_rounded() {
 fn rounded_results_do_not_depend_on_the_number_of_threads() {
     let mut r = Random(61);
     for (format, product) in kinds(515, 1024, &mut r) {
-        for tokens in [1, 40] {
+        for tokens in [1, 40, 70] {
             let x = r.floats(tokens * 1024);
             let on = |threads: usize| {
                 let mut out = vec![0.0; tokens * 515];

@@ -50,3 +50,4 @@ pub use quantize::quantize_rows;
 pub use rope::{Angles, Turn, rope};
 pub use team::{copy, each, start_threads};
 pub use together::{Factor, multiply_all, multiply_each};
+pub use unwritten::zeros;

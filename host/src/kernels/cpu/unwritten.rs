@@ -1,5 +1,10 @@
 //! Room for what a kernel writes. Zeros put there beforehand, by one thread while the others wait, take up to a tenth of a prompt's time.
 
+use super::team::each_chunk;
+
+/// Numbers that are worth a task of their own to be cleared.
+const TASK: usize = 1 << 16;
+
 /// What any bits are.
 pub(super) trait Plain: Copy {}
 impl Plain for i8 {}
@@ -18,4 +23,15 @@ pub(super) unsafe fn unwritten<T: Plain>(count: usize) -> Vec<T> {
     // SAFETY: there is room for them; the caller vouches that they are written first, and nothing of them is to be dropped.
     unsafe { room.set_len(count) };
     room
+}
+
+/// `count` zeros, put there by all threads where there are many.
+pub fn zeros(count: usize) -> Vec<f32> {
+    if count <= TASK {
+        return vec![0.0; count];
+    }
+    // SAFETY: all of them are written at once.
+    let mut numbers = unsafe { unwritten::<f32>(count) };
+    each_chunk(&mut numbers, TASK, |_, numbers| numbers.fill(0.0));
+    numbers
 }

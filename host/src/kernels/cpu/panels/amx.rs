@@ -8,7 +8,7 @@
 use super::{
     LANES,
     lying::{Source, Turn, View},
-    pairs::{COLUMNS, Open, Opening, Part, Tile, column_order},
+    pairs::{COLUMNS, Open, Opening, Part, Tile, column_order, lay_out},
     product::{FEW, Line},
 };
 use crate::kernels::cpu::{
@@ -25,8 +25,6 @@ const MOST: usize = 1024;
 /// Steps of the unit between which some of the next panels is opened.
 const BURST: usize = 4;
 
-impl Plain for Line {}
-impl Plain for Tile {}
 impl Plain for Sums {}
 
 /// The sums of two tiles of tokens with two panels.
@@ -73,20 +71,6 @@ pub(super) fn multiply(of: &[View], sources: &[Source], outs: &[Output], x: &[f3
             });
         });
     });
-}
-
-/// A token rounded to bfloat16, a line for each tile's columns, in the order in which these come.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-unsafe fn lay_out<'a>(x: &[f32], order: &[u16; COLUMNS], to: impl Iterator<Item = &'a mut Line>) {
-    for (x, to) in x.as_chunks::<COLUMNS>().0.iter().zip(to) {
-        // SAFETY: 32 numbers, places and words of a line.
-        unsafe {
-            let order = _mm512_loadu_si512(order.as_ptr().cast());
-            let (low, high) = (_mm512_loadu_ps(x.as_ptr()), _mm512_loadu_ps(x.as_ptr().add(TILE)));
-            let rounded = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low));
-            _mm512_store_si512(to.0.as_mut_ptr().cast(), _mm512_permutexvar_epi16(order, rounded));
-        }
-    }
 }
 
 /// One product.

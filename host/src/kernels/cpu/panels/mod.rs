@@ -3,11 +3,14 @@
 //! their group; sums within a group are exact, and scales meet them once a group.
 //!
 //! The error is that of the rounding: of each activation up to 1/254 of its group's largest where weights have at most four bits (their own
-//! error is ten times that), 1/65000 where they have more. A token's bits are the same alone, in a batch and on any number of threads, but for
-//! more than 32 tokens on a matrix unit, which multiplies both factors as bfloat16.
+//! error is ten times that), 1/65000 where they have more. A token's bits are the same alone, in a batch and on any number of threads, but among
+//! so many tokens that panels are opened for them and both factors multiplied as bfloat16: more than 32 on a matrix unit, elsewhere more
+//! than 64 if weights have more than four bits, and more than 16 if they are floats of eight.
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
+#[cfg(target_arch = "x86_64")]
+mod broadcast;
 #[cfg(target_arch = "x86_64")]
 mod floats;
 mod interleaved;

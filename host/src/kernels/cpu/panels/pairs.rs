@@ -1,6 +1,6 @@
-//! A panel's numbers as the matrix unit wants them: 32 columns of sixteen rows become a tile of sixteen lines, pairs of columns as bfloat16,
-//! each number with its scale and bias. Rounded once, to the nearest: by up to 2^-9 of a weight, in steps of the format's own 0.09 (8 bits) or
-//! 0.006 (4 bits) on average, where the format is off by 0.29 of a step itself.
+//! A panel's numbers for products of pairs of bfloat16, on the matrix unit or without: 32 columns of sixteen rows become a tile of sixteen
+//! lines, pairs of columns, each number with its scale and bias. Rounded once, to the nearest: by up to 2^-9 of a weight, in steps of the format's
+//! own 0.09 (8 bits) or 0.006 (4 bits) on average, where the format is off by 0.29 of a step itself.
 //!
 //! Columns come as they lie in their pieces; `column_order` says which, and tokens are laid out likewise.
 
@@ -14,7 +14,7 @@ use super::{
     scales::scales,
     sixteen::Avx512,
 };
-use crate::kernels::cpu::asked::behind;
+use crate::kernels::cpu::{asked::behind, unwritten::Plain};
 use std::{arch::x86_64::*, ops::Range};
 
 /// Columns of a tile.
@@ -22,12 +22,15 @@ pub(super) const COLUMNS: usize = 32;
 /// A tile: sixteen pairs of columns.
 pub(super) type Tile = [Line; COLUMNS / 2];
 
+impl Plain for Line {}
+impl Plain for Tile {}
+
 /// What takes numbers out of a panel.
 pub(super) trait Open: Copy + Sync {
     /// Columns `step * 32` and on of a panel of these, of which `from` is the first byte.
     ///
     /// # Safety
-    /// The panel has them, in this kind of numbers; the matrix unit's processor.
+    /// The panel has them, in this kind of numbers; the processor has the instructions of its implementations.
     unsafe fn open(self, panels: &View<'_>, from: *const u8, step: usize, to: &mut Tile);
 }
 
@@ -42,6 +45,20 @@ pub(super) fn column_order(layout: &Layout) -> [u16; COLUMNS] {
         };
         column as u16
     })
+}
+
+/// A token rounded to bfloat16, a line for each tile's columns, in the order in which these come.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+pub(super) unsafe fn lay_out<'a>(x: &[f32], order: &[u16; COLUMNS], to: impl Iterator<Item = &'a mut Line>) {
+    for (x, to) in x.as_chunks::<COLUMNS>().0.iter().zip(to) {
+        // SAFETY: 32 numbers, places and words of a line.
+        unsafe {
+            let order = _mm512_loadu_si512(order.as_ptr().cast());
+            let (low, high) = (_mm512_loadu_ps(x.as_ptr()), _mm512_loadu_ps(x.as_ptr().add(LANES)));
+            let rounded = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low));
+            _mm512_store_si512(to.0.as_mut_ptr().cast(), _mm512_permutexvar_epi16(order, rounded));
+        }
+    }
 }
 
 impl<N: Numbers> Open for N {

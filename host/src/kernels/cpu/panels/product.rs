@@ -11,7 +11,7 @@ use super::{
     tile::{Ahead, Opened, Product, Tile},
 };
 #[cfg(target_arch = "x86_64")]
-use super::{amx, floats, pairs::E4m3};
+use super::{amx, broadcast, floats, pairs::E4m3};
 use crate::kernels::cpu::{
     ahead,
     asked::Asking,
@@ -44,8 +44,8 @@ impl Panels {
         self.matmul_on(Isa::best(), x, out);
     }
 
-    /// The same with a chosen instruction set, one of [`Isa::available`]: the bits are the same with all of them, save those that a matrix unit
-    /// gives more than 32 tokens. Eight-bit floats have but one and the matrix unit, which takes more than 16.
+    /// The same with a chosen instruction set, one of [`Isa::available`]: the bits are the same with all of them, save among so many tokens that
+    /// [panels are opened](super) for them. Eight-bit floats have but one and the matrix unit.
     pub fn matmul_on(&self, isa: Isa, x: &[f32], out: &mut [f32]) {
         let tokens = x.len() / self.cols;
         assert!(
@@ -84,6 +84,10 @@ fn multiply_on(isa: Isa, of: &mut [(&Panels, &mut [f32])], x: &[f32]) {
         #[cfg(target_arch = "x86_64")]
         _ if first.store.layout.e4m3 && call.is_for_matrix_unit() => amx::multiply(&views, &sources, &outs, x, E4m3),
         #[cfg(target_arch = "x86_64")]
+        _ if first.store.layout.e4m3 && broadcast::is_worth_while(&views[0], tokens) => {
+            broadcast::multiply(&views, &sources, &outs, x, E4m3)
+        }
+        #[cfg(target_arch = "x86_64")]
         _ if first.store.layout.e4m3 => floats::multiply(&views, &sources, outs.into_iter(), x),
         (2, _) => call.run(Quarters),
         (3, _) => call.run(Three),
@@ -115,6 +119,10 @@ impl Call<'_> {
         #[cfg(target_arch = "x86_64")]
         if self.is_for_matrix_unit() {
             return amx::multiply(self.views, self.sources, self.outs, self.x, numbers);
+        }
+        #[cfg(target_arch = "x86_64")]
+        if N::BYTES == 2 && self.isa.has_vnni() && broadcast::is_worth_while(&self.views[0], self.tokens) {
+            return broadcast::multiply(self.views, self.sources, self.outs, self.x, numbers);
         }
         let Self { isa, views, sources, outs, x, tokens } = self;
         let (rounded, asks) = (Rounded::new(isa, &views[0], x), Asking::of(views[0].layout.jumps()));
