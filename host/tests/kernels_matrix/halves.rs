@@ -125,9 +125,17 @@ fn products_in_panels_are_off_by_the_rounding_of_activations_alone() {
 fn products_in_panels_have_the_same_bits_with_every_instruction_set() {
     let mut r = Random(73);
     for format in panels() {
-        for (rows, blocks, tokens) in
-            [(16, 1, 1), (37, 3, 2), (70, 5, 3), (129, 7, 4), (33, 4, 5), (16, 6, 13), (50, 2, 23), (18, 3, 40)]
-        {
+        for (rows, blocks, tokens) in [
+            (16, 1, 1),
+            (37, 4, 1),
+            (37, 3, 2),
+            (70, 5, 3),
+            (129, 7, 4),
+            (33, 4, 5),
+            (16, 6, 13),
+            (50, 2, 23),
+            (18, 3, 40),
+        ] {
             let m = random(format, rows, unit(format) * blocks, &mut r);
             let (p, x) = (Panels::new(&m).unwrap(), r.floats(tokens * m.cols()));
             let x: Vec<f32> = x.into_iter().map(|x| x * x * x).collect();

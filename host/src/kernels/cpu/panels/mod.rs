@@ -7,6 +7,7 @@
 //! so many tokens that panels are opened for them and both factors multiplied as bfloat16: more than 32 on a matrix unit, elsewhere more
 //! than 64 if weights have more than four bits, and more than 16 if they are floats of eight.
 
+mod alone;
 #[cfg(target_arch = "x86_64")]
 mod amx;
 #[cfg(target_arch = "x86_64")]

@@ -3,6 +3,7 @@
 
 use super::{
     LANES, Panels,
+    alone::{self, Alone},
     layout::{HIGH, LOW, Layout},
     lying::{Source, Turn, View},
     numbers::{E2m1, Eight, Five, Nibbles, Numbers, Quarters, Six, Taken, Three},
@@ -172,6 +173,7 @@ impl<N: Numbers> Job for Few<'_, N> {
     #[inline(always)]
     unsafe fn run<S: Sixteen>(self) {
         let Self { product, numbers, range } = self;
+        let in_groups = product.tokens == 1 && alone::is_worth_while(product.panels);
         for p in range {
             let (mut t, ahead) = (0, Ahead::NOTHING);
             while t < product.tokens {
@@ -181,6 +183,7 @@ impl<N: Numbers> Job for Few<'_, N> {
                         8.. if S::WIDE => {
                             S::run(Tile::<N, 1, 8, false> { product, numbers, opened: None, p, t, ahead })
                         }
+                        1 if in_groups => S::run(Alone(Tile { product, numbers, opened: None, p, t, ahead })),
                         1 => S::run(Tile::<N, 1, 1, false> { product, numbers, opened: None, p, t, ahead }),
                         2 => S::run(Tile::<N, 1, 2, false> { product, numbers, opened: None, p, t, ahead }),
                         3 => S::run(Tile::<N, 1, 3, false> { product, numbers, opened: None, p, t, ahead }),

@@ -148,7 +148,7 @@ impl<N: Numbers, const P: usize, const T: usize, const AHEAD: bool> Job for Tile
 impl<N: Numbers, const P: usize, const T: usize, const AHEAD: bool> Tile<'_, N, P, T, AHEAD> {
     /// The products of group `g`, added up. `at` says where a panel's step of the group begins, and which of its block it is.
     #[inline(always)]
-    unsafe fn group<S: Sixteen>(
+    pub(super) unsafe fn group<S: Sixteen>(
         &self,
         tokens: [Token; T],
         g: usize,
