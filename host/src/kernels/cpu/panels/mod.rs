@@ -29,7 +29,7 @@ mod sixteen;
 mod tile;
 
 use super::{format::Format, matrix::Matrix};
-use layout::{Layout, Order};
+use layout::Layout;
 use lying::Store;
 pub(super) use product::multiply;
 use std::sync::Arc;
@@ -61,11 +61,9 @@ impl Panels {
         Self::pack(layout, matrix)
     }
 
-    /// The same, but packed only [once the model is in use](crate::weights::moving) where that is little work: until then products do it
-    /// each time.
+    /// The same, but packed only [once the model is in use](crate::weights::moving): until then products do it each time.
     pub fn later(matrix: &Matrix) -> Option<Self> {
-        let layout = Self::layout_of(matrix)?;
-        if layout.order == Order::Straight { Self::pack(layout, matrix) } else { Some(Self::lying(layout, matrix)) }
+        Some(Self::lying(Self::layout_of(matrix)?, matrix))
     }
 
     fn layout_of(matrix: &Matrix) -> Option<Layout> {

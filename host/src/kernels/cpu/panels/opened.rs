@@ -158,7 +158,7 @@ fn words<const N: usize>(bytes: &[u8]) -> [u32; N] {
 }
 
 fn put<const N: usize>(to: &mut Vec<u8>, pieces: [u32; N]) {
-    pieces.iter().for_each(|piece| to.extend(piece.to_le_bytes()));
+    to.extend_from_slice(pieces.map(u32::to_le_bytes).as_flattened());
 }
 
 /// `bits` bits of each byte, from bit `shift` on, of words one after the other: those of the first in the lowest bits of each byte.
@@ -169,11 +169,15 @@ fn stacked(words: &[u32], shift: u32, bits: u32) -> u32 {
 
 /// Halves of bytes, of which 32 hold 64 columns: first the low halves, then the high ones.
 fn halves(low: &mut Vec<u8>, bytes: &[u8]) {
+    const LOW: u32 = 0x0f0f_0f0f;
     for bytes in bytes.as_chunks::<32>().0 {
-        let w: [u32; 8] = words(bytes);
-        for shift in [0, 4] {
-            put(low, [0, 1, 2, 3].map(|piece| stacked(&w[2 * piece..2 * piece + 2], shift, 4)));
+        let (w, mut pieces): ([u32; 8], _) = (words(bytes), [[0; 4]; 8]);
+        for piece in 0..4 {
+            let [a, b] = [w[2 * piece], w[2 * piece + 1]];
+            pieces[piece] = (a & LOW | (b & LOW) << 4).to_le_bytes();
+            pieces[4 + piece] = (a >> 4 & LOW | b & !LOW).to_le_bytes();
         }
+        low.extend_from_slice(pieces.as_flattened());
     }
 }
 
