@@ -46,7 +46,7 @@ impl Panels {
     }
 
     /// The same with a chosen instruction set, one of [`Isa::available`]: the bits are the same with all of them, save among so many tokens that
-    /// [panels are opened](super) for them. Eight-bit floats have but one and the matrix unit.
+    /// panels are opened for them. Eight-bit floats have but one and the matrix unit.
     pub fn matmul_on(&self, isa: Isa, x: &[f32], out: &mut [f32]) {
         let tokens = x.len() / self.cols;
         assert!(
