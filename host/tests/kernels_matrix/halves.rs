@@ -86,9 +86,9 @@ fn products_in_panels_are_off_by_the_rounding_of_activations_alone() {
         let (group, rounding) = rounding(format);
         let shapes =
             [(16, 1, 1), (37, 3, 2), (70, 5, 3), (129, 7, 4), (33, 4, 5), (16, 6, 13), (50, 2, 70), (145, 8, 33)];
-        // More columns than are opened at a time, and every number of panels that are multiplied together.
-        let long =
-            [(49, 67), (90, 19), (120, 71)].map(|(rows, tokens)| (rows, 1100usize.div_ceil(unit(format)), tokens));
+        // More columns than are opened at a time; four panels that are multiplied together, and one, two and three behind them.
+        let long = [(70, 67), (90, 19), (90, 66), (105, 71)]
+            .map(|(rows, tokens)| (rows, 1100usize.div_ceil(unit(format)), tokens));
         for (rows, blocks, tokens) in shapes.into_iter().chain(long) {
             let m = random(format, rows, unit(format) * blocks, &mut r);
             let (cols, w) = (m.cols(), back(&m));

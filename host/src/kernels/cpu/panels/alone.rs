@@ -1,6 +1,6 @@
 //! A panel of blocks of several groups against one token: a stream of memory, which the processor foresees while it is read from front to back.
 //! So the sums of a block's groups are kept until all its numbers are read, and only then meet the scales, which lie behind them: a tenth of
-//! the speed hangs on that.
+//! the speed hangs on that. Blocks of one group, or read in jumps, lose by it: they stay with the tile's own loop.
 
 use super::{
     LANES,

@@ -25,7 +25,7 @@ use std::{arch::x86_64::*, ops::Range};
 /// Tokens that are worth a task of their own to be rounded.
 const ROUNDED: usize = 16;
 /// Columns whose products are added up before they meet a scale; groups are multiples of it.
-pub(super) const COLUMNS: usize = 32;
+const COLUMNS: usize = 32;
 /// A cache line of panels: four columns.
 const LINE: usize = 64;
 
