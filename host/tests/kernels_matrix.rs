@@ -1,5 +1,7 @@
 //! Packed matrices: layouts held against mlx (stored file) and against candle's GGUF blocks, fast kernels against plain sums.
 
+#[path = "kernels_matrix/coded.rs"]
+mod coded;
 #[path = "kernels_matrix/halves.rs"]
 mod halves;
 

@@ -64,6 +64,7 @@ impl Step {
                     }
                     (Weight::Packed(m), _) => m.gather_rows(ids, out),
                     (Weight::Panels(m), _) => m.gather_rows(ids, out),
+                    (Weight::Coded(m), _) => m.gather_rows(ids, out),
                     _ => bail!("an embedding that moved"),
                 }
             }
@@ -74,6 +75,7 @@ impl Step {
                     let factor = match weight(model, slot)?.0 {
                         Weight::Packed(m) => Factor::Rows(m),
                         Weight::Panels(m) => Factor::Panels(m),
+                        Weight::Coded(m) => Factor::Coded(m),
                         _ => bail!("a weight that moved"),
                     };
                     products.push((factor, out.as_mut_slice()));

@@ -38,8 +38,9 @@ impl MultiLinear {
     ) -> crate::error::Result<Self> {
         let weight = match weight {
             Weight::Rounded(weight) => return Self::new(*weight, bias, [heads, outputs, inputs]),
-            Weight::Panels(m) => {
-                return Err(Error::Weights(format!("{m:?} cannot be cut by heads; leave its rows apart")));
+            Weight::Panels(_) | Weight::Coded(_) => {
+                let words = "a matrix that is laid out for products cannot be cut by heads; leave its rows as they are";
+                return Err(Error::Weights(words.into()));
             }
             Weight::Packed(m) => {
                 Heads::Packed((0..heads).filter_map(|h| m.slice_rows(h * outputs..(h + 1) * outputs)).collect())

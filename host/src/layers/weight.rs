@@ -11,7 +11,7 @@ use crate::{
     device::Placement,
     error::Result,
     kernels::{
-        cpu::{Factor, Float, Format, Matrix, Panels},
+        cpu::{Coded, Factor, Float, Format, Matrix, Panels},
         metal,
     },
 };
@@ -24,6 +24,8 @@ pub enum Weight {
     Packed(Matrix),
     /// For those of the CPU kernels that want it laid out anew.
     Panels(Panels),
+    /// For those of the CPU kernels that read bfloat16 in fewer bits.
+    Coded(Coded),
     /// For candle, in the placement's type.
     Dense(Tensor),
     /// For dylm's own kernels on an NVIDIA GPU.
@@ -73,7 +75,7 @@ impl Weight {
         match self {
             Weight::Packed(m) => match m.is_for_halves().then(|| Panels::later(&m)).flatten() {
                 Some(panels) => Weight::Panels(panels),
-                None => Weight::Packed(m.that_moves()),
+                None => Coded::later(&m).map_or_else(|| Weight::Packed(m.that_moves()), Weight::Coded),
             },
             other => other,
         }
@@ -103,6 +105,7 @@ impl Weight {
         match self {
             Weight::Packed(m) => m.rows(),
             Weight::Panels(m) => m.rows(),
+            Weight::Coded(m) => m.rows(),
             Weight::Dense(t) => t.dims()[0],
             #[cfg(feature = "cuda")]
             Weight::Tiles(t) => t.rows,
@@ -116,6 +119,7 @@ impl Weight {
         match self {
             Weight::Packed(m) => m.cols(),
             Weight::Panels(m) => m.cols(),
+            Weight::Coded(m) => m.cols(),
             Weight::Dense(t) => t.dims()[1],
             #[cfg(feature = "cuda")]
             Weight::Tiles(t) => t.cols,
@@ -133,6 +137,7 @@ impl Weight {
         match self {
             Weight::Packed(m) => with_f32(x, |x| Tensor::from_vec(Factor::Rows(m).times(x), dims, &Device::Cpu))?,
             Weight::Panels(m) => with_f32(x, |x| Tensor::from_vec(Factor::Panels(m).times(x), dims, &Device::Cpu))?,
+            Weight::Coded(m) => with_f32(x, |x| Tensor::from_vec(Factor::Coded(m).times(x), dims, &Device::Cpu))?,
             Weight::Dense(w) => {
                 let rows = x.elem_count() / w.dims()[1].max(1);
                 let flat = x.reshape((rows, w.dims()[1]))?.to_dtype(w.dtype())?;
@@ -156,6 +161,10 @@ impl Weight {
                 known(ids, m.rows())?;
                 filled((ids.len(), m.cols()), |out| m.gather_rows(ids, out))
             })?,
+            Weight::Coded(m) => super::slices::with_u32(ids, |ids| {
+                known(ids, m.rows())?;
+                filled((ids.len(), m.cols()), |out| m.gather_rows(ids, out))
+            })?,
             Weight::Dense(w) => w.index_select(ids, 0),
             #[cfg(feature = "cuda")]
             Weight::Tiles(t) => t.gather(ids),
@@ -169,6 +178,7 @@ impl Weight {
         match self {
             Weight::Packed(m) => filled((m.rows(), m.cols()), |out| m.dequantize_rows(0..m.rows(), out)),
             Weight::Panels(m) => filled((m.rows(), m.cols()), |out| m.dequantize(out)),
+            Weight::Coded(m) => filled((m.rows(), m.cols()), |out| m.dequantize(out)),
             Weight::Dense(w) => w.to_dtype(DType::F32),
             #[cfg(feature = "cuda")]
             Weight::Tiles(t) => t.dense()?.to_dtype(DType::F32),

@@ -64,17 +64,31 @@ impl Later for Moving {
     }
 
     fn go(&self, _: bool) -> std::io::Result<()> {
-        let mut room = Room::new(self.from.len())?;
-        for (i, piece) in room.chunks_mut(LEAST).enumerate() {
-            let from = self.from.slice(i * LEAST..i * LEAST + piece.len());
-            let from = from.ok_or(std::io::ErrorKind::InvalidInput)?;
-            cpu::copy(&from, piece);
-            // Before all is moved, so that no large matrix is there twice; whoever reads it meanwhile gets its pages from the file again.
-            from.let_go();
-        }
-        let _ = self.to.set(room);
+        let _ = self.to.set(copied(&self.from)?);
         Ok(())
     }
+}
+
+/// A copy of bytes, which are let go.
+fn copied(bytes: &Bytes) -> std::io::Result<Room> {
+    let mut room = Room::new(bytes.len())?;
+    for (i, piece) in room.chunks_mut(LEAST).enumerate() {
+        let from = bytes.slice(i * LEAST..i * LEAST + piece.len());
+        let from = from.ok_or(std::io::ErrorKind::InvalidInput)?;
+        cpu::copy(&from, piece);
+        // Before all is moved, so that no large matrix is there twice; whoever reads it meanwhile gets its pages from the file again.
+        from.let_go();
+    }
+    Ok(room)
+}
+
+/// The same bytes where they are read fastest, at once.
+pub fn moved(bytes: &Bytes) -> std::io::Result<Bytes> {
+    Ok(if is_worth_while(bytes) { copied(bytes)?.into() } else { bytes.clone() })
+}
+
+fn is_worth_while(bytes: &Bytes) -> bool {
+    bytes.is_of_file() && bytes.len() >= SMALL && has_huge_pages()
 }
 
 /// What is still to be moved, in the order in which it was loaded, and how much of it may stay.
@@ -87,7 +101,7 @@ fn queue() -> std::sync::MutexGuard<'static, VecDeque<Weak<dyn Later>>> {
 
 /// The same bytes, to be moved later if they lie in a file and the system has huge pages.
 pub fn later(bytes: Bytes) -> Bytes {
-    if !bytes.is_of_file() || bytes.len() < SMALL || !has_huge_pages() {
+    if !is_worth_while(&bytes) {
         return bytes;
     }
     let moving = Arc::new(Moving { from: bytes, to: OnceLock::new() });

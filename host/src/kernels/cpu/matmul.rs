@@ -60,7 +60,7 @@ impl Matrix {
         let x = self.stored_order(x);
         #[cfg(target_arch = "x86_64")]
         if isa == Isa::best() && self.multiplies_in_halves() {
-            return bf16::multiply(&mut [(self, out)], &x);
+            return bf16::multiply(&mut [(bf16::Halves::Rows(self), out)], &x);
         }
         let call = Call {
             isa,

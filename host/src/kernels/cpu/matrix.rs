@@ -91,6 +91,12 @@ impl Matrix {
         Self { parts: self.parts.map(crate::weights::moving::later), ..self }
     }
 
+    /// The same matrix in memory of its own now, if its bytes lie in a file, which is let go, and the system has huge pages.
+    pub(super) fn moved(&self) -> std::io::Result<Self> {
+        let [weights, scales, biases] = self.parts.each_ref().map(crate::weights::moving::moved);
+        Ok(Self { parts: [weights?, scales?, biases?], ..self.clone() })
+    }
+
     /// Whether products may round activations.
     pub fn is_for_halves(&self) -> bool {
         self.in_halves

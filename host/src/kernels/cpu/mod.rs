@@ -14,6 +14,7 @@ mod asked;
 pub mod attention;
 #[cfg(target_arch = "x86_64")]
 mod bf16;
+mod coded;
 mod dequantize;
 pub mod elementwise;
 pub mod format;
@@ -37,6 +38,7 @@ mod unwritten;
 
 pub use ahead::begin_step;
 pub use attention::{Attend, Rows, attend, attend_all, attend_apart};
+pub use coded::Coded;
 pub use dequantize::e8m0_to_f32;
 #[cfg(feature = "cuda")]
 pub(crate) use dequantize::{e4m3_to_f32, scale_and_min};

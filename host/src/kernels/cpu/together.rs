@@ -2,8 +2,8 @@
 //! rows of all, so that they meet once. The bits are those of single products.
 
 #[cfg(target_arch = "x86_64")]
-use super::bf16;
-use super::{Matrix, Panels, panels, team::each_chunk, unwritten::unwritten};
+use super::bf16::{self, Halves};
+use super::{Coded, Matrix, Panels, panels, team::each_chunk, unwritten::unwritten};
 
 /// A matrix of weights.
 #[derive(Clone, Copy)]
@@ -12,6 +12,8 @@ pub enum Factor<'a> {
     Rows(&'a Matrix),
     /// Sixteen rows after sixteen rows.
     Panels(&'a Panels),
+    /// bfloat16 in fewer bits.
+    Coded(&'a Coded),
 }
 
 impl Factor<'_> {
@@ -23,12 +25,14 @@ impl Factor<'_> {
         let (rows, cols) = match self {
             Factor::Rows(m) => (m.rows(), m.cols()),
             Factor::Panels(m) => (m.rows(), m.cols()),
+            Factor::Coded(m) => (m.rows(), m.cols()),
         };
         // SAFETY: a product writes all its rows for all tokens, and reads none of them.
         let mut out = unsafe { unwritten(x.len() / cols.max(1) * rows) };
         match self {
             Factor::Rows(m) => m.matmul(x, &mut out),
             Factor::Panels(m) => m.matmul(x, &mut out),
+            Factor::Coded(m) => m.matmul(x, &mut out),
         }
         out
     }
@@ -41,6 +45,21 @@ impl Factor<'_> {
 pub fn multiply_all(of: Vec<(Factor<'_>, &mut [f32])>, x: &[f32]) {
     let mut rest = of.into_iter().peekable();
     while let Some((first, out)) = rest.next() {
+        #[cfg(target_arch = "x86_64")]
+        if let Some(first) = halves(first) {
+            let checked = |m: Halves<'_>, out: &[f32]| _ = checked(&m, m.rows(), m.cols(), x, out);
+            let fits = |factor| halves(factor).filter(|next| next.cols() == first.cols());
+            checked(first, out);
+            let mut alike = vec![(first, out)];
+            while let Some((next, out)) = rest.next_if(|&(next, _)| fits(next).is_some()) {
+                if let Some(next) = fits(next) {
+                    checked(next, out);
+                    alike.push((next, out));
+                }
+            }
+            bf16::multiply(&mut alike, x);
+            continue;
+        }
         match first {
             Factor::Panels(first) => {
                 let mut alike = vec![(checked(first, first.rows(), first.cols(), x, out), out)];
@@ -51,19 +70,19 @@ pub fn multiply_all(of: Vec<(Factor<'_>, &mut [f32])>, x: &[f32]) {
                 }
                 panels::multiply(&mut alike, x);
             }
-            #[cfg(target_arch = "x86_64")]
-            Factor::Rows(first) if first.multiplies_in_halves() && !first.has_column_order() => {
-                let fits = |m: &Matrix| m.multiplies_in_halves() && !m.has_column_order() && m.cols() == first.cols();
-                let mut alike = vec![(checked(first, first.rows(), first.cols(), x, out), out)];
-                while let Some((Factor::Rows(next), out)) =
-                    rest.next_if(|(f, _)| matches!(f, Factor::Rows(next) if fits(next)))
-                {
-                    alike.push((checked(next, next.rows(), next.cols(), x, out), out));
-                }
-                bf16::multiply(&mut alike, x);
-            }
             Factor::Rows(m) => m.matmul(x, out),
+            Factor::Coded(m) => m.multiply_plainly(x, out),
         }
+    }
+}
+
+/// Weights of bfloat16 that are multiplied as such.
+#[cfg(target_arch = "x86_64")]
+fn halves(factor: Factor<'_>) -> Option<Halves<'_>> {
+    match factor {
+        Factor::Rows(m) if m.multiplies_in_halves() && !m.has_column_order() => Some(Halves::Rows(m)),
+        Factor::Coded(m) => Some(Halves::Coded(m)),
+        _ => None,
     }
 }
 

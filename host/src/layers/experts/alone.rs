@@ -13,6 +13,7 @@ fn factor(linear: &Linear) -> Option<Factor<'_>> {
     match (&linear.weight, &linear.adapter) {
         (Weight::Packed(m), None) => Some(Factor::Rows(m)),
         (Weight::Panels(m), None) => Some(Factor::Panels(m)),
+        (Weight::Coded(m), None) => Some(Factor::Coded(m)),
         _ => None,
     }
 }

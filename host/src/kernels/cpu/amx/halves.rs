@@ -11,7 +11,7 @@ use super::{
 };
 use crate::kernels::cpu::{
     ahead,
-    matrix::Matrix,
+    bf16::Given,
     tasks::{Output, by_list, in_streams, in_tasks},
     team::each_chunk,
     turned::turned,
@@ -42,9 +42,8 @@ struct Scratch {
     sums: Vec<Sums>,
 }
 
-/// out = x · Wᵀ for each of `of`, matrices of the same columns: `x` is `[tokens, cols]`, an `out` `[tokens, rows]`.
-pub(in crate::kernels::cpu) fn multiply(of: &mut [(&Matrix, &mut [f32])], x: &[f32]) {
-    let Some(cols) = of.first().map(|(m, _)| m.cols()) else { return };
+/// out = x · Wᵀ for each of `of`, rows of the same columns: `x` is `[tokens, cols]`, an `out` `[tokens, rows]`.
+pub(in crate::kernels::cpu) fn multiply(of: &[Given<'_>], cols: usize, x: &[f32]) {
     let (tokens, depth) = (x.len() / cols, cols.next_multiple_of(STEP));
     // SAFETY: `lay_out` writes all pairs of all tokens.
     let mut pairs = unsafe { unwritten::<u32>(tokens * depth / 2) };
@@ -55,15 +54,13 @@ pub(in crate::kernels::cpu) fn multiply(of: &mut [(&Matrix, &mut [f32])], x: &[f
     });
     // No tile ends within a row of weights that lies where it lies.
     let few = tokens <= FEW && cols == depth;
-    let product = |(m, out): &mut (&Matrix, &mut [f32])| {
-        let weights = &m.parts()[0];
+    let product = |&Given { rows, bytes, out, .. }: &Given| {
         if few {
-            ahead::pass(weights);
+            ahead::pass(bytes);
         }
-        let (weights, out) = (weights.as_ptr().cast(), Output(out.as_mut_ptr()));
-        Product { weights, x: pairs.as_ptr(), out, rows: m.rows(), cols, depth, tokens }
+        Product { weights: bytes.as_ptr().cast(), x: pairs.as_ptr(), out, rows, cols, depth, tokens }
     };
-    let products: Vec<Product> = of.iter_mut().map(product).collect();
+    let products: Vec<Product> = of.iter().map(product).collect();
     let rows = products.iter().map(|p| p.rows).sum();
     let lengths = || products.iter().map(|p| p.rows);
     if few {

@@ -1,133 +1,24 @@
-//! Activations times bfloat16 weights as the checkpoint has them, 32 products an instruction (`vdpbf16ps`): activations are rounded to
-//! bfloat16 too, half a unit in their eighth bit, as everybody does who computes in that type; sums stay f32.
-//!
-//! Each sum is one vector that runs from the first column to the last, added up in one order at the end: a token's bits are the same
-//! alone, in a batch and on any number of threads.
+//! Rows of bfloat16 times tokens, both in registers: few tokens with rows as they stream from memory, many with rows that stay in cache.
 
-use super::{
-    ahead::{self, fetch},
-    amx,
-    lanes::Isa,
-    matrix::Matrix,
-    tasks::{Output, by_list, in_streams, in_tasks},
-    team::each_chunk,
-    unwritten::{Plain, unwritten},
-};
-use std::{arch::x86_64::*, ops::Range, sync::OnceLock};
-
-/// Columns of a vector.
-const LANES: usize = 32;
-/// Up to this many tokens weights are streamed from memory once, rows before tokens.
-const FEW: usize = 16;
-/// Up to this many one row after the other: memory is what they wait for.
-const LEAST: usize = 4;
-/// Up to this many the next rows are fetched.
-const SOME: usize = 64;
-/// Tokens that are worth a task of their own to be rounded.
-const ROUNDED: usize = 16;
-/// Bytes of weights that stay in a core's second-level cache while tokens pass.
-const CACHED: usize = 1 << 19;
-
-/// A cache line: a vector that straddles two takes twice as long to load.
-#[repr(C, align(64))]
-#[derive(Clone, Copy)]
-struct Line([u16; LANES]);
-
-impl Plain for Line {}
-
-fn flat(lines: &mut [Line]) -> &mut [u16] {
-    // SAFETY: a line is its numbers and nothing else.
-    unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), lines.len() * LANES) }
-}
-
-/// Whether this machine has the instruction.
-pub(super) fn runs_here() -> bool {
-    static RUNS: OnceLock<bool> = OnceLock::new();
-    *RUNS.get_or_init(|| Isa::best().has_vnni() && is_x86_feature_detected!("avx512bf16"))
-}
-
-/// out = x · Wᵀ for each of `of`, matrices of the same columns: `x` is `[tokens, cols]`, an `out` `[tokens, rows]`.
-pub(super) fn multiply(of: &mut [(&Matrix, &mut [f32])], x: &[f32]) {
-    if Isa::best() == Isa::Amx {
-        return amx::multiply(of, x);
-    }
-    let Some(cols) = of.first().map(|(m, _)| m.cols()) else { return };
-    let tokens = x.len() / cols;
-    // Rows whose starts are a power of two apart would all fall into the same few lines of the first-level cache.
-    let stride = cols.next_multiple_of(LANES) + LANES;
-    // SAFETY: `round` writes a token's whole stride.
-    let mut lines = unsafe { unwritten::<Line>(tokens * stride / LANES) };
-    let halves = flat(&mut lines);
-    let rounded = |(to, x): (&mut [u16], &[f32])| {
-        // SAFETY: `runs_here`; a token's room is whole vectors longer than its columns.
-        unsafe { round(x, to) }
-    };
-    each_chunk(halves, stride * ROUNDED, |i, halves| {
-        halves.chunks_exact_mut(stride).zip(x.chunks_exact(cols).skip(i * ROUNDED)).for_each(rounded);
-    });
-    let product = |(m, out): &mut (&Matrix, &mut [f32])| {
-        let weights = &m.parts()[0];
-        if tokens <= FEW {
-            ahead::pass(weights);
-        }
-        Product {
-            weights: weights.as_ptr().cast(),
-            x: halves.as_ptr(),
-            out: Output(out.as_mut_ptr()),
-            rows: m.rows(),
-            cols,
-            stride,
-            tokens,
-        }
-    };
-    let products: Vec<Product> = of.iter_mut().map(product).collect();
-    let rows = products.iter().map(|p| p.rows).sum();
-    let lengths = || products.iter().map(|p| p.rows);
-    if tokens <= FEW {
-        in_streams(rows, cols * tokens, if tokens > LEAST { 4 } else { 8 }, |(): &mut (), range| {
-            // SAFETY: rows of the matrix; tasks write disjoint rows of `out`; `runs_here`.
-            by_list(range, lengths(), |i, range| unsafe { products[i].few(range) });
-        });
-    } else {
-        let most = (CACHED / (2 * cols)).max(8);
-        // While some tokens pass, what is read next comes; while many do, it has time enough.
-        let (most, block) = if tokens <= SOME { (4 * most, (most / 2).max(8)) } else { (most, most) };
-        in_tasks(rows, cols * tokens, 8, most, |(): &mut (), range| {
-            by_list(range, lengths(), |i, range| {
-                for start in range.clone().step_by(block) {
-                    // SAFETY: as above.
-                    unsafe { products[i].many(start..range.end.min(start + block), tokens <= SOME) };
-                }
-            });
-        });
-    }
-}
-
-/// Numbers rounded to bfloat16, and zeros behind them; `to` has at least as many places, a multiple of sixteen.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-pub(super) unsafe fn round(x: &[f32], to: &mut [u16]) {
-    to[x.len()..].fill(0);
-    for (x, to) in x.chunks(16).zip(to.chunks_exact_mut(16)) {
-        let mask = (u32::MAX >> (32 - x.len())) as u16;
-        // SAFETY: masked to what there is of `x`; sixteen places in `to`.
-        unsafe {
-            let rounded = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, x.as_ptr()));
-            _mm256_storeu_si256(to.as_mut_ptr().cast(), std::mem::transmute::<__m256bh, __m256i>(rounded));
-        }
-    }
-}
+use super::{LANES, halves};
+use crate::kernels::cpu::{ahead::fetch, tasks::Output};
+use std::{arch::x86_64::*, ops::Range};
 
 /// One product.
 #[derive(Clone, Copy)]
-struct Product {
-    weights: *const u16,
-    x: *const u16,
-    out: Output,
-    rows: usize,
-    cols: usize,
+pub(super) struct Product {
+    /// Rows as they are multiplied.
+    pub(super) weights: *const u16,
+    /// Where they come from, which is fetched before it is their turn, and the bytes from one row to the next there.
+    pub(super) lying: *const u8,
+    pub(super) pitch: usize,
+    pub(super) x: *const u16,
+    pub(super) out: Output,
+    pub(super) rows: usize,
+    pub(super) cols: usize,
     /// From one token to the next in `x`.
-    stride: usize,
-    tokens: usize,
+    pub(super) stride: usize,
+    pub(super) tokens: usize,
 }
 
 // SAFETY: read-only memory that outlives the product, and an output of which threads write disjoint rows.
@@ -135,7 +26,7 @@ unsafe impl Sync for Product {}
 
 impl Product {
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-    unsafe fn few(self, range: Range<usize>) {
+    pub(super) unsafe fn few(self, range: Range<usize>) {
         let mut r = range.start;
         while r < range.end {
             // SAFETY: passed on to the caller.
@@ -157,7 +48,7 @@ impl Product {
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
     unsafe fn all<const R: usize>(self, r: usize) -> usize {
         let mut t = 0;
-        let next: [*const u16; R] = std::array::from_fn(|i| self.weights.wrapping_add((r + R + i) * self.cols));
+        let next: [*const u8; R] = std::array::from_fn(|i| self.lying.wrapping_add((r + R + i) * self.pitch));
         while t < self.tokens {
             // SAFETY: passed on to the caller.
             t += unsafe {
@@ -209,10 +100,10 @@ impl Product {
         4
     }
 
-    /// Rows that stay in cache while all tokens pass, more than [`FEW`], six at a time or nearly so: never fewer than four. Meanwhile, if that
+    /// Rows that stay in cache while all tokens pass, more than [`FEW`](super::FEW), six at a time or nearly so: never fewer than four. Meanwhile, if that
     /// is `ahead`, as many rows behind them are fetched: one in four each time that tokens pass, two where they pass but three times.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-    unsafe fn many(self, range: Range<usize>, ahead: bool) {
+    pub(super) unsafe fn many(self, range: Range<usize>, ahead: bool) {
         let (passes, mut t) = (self.tokens.div_ceil(6), 0);
         for pass in 0..passes {
             let fetched = if !ahead || pass == 0 {
@@ -253,7 +144,7 @@ impl Product {
     unsafe fn fours<const T: usize, const NEXT: usize>(self, range: Range<usize>, t: usize, fetched: usize) {
         let whole = range.len() / 4 * 4;
         for r in (range.start..range.start + whole).step_by(4) {
-            let next = |i: usize| self.weights.wrapping_add((r + range.len() + fetched + i) * self.cols);
+            let next = |i: usize| self.lying.wrapping_add((r + range.len() + fetched + i) * self.pitch);
             // SAFETY: passed on to the caller.
             unsafe { self.tile::<4, T, NEXT>(r, t, std::array::from_fn(next)) };
         }
@@ -270,7 +161,7 @@ impl Product {
         self,
         r: usize,
         t: usize,
-        next: [*const u16; NEXT],
+        next: [*const u8; NEXT],
     ) -> usize {
         // SAFETY: rows of the matrix and tokens of `x`; what lies beyond the last column is masked away.
         unsafe {
@@ -282,7 +173,7 @@ impl Product {
             while c < whole {
                 let weights: [__m512bh; R] = std::array::from_fn(|i| halves(_mm512_loadu_si512(rows[i].add(c).cast())));
                 for row in next {
-                    fetch(row.wrapping_add(c).cast());
+                    fetch(row.wrapping_add(2 * c));
                 }
                 for k in 0..T {
                     let x = halves(_mm512_loadu_si512(tokens[k].add(c).cast()));
@@ -320,17 +211,10 @@ impl Product {
     }
 }
 
-#[inline]
-#[target_feature(enable = "avx512f,avx512bf16")]
-fn halves(v: __m512i) -> __m512bh {
-    // SAFETY: the same 512 bits.
-    unsafe { std::mem::transmute::<__m512i, __m512bh>(v) }
-}
-
 /// The lanes' sums of four vectors, side by side: halves to halves, quarters to quarters, and so on, whatever else is in the vectors.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn added_up([a, b, c, d]: [__m512; 4]) -> __m128 {
+pub(super) fn added_up([a, b, c, d]: [__m512; 4]) -> __m128 {
     let halves = |a, b| _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xee>(a, b));
     let (ab, cd) = (halves(a, b), halves(c, d));
     let quarters = _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(ab, cd), _mm512_shuffle_f32x4::<0xdd>(ab, cd));
