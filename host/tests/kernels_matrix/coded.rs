@@ -58,7 +58,8 @@ fn weights_that_have_no_code_stay_what_they_are() {
     let mut numbers = normal(rows * cols, &mut r);
     // In the first and the last column, twice in one chunk, in chunks that follow each other and in what no chunk holds.
     let strays = [f32::NAN, f32::INFINITY, -1e30, 1e-30, f32::MIN_POSITIVE / 2.0, -0.0, 3e38];
-    let places = [0, 127, 128, 5 * cols - 1, 6 * cols + 3, 6 * cols + 4, 7 * cols + 895, 7 * cols + 896, 69 * cols + 999];
+    let places =
+        [0, 127, 128, 5 * cols - 1, 6 * cols + 3, 6 * cols + 4, 7 * cols + 895, 7 * cols + 896, 69 * cols + 999];
     for (i, at) in places.into_iter().enumerate() {
         numbers[at] = strays[i % strays.len()];
     }
@@ -76,7 +77,8 @@ fn weights_that_have_no_code_stay_what_they_are() {
         let x = r.floats(tokens * cols);
         let mut want = vec![0.0; tokens * rows];
         m.matmul(&x, &mut want);
-        let same = |(got, want): (u32, u32)| got == want || f32::from_bits(got).is_nan() && f32::from_bits(want).is_nan();
+        let same =
+            |(got, want): (u32, u32)| got == want || f32::from_bits(got).is_nan() && f32::from_bits(want).is_nan();
         assert!(product(&coded, &x).into_iter().zip(bits(&want)).all(same), "{tokens} tokens");
     }
 }

@@ -28,6 +28,8 @@ const FEW: usize = 16;
 const LEAST: usize = 4;
 /// Up to this many the next rows are fetched.
 const SOME: usize = 64;
+/// Rows between the next ones and those that are fetched while few tokens pass.
+const AHEAD: usize = 4;
 /// Tokens that are worth a task of their own to be rounded.
 const ROUNDED: usize = 16;
 /// Bytes of weights that stay in a core's second-level cache while tokens pass.
@@ -152,8 +154,10 @@ fn multiply_parts(parts: &[Given], cols: usize, x: &[f32]) {
         if tokens <= FEW {
             ahead::pass(bytes);
         }
-        let (lying, pitch) = (bytes.as_ptr(), code.map_or(2 * cols, Code::pitch));
-        Product { weights: lying.cast(), lying, pitch, x: rounded_x.as_ptr(), out, rows, cols, stride, tokens }
+        let (weights, pitch) = (bytes.as_ptr(), code.map_or(2 * cols, Code::pitch));
+        // Where few tokens pass, what is fetched is wanted soon: some rows farther than the next.
+        let lying = weights.wrapping_add(if tokens <= FEW { AHEAD * pitch } else { 0 });
+        Product { weights: weights.cast(), lying, pitch, x: rounded_x.as_ptr(), out, rows, cols, stride, tokens }
     };
     let products: Vec<Product> = parts.iter().map(product).collect();
     let rows = products.iter().map(|p| p.rows).sum();

@@ -4,15 +4,21 @@ use super::{
     LANES, LEAST, Line, flat, halves,
     product::{Product, added_up},
 };
-use crate::kernels::cpu::coded::{CHUNK, Code, LOW};
+use crate::kernels::cpu::coded::{CHUNK, Code, LOW, Plain};
 use std::{arch::x86_64::*, ops::Range};
 
 /// Vectors of a chunk's columns.
 const VECTORS: usize = CHUNK / LANES;
+/// Bytes that they take in code.
+const BYTES: usize = LOW + CHUNK / 2;
+/// Rows at a time.
+const ROWS: usize = 4;
+/// What is no column.
+const NONE: usize = usize::MAX;
 
 /// A product of coded weights.
 pub(super) struct Opening<'a> {
-    /// Its `weights` mean nothing.
+    /// Its `weights` are codes.
     pub(super) product: Product,
     pub(super) code: &'a Code,
 }
@@ -21,15 +27,15 @@ impl Opening<'_> {
     /// Up to [`FEW`](super::FEW) tokens.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vbmi")]
     pub(super) unsafe fn few(self, range: Range<usize>, room: &mut Vec<Line>) {
-        for r in range.clone().step_by(4) {
-            let rows = r..range.end.min(r + 4);
+        for r in range.clone().step_by(ROWS) {
+            let rows = r..range.end.min(r + ROWS);
             // SAFETY: passed on to the caller.
             unsafe {
                 match (self.product.tokens, rows.len()) {
-                    (1, 4) => self.four::<1>(r),
-                    (2, 4) => self.four::<2>(r),
-                    (3, 4) => self.four::<3>(r),
-                    (LEAST, 4) => self.four::<LEAST>(r),
+                    (1, ROWS) => self.four::<1>(r),
+                    (2, ROWS) => self.four::<2>(r),
+                    (3, ROWS) => self.four::<3>(r),
+                    (LEAST, ROWS) => self.four::<LEAST>(r),
                     _ => self.opened(rows.clone(), room).few(rows),
                 }
             }
@@ -54,24 +60,19 @@ impl Opening<'_> {
 
     /// A row.
     #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi")]
     unsafe fn open(&self, r: usize, to: &mut [u16]) {
-        let from = self.row(r);
+        let mut row = self.row(r);
         let (chunks, left) = to.as_chunks_mut::<CHUNK>();
         // SAFETY: chunks of the row, and behind them the columns that are left over.
         unsafe {
-            let uppers = self.uppers();
             for (i, to) in chunks.iter_mut().enumerate() {
-                for (v, opened) in open(uppers, from.add(i * (LOW + CHUNK / 2))).into_iter().enumerate() {
+                let opened = if i * CHUNK == row.next { row.plain_chunk() } else { row.chunk() };
+                for (v, opened) in opened.into_iter().enumerate() {
                     _mm512_storeu_si512(to.as_mut_ptr().add(v * LANES).cast(), opened);
                 }
             }
-            let behind = from.add(chunks.len() * (LOW + CHUNK / 2));
-            std::ptr::copy_nonoverlapping(behind, left.as_mut_ptr().cast(), 2 * left.len());
-        }
-        for stray in self.code.strays(r) {
-            let word = &mut to[stray.column as usize];
-            *word = *word & 0xff | u16::from(stray.upper) << 8;
+            std::ptr::copy_nonoverlapping(row.from, left.as_mut_ptr().cast(), 2 * left.len());
         }
     }
 
@@ -80,53 +81,33 @@ impl Opening<'_> {
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vbmi")]
     unsafe fn four<const T: usize>(&self, r: usize) {
         let Product { x, stride, cols, out, rows, .. } = self.product;
-        let mut sums = [[_mm512_setzero_ps(); 4]; T];
+        let (mut sums, whole) = ([[_mm512_setzero_ps(); 4]; T], cols / CHUNK * CHUNK);
         // SAFETY: rows of the matrix and tokens of `x`; what lies beyond the last column is masked away.
         unsafe {
-            let (uppers, chunks) = (self.uppers(), cols / CHUNK);
             let tokens: [*const u16; T] = std::array::from_fn(|k| x.add(k * stride));
             for i in 0..4 {
-                let (mut from, mut strays) = (self.row(r + i), self.code.strays(r + i));
-                let mut chunk = 0;
-                loop {
-                    let stop = strays.first().map_or(chunks, |stray| stray.column as usize / CHUNK);
-                    while chunk < stop {
-                        let w = open(uppers, from);
-                        for k in 0..T {
-                            sums[k][i] = add_products(sums[k][i], w, tokens[k].add(chunk * CHUNK));
-                        }
-                        from = from.add(LOW + CHUNK / 2);
-                        chunk += 1;
+                let (mut row, mut sum, mut c) = (self.row(r + i), [_mm512_setzero_ps(); T], 0);
+                while c < whole {
+                    // A loop of its own for what nearly all chunks are: it stays in registers.
+                    let stop = row.next.min(whole);
+                    while c < stop {
+                        add_products(&mut sum, row.chunk(), tokens.map(|x| x.add(c)));
+                        c += CHUNK;
                     }
-                    if chunk == chunks {
-                        break;
+                    if c < whole {
+                        add_products(&mut sum, row.plain_chunk(), tokens.map(|x| x.add(c)));
+                        c += CHUNK;
                     }
-                    let count = strays.iter().take_while(|stray| stray.column as usize / CHUNK == chunk).count();
-                    let (here, others) = strays.split_at(count);
-                    strays = others;
-                    let mut words = [[0u16; LANES]; VECTORS];
-                    for (word, opened) in words.iter_mut().zip(open(uppers, from)) {
-                        _mm512_storeu_si512(word.as_mut_ptr().cast(), opened);
-                    }
-                    for stray in here {
-                        let word = &mut words.as_flattened_mut()[stray.column as usize % CHUNK];
-                        *word = *word & 0xff | u16::from(stray.upper) << 8;
-                    }
-                    let w = words.map(|words| _mm512_loadu_si512(words.as_ptr().cast()));
-                    for k in 0..T {
-                        sums[k][i] = add_products(sums[k][i], w, tokens[k].add(chunk * CHUNK));
-                    }
-                    from = from.add(LOW + CHUNK / 2);
-                    chunk += 1;
                 }
-                for c in (chunks * CHUNK..cols).step_by(LANES) {
+                for c in (whole..cols).step_by(LANES) {
                     let mask = u32::MAX >> (LANES - (cols - c).min(LANES));
-                    let w = halves(_mm512_maskz_loadu_epi16(mask, from.cast::<i16>().add(c - chunks * CHUNK)));
+                    let w = halves(_mm512_maskz_loadu_epi16(mask, row.from.add(2 * (c - whole)).cast()));
                     for k in 0..T {
                         let x = halves(_mm512_maskz_loadu_epi16(mask, tokens[k].add(c).cast()));
-                        sums[k][i] = _mm512_dpbf16_ps(sums[k][i], w, x);
+                        sum[k] = _mm512_dpbf16_ps(sum[k], w, x);
                     }
                 }
+                (0..T).for_each(|k| sums[k][i] = sum[k]);
             }
             for k in 0..T {
                 _mm_storeu_ps(out.pointer().add(k * rows + r), added_up(sums[k]));
@@ -134,43 +115,72 @@ impl Opening<'_> {
         }
     }
 
-    fn row(&self, r: usize) -> *const u8 {
-        self.product.lying.wrapping_add(r * self.product.pitch)
-    }
-
-    /// The upper bytes four times: of an index that chooses among 64, the lowest four bits count.
     #[inline]
     #[target_feature(enable = "avx512f")]
-    fn uppers(&self) -> __m512i {
+    fn row(&self, r: usize) -> Row<'_> {
         // SAFETY: sixteen bytes.
-        unsafe { _mm512_broadcast_i32x4(_mm_loadu_si128(self.code.uppers.as_ptr().cast())) }
+        let uppers = unsafe { _mm512_broadcast_i32x4(_mm_loadu_si128(self.code.uppers.as_ptr().cast())) };
+        let from = self.product.weights.cast::<u8>().wrapping_add(r * self.product.pitch);
+        let mut row = Row { from, uppers, plain: self.code.plain(r), next: 0 };
+        row.look();
+        row
     }
 }
 
-/// A chunk's columns, in order.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
-unsafe fn open(uppers: __m512i, from: *const u8) -> [__m512i; VECTORS] {
-    // SAFETY: the caller vouches for the chunk.
-    let [low, more, codes] = unsafe { [0, 1, 2].map(|i| _mm512_loadu_si512(from.add(64 * i).cast())) };
-    let upper = _mm512_permutexvar_epi8(codes, uppers);
-    let upper_of_more = _mm512_permutexvar_epi8(_mm512_srli_epi16::<4>(codes), uppers);
-    [
-        _mm512_unpacklo_epi8(low, upper),
-        _mm512_unpackhi_epi8(low, upper),
-        _mm512_unpacklo_epi8(more, upper_of_more),
-        _mm512_unpackhi_epi8(more, upper_of_more),
-    ]
+/// What is still to come of a row.
+struct Row<'a> {
+    from: *const u8,
+    /// Four times: of an index that chooses among 64 bytes, the lowest four bits count.
+    uppers: __m512i,
+    plain: &'a [Plain],
+    /// The column that the first of them begins with.
+    next: usize,
 }
 
-/// Vectors of weights and as many of a token.
+impl Row<'_> {
+    fn look(&mut self) {
+        self.next = self.plain.first().map_or(NONE, |plain| plain.column);
+    }
+
+    /// The next chunk's columns in order, from their codes.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
+    unsafe fn chunk(&mut self) -> [__m512i; VECTORS] {
+        // SAFETY: the caller vouches for the chunk.
+        let [low, more, codes] = unsafe { [0, 1, 2].map(|i| _mm512_loadu_si512(self.from.add(64 * i).cast())) };
+        self.from = self.from.wrapping_add(BYTES);
+        let upper = _mm512_permutexvar_epi8(codes, self.uppers);
+        let upper_of_more = _mm512_permutexvar_epi8(_mm512_srli_epi16::<4>(codes), self.uppers);
+        [
+            _mm512_unpacklo_epi8(low, upper),
+            _mm512_unpackhi_epi8(low, upper),
+            _mm512_unpacklo_epi8(more, upper_of_more),
+            _mm512_unpackhi_epi8(more, upper_of_more),
+        ]
+    }
+
+    /// The next chunk's columns, where it is the `next` plain one.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn plain_chunk(&mut self) -> [__m512i; VECTORS] {
+        let Some((plain, others)) = self.plain.split_first() else { return [_mm512_setzero_si512(); VECTORS] };
+        self.plain = others;
+        self.look();
+        self.from = self.from.wrapping_add(BYTES);
+        // SAFETY: vectors of a chunk.
+        std::array::from_fn(|v| unsafe { _mm512_loadu_si512(plain.bytes.as_ptr().add(64 * v).cast()) })
+    }
+}
+
+/// A chunk's weights times those columns of some tokens.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bf16")]
-unsafe fn add_products(mut sum: __m512, weights: [__m512i; VECTORS], x: *const u16) -> __m512 {
-    for (i, w) in weights.into_iter().enumerate() {
-        // SAFETY: the caller vouches for the token's columns.
-        let x = unsafe { _mm512_loadu_si512(x.add(i * LANES).cast()) };
-        sum = _mm512_dpbf16_ps(sum, halves(w), halves(x));
+unsafe fn add_products<const T: usize>(sums: &mut [__m512; T], weights: [__m512i; VECTORS], x: [*const u16; T]) {
+    for k in 0..T {
+        for v in 0..VECTORS {
+            // SAFETY: the caller vouches for the tokens' columns.
+            let x = unsafe { _mm512_loadu_si512(x[k].add(v * LANES).cast()) };
+            sums[k] = _mm512_dpbf16_ps(sums[k], halves(weights[v]), halves(x));
+        }
     }
-    sum
 }

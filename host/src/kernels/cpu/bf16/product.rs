@@ -9,7 +9,7 @@ use std::{arch::x86_64::*, ops::Range};
 pub(super) struct Product {
     /// Rows as they are multiplied.
     pub(super) weights: *const u16,
-    /// Where they come from, which is fetched before it is their turn, and the bytes from one row to the next there.
+    /// Where rows come from that are fetched when it is the turn of those before them, and the bytes from one to the next there.
     pub(super) lying: *const u8,
     pub(super) pitch: usize,
     pub(super) x: *const u16,

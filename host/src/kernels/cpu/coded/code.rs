@@ -15,13 +15,13 @@ pub(in crate::kernels::cpu) const CHUNK: usize = 128;
 pub(in crate::kernels::cpu) const LOW: usize = CHUNK;
 /// Bytes they take.
 const CODED: usize = LOW + CHUNK / 2;
-/// One stray in so many weights is too many.
-const RARE: usize = 256;
+/// One chunk in so many may be plain: more of them take what codes save.
+const RARE: usize = 8;
 /// Rows that tell what upper bytes are frequent.
 const SAMPLE: usize = 256;
 /// Bytes that are coded before their pages are let go.
 const AT_ONCE: usize = 16 << 20;
-/// What no code stands for, and codes are not.
+/// What stands for no code: these have four bits.
 const NONE: u8 = 0x80;
 
 /// A matrix in codes.
@@ -30,16 +30,17 @@ pub(in crate::kernels::cpu) struct Code {
     /// The upper byte that each code stands for.
     pub(in crate::kernels::cpu) uppers: [u8; 16],
     bytes: Room,
-    /// Where the strays of each row begin, and behind the last.
-    starts: Vec<u32>,
-    strays: Vec<Stray>,
+    /// Where each row's plain chunks begin, and behind the last.
+    starts: Vec<usize>,
+    plain: Vec<Plain>,
 }
 
-/// A weight whose upper byte has no code.
-#[derive(Clone, Copy)]
-pub(in crate::kernels::cpu) struct Stray {
-    pub(in crate::kernels::cpu) column: u32,
-    pub(in crate::kernels::cpu) upper: u8,
+/// A chunk with an upper byte that has no code: what stands at its place in the row means nothing.
+#[repr(C, align(64))]
+pub(in crate::kernels::cpu) struct Plain {
+    pub(in crate::kernels::cpu) bytes: [u8; 2 * CHUNK],
+    /// Its first.
+    pub(in crate::kernels::cpu) column: usize,
 }
 
 /// Bytes of a row.
@@ -55,37 +56,31 @@ fn place(column: usize) -> (usize, usize, u32) {
 }
 
 impl Code {
-    /// A matrix of bfloat16, whose own pages are let go; `None` if it has too many strays. Fails where there is no memory for it.
+    /// A matrix of bfloat16, whose own pages are let go; `None` if that is not worth while. Fails where there is no memory for it.
     pub(super) fn of(matrix: &Matrix) -> std::io::Result<Option<Self>> {
         let (rows, cols, size) = (matrix.rows(), matrix.cols(), row_bytes(matrix.cols()));
         let uppers = frequent(matrix);
         let mut codes = [NONE; 256];
-        // Of an upper byte that stands there twice, for want of others, the first code counts.
-        uppers.iter().enumerate().rev().for_each(|(code, &upper)| codes[usize::from(upper)] = code as u8);
-        let (mut bytes, mut strays, mut counts) = (Room::new(rows * size)?, Vec::new(), vec![0u32; rows]);
+        uppers.iter().enumerate().for_each(|(code, &upper)| codes[usize::from(upper)] = code as u8);
+        let (mut bytes, mut plain, mut starts) = (Room::new(rows * size)?, Vec::new(), vec![0]);
         let at_once = (AT_ONCE / (2 * cols)).max(1);
-        for (i, (some, counts)) in bytes.chunks_mut(at_once * size).zip(counts.chunks_mut(at_once)).enumerate() {
+        for (i, some) in bytes.chunks_mut(at_once * size).enumerate() {
             let first = i * at_once;
-            let each = some.par_chunks_exact_mut(size).zip(counts).enumerate().map(|(r, (to, count))| {
-                let mut strays = Vec::new();
-                encode(matrix.row_parts(first + r)[0], &codes, to, &mut strays);
-                *count = strays.len() as u32;
-                strays
-            });
-            let found: Vec<Vec<Stray>> = each.collect();
-            strays.extend(found.into_iter().flatten());
-            if strays.len() > rows * cols / RARE {
+            let each = some.par_chunks_exact_mut(size).enumerate();
+            let found: Vec<Vec<Plain>> =
+                each.map(|(r, to)| encode(matrix.row_parts(first + r)[0], &codes, to)).collect();
+            for row in found {
+                plain.extend(row);
+                starts.push(plain.len());
+            }
+            if plain.len() > rows * (cols / CHUNK) / RARE {
                 return Ok(None);
             }
             if let Some(done) = matrix.slice_rows(first..rows.min(first + at_once)) {
                 done.parts().iter().for_each(Bytes::let_go);
             }
         }
-        let starts = std::iter::once(0).chain(counts.iter().scan(0, |sum, count| {
-            *sum += count;
-            Some(*sum)
-        }));
-        Ok(Some(Self { cols, uppers, bytes, starts: starts.collect(), strays }))
+        Ok(Some(Self { cols, uppers, bytes, starts, plain }))
     }
 
     /// All rows.
@@ -98,29 +93,28 @@ impl Code {
         row_bytes(self.cols)
     }
 
-    /// A row's strays, by column.
+    /// A row's plain chunks, in order.
     #[inline(always)]
-    pub(in crate::kernels::cpu) fn strays(&self, row: usize) -> &[Stray] {
-        &self.strays[self.starts[row] as usize..self.starts[row + 1] as usize]
+    pub(in crate::kernels::cpu) fn plain(&self, row: usize) -> &[Plain] {
+        &self.plain[self.starts[row]..self.starts[row + 1]]
     }
 
     /// A row in f32.
     pub(super) fn row(&self, row: usize, out: &mut [f32]) {
         let (chunks, left) = self.bytes[row * self.pitch()..][..self.pitch()].split_at(self.cols / CHUNK * CODED);
         let number = |low: u8, upper: u8| Float::BF16.read(&[low, upper]);
-        for (chunk, out) in chunks.chunks_exact(CODED).zip(out.chunks_exact_mut(CHUNK)) {
+        let words = |out: &mut [f32], bytes: &[u8]| {
+            out.iter_mut().zip(bytes.as_chunks::<2>().0).for_each(|(out, &[low, upper])| *out = number(low, upper));
+        };
+        let (wholes, rest) = out.as_chunks_mut::<CHUNK>();
+        for (chunk, out) in chunks.as_chunks::<CODED>().0.iter().zip(&mut *wholes) {
             for (column, out) in out.iter_mut().enumerate() {
                 let (low, code, shift) = place(column);
                 *out = number(chunk[low], self.uppers[usize::from(chunk[code] >> shift & 15)]);
             }
         }
-        let whole = self.cols / CHUNK * CHUNK;
-        out[whole..].iter_mut().zip(left.as_chunks::<2>().0).for_each(|(out, &[low, upper])| *out = number(low, upper));
-        for stray in self.strays(row) {
-            let column = stray.column as usize;
-            let low = chunks[column / CHUNK * CODED + place(column % CHUNK).0];
-            out[column] = number(low, stray.upper);
-        }
+        self.plain(row).iter().for_each(|plain| words(&mut wholes[plain.column / CHUNK], &plain.bytes));
+        words(rest, left);
     }
 }
 
@@ -135,35 +129,41 @@ fn frequent(matrix: &Matrix) -> [u8; 16] {
     std::array::from_fn(|code| uppers[code])
 }
 
-/// A row of bfloat16 to `to`.
-fn encode(row: &[u8], codes: &[u8; 256], to: &mut [u8], strays: &mut Vec<Stray>) {
+/// A row of bfloat16 to `to`; gives back its plain chunks.
+fn encode(row: &[u8], codes: &[u8; 256], to: &mut [u8]) -> Vec<Plain> {
     let (chunks, left) = row.as_chunks::<{ 2 * CHUNK }>();
     let (coded, rest) = to.split_at_mut(chunks.len() * CODED);
     rest.copy_from_slice(left);
-    #[cfg(target_arch = "x86_64")]
-    let fast = is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512vbmi");
+    let mut plain = Vec::new();
     for (i, (chunk, to)) in chunks.iter().zip(coded.as_chunks_mut::<CODED>().0).enumerate() {
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: the processor has the instructions.
-        if fast && unsafe { encode_chunk(chunk, codes, to) } {
-            continue;
-        }
-        to[LOW..].fill(0);
-        for (column, &[low, upper]) in chunk.as_chunks::<2>().0.iter().enumerate() {
-            let (at, code_at, shift) = place(column);
-            to[at] = low;
-            match codes[usize::from(upper)] {
-                NONE => strays.push(Stray { column: (i * CHUNK + column) as u32, upper }),
-                code => to[code_at] |= code << shift,
-            }
+        if !encode_chunk(chunk, codes, to) {
+            plain.push(Plain { bytes: *chunk, column: i * CHUNK });
         }
     }
+    plain
 }
 
-/// A chunk without strays; says whether it is one.
+/// Says whether all upper bytes have codes.
+fn encode_chunk(chunk: &[u8; 2 * CHUNK], codes: &[u8; 256], to: &mut [u8; CODED]) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512vbmi") {
+        // SAFETY: the processor has the instructions.
+        return unsafe { encode_in_vectors(chunk, codes, to) };
+    }
+    to[LOW..].fill(0);
+    let mut found = 0;
+    for (column, &[low, upper]) in chunk.as_chunks::<2>().0.iter().enumerate() {
+        let ((at, code_at, shift), code) = (place(column), codes[usize::from(upper)]);
+        to[at] = low;
+        to[code_at] |= code << shift;
+        found |= code;
+    }
+    found < NONE
+}
+
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
-fn encode_chunk(chunk: &[u8; 2 * CHUNK], codes: &[u8; 256], to: &mut [u8; CODED]) -> bool {
+fn encode_in_vectors(chunk: &[u8; 2 * CHUNK], codes: &[u8; 256], to: &mut [u8; CODED]) -> bool {
     // SAFETY: vectors of these very arrays.
     unsafe {
         let table: [__m512i; 4] = std::array::from_fn(|i| _mm512_loadu_si512(codes.as_ptr().add(64 * i).cast()));
@@ -179,9 +179,38 @@ fn encode_chunk(chunk: &[u8; 2 * CHUNK], codes: &[u8; 256], to: &mut [u8; CODED]
             let negative = _mm512_permutex2var_epi8(table[2], upper, table[3]);
             found[half] = _mm512_mask_blend_epi8(_mm512_movepi8_mask(upper), positive, negative);
         }
-        let strays = _mm512_movepi8_mask(_mm512_or_si512(found[0], found[1]));
         let both = _mm512_or_si512(found[0], _mm512_slli_epi16::<4>(found[1]));
         _mm512_storeu_si512(to.as_mut_ptr().add(LOW).cast(), both);
-        strays == 0
+        _mm512_movepi8_mask(_mm512_or_si512(found[0], found[1])) == 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn vectors_code_as_single_bytes_do() {
+        let uppers: [u8; 16] = std::array::from_fn(|i| (i as u8 / 2 + 0x38) | (i as u8 % 2) << 7);
+        let mut codes = [NONE; 256];
+        uppers.iter().enumerate().for_each(|(code, &upper)| codes[usize::from(upper)] = code as u8);
+        let mut chunk: [u8; 2 * CHUNK] =
+            std::array::from_fn(|i| if i % 2 == 0 { (i * 37) as u8 } else { uppers[i * 5 / 2 % 16] });
+        for stray in [None, Some(0), Some(77), Some(127)] {
+            if let Some(column) = stray {
+                chunk[2 * column + 1] = 0x7f;
+            }
+            let mut want = [0; CODED];
+            let mut clean = true;
+            for (column, &[low, upper]) in chunk.as_chunks::<2>().0.iter().enumerate() {
+                let (at, code_at, shift) = place(column);
+                want[at] = low;
+                want[code_at] |= (codes[usize::from(upper)] & 15) << shift;
+                clean &= codes[usize::from(upper)] != NONE;
+            }
+            let mut got = [0; CODED];
+            assert_eq!(encode_chunk(&chunk, &codes, &mut got), clean);
+            assert!(!clean || got == want);
+        }
     }
 }

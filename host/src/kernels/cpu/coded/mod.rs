@@ -1,7 +1,7 @@
 //! bfloat16 in twelve bits, bit for bit. A weight's upper byte is its sign and seven of eight bits of its exponent, and weights of a matrix are
 //! of few magnitudes: all but one in ten thousand have one of sixteen upper bytes. So four bits name it, the lower byte stays as it is, and
-//! decoding, which waits for memory, goes a third faster. Weights with another upper byte (strays) are noted beside. That weights of trained
-//! models can be coded so is from DFloat11 (arXiv 2504.11651), whose codes are of many lengths.
+//! decoding, which waits for memory, goes a third faster. Where another upper byte comes up, the columns around it are kept plain, beside. That
+//! weights of trained models can be coded so is from DFloat11 (arXiv 2504.11651), whose codes are of many lengths.
 //!
 //! A matrix is [coded once the model is in use](crate::weights::moving), as one that is copied is; until then its rows are read where they lie.
 
@@ -12,9 +12,9 @@ use super::{
     format::{Float, Format},
     matrix::Matrix,
 };
-pub(super) use code::{CHUNK, Code, LOW};
-pub(super) use store::Source;
+pub(super) use code::{CHUNK, Code, LOW, Plain};
 use std::sync::Arc;
+pub(super) use store::Source;
 use store::Store;
 
 /// `[rows, cols]` = `[out, in]` of bfloat16. Cloning shares the bytes.
@@ -41,7 +41,7 @@ impl Coded {
         (fits && multiplies(matrix)).then(|| Self { rows, cols, store: Store::lying(matrix.clone()) })
     }
 
-    /// Whether it is coded by now. One with too many strays never is.
+    /// Whether it is coded by now. One of too many magnitudes never is.
     pub fn is_coded(&self) -> bool {
         matches!(self.source(), Source::Coded(_))
     }

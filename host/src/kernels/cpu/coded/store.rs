@@ -1,4 +1,5 @@
-//! Where a matrix is that is to be coded: as the checkpoint has it until the model is in use, then coded, or copied if it has too many strays.
+//! Where a matrix is that is to be coded: as the checkpoint has it until the model is in use, then coded, or copied if
+//! that is not worth while.
 
 use super::code::Code;
 use crate::{
