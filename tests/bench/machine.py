@@ -78,7 +78,7 @@ def busy_seconds():
 
 
 class Machine:
-    """What it is, and how fast its memory was read by dylm's own measure, once a repetition."""
+    """What it is, and how fast its memory was read by dylm's own measure, once a repetition and around what waits for it."""
 
     def __init__(self, chosen, dylm):
         self.chosen, self.dylm = chosen, dylm
@@ -87,12 +87,20 @@ class Machine:
         self.started = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
 
     def measure(self):
+        """GB/s; None if it could not be measured."""
         threads = {"RAYON_NUM_THREADS": str(self.chosen.threads)}
         ran = run([self.dylm, "bench", "--bandwidth", "--json"], threads, 120, self.chosen.under)
         try:
             self.bandwidths.append(json.loads(ran.out)["bandwidth"]["gb_per_s"])
+            return self.bandwidths[-1]
         except (ValueError, KeyError, TypeError):
             print(f"no memory bandwidth: {ran.err.strip()[-200:]}", file=sys.stderr)
+            return None
+
+    def around(self, work):
+        """(what `work` gives back, how fast memory was read just before and after it, on average)."""
+        before, given, after = self.measure(), work(), self.measure()
+        return given, (before + after) / 2 if before and after else None
 
     def bandwidth(self):
         """The median; None if it could not be measured."""

@@ -15,6 +15,8 @@ class Row:
     def __init__(self, job):
         self.job, self.dylm = job, job.program == "dylm"
         self.samples, self.peaks, self.loads, self.others, self.failure = [], [], [], [], None
+        # Tokens for each GB/s at which memory was read around a run.
+        self.for_the_read = []
 
     def median(self):
         return statistics.median(self.samples) if self.samples else None
@@ -35,8 +37,8 @@ class Figures:
         # What a token reads of the weights, by file: dylm tells it.
         self.bytes_a_token = {}
 
-    def add(self, job, ran):
-        """Takes a run's figures in; says them in a few words."""
+    def add(self, job, ran, read=None):
+        """Takes a run's figures in, and how fast memory was read around it; says them in a few words."""
         row = self.rows.setdefault((job.line(), job.path), Row(job))
         row.loads.append(ran.load)
         row.others.append(ran.others)
@@ -55,6 +57,8 @@ class Figures:
             row.failure = f"said {figures}"
             return row.failure
         row.samples += figures
+        if read:
+            row.for_the_read.append(statistics.median(figures) / read)
         if "build_commit" in ran.out:
             # llama-bench tells its version beside its figures alone.
             self.versions[job.program] = json.loads(ran.out)[0]["build_commit"]
@@ -111,6 +115,13 @@ class Figures:
         alone = row.job.test == "decode" or (row.job.test == "batch" and row.job.size == 1) or row.job.test == "depth"
         return size * row.median() / 1e9 if size and alone and row.samples else None
 
+    def share_of_read(self, row):
+        """Of how fast memory was read around each run, the part at which weights went by; of all reads where it was not measured then."""
+        size, speed, bandwidth = self.bytes_a_token.get(row.job.path), self.weights_read(row), self.machine.bandwidth()
+        if speed and row.for_the_read:
+            return size / 1e9 * statistics.median(row.for_the_read)
+        return speed / bandwidth if speed and bandwidth else None
+
     def as_json(self):
         rows = []
         for row in self.rows.values():
@@ -119,7 +130,8 @@ class Figures:
                 "model": job.model, "bits": job.bits, "test": job.test, "size": job.size, "program": job.program, "file": job.label,
                 "unit": UNITS.get(job.test, "tokens/s"), "median": row.median(), "samples": row.samples,
                 "peak_bytes": max(row.peaks), "load": statistics.median(row.loads), "others": max(row.others),
-                "weights_gb_per_s": self.weights_read(row), "of_smallest": self.growth(row), "failure": row.failure,
+                "weights_gb_per_s": self.weights_read(row), "share_of_read": self.share_of_read(row), "of_smallest": self.growth(row),
+                "failure": row.failure,
                 "file_bytes": bytes_of(job.path), "command": job.command,
             }
             for key, any_bits in (("times_best_peer", False), ("times_best_peer_of_any_bits", True)):
@@ -140,8 +152,11 @@ def report(figures):
     ]
     bandwidth = facts["bandwidth_gb_per_s"]
     if bandwidth:
-        all_of_them = ", ".join(f"{one:.1f}" for one in facts["bandwidths_gb_per_s"])
-        out.append(f"{facts['threads']} threads read {bandwidth:.1f} GB/s of memory ({all_of_them})")
+        reads = facts["bandwidths_gb_per_s"]
+        out.append(
+            f"{facts['threads']} threads read {bandwidth:.1f} GB/s of memory ({min(reads):.1f}-{max(reads):.1f} in {len(reads)} measurements); "
+            "decode: %, of the reads just before and after"
+        )
     out += [f"left out: {line}" for line in figures.left_out]
     out += [
         "",
@@ -152,11 +167,11 @@ def report(figures):
     out += summary(figures)
     for (model, test), rows in figures.groups().items():
         out += ["", f"## {model}: {test}, {UNITS.get(test, 'tokens/s')}", ""]
-        out += table(figures, test, rows, bandwidth)
+        out += table(figures, test, rows)
     return "\n".join(out)
 
 
-def table(figures, test, rows, bandwidth):
+def table(figures, test, rows):
     grows = test in ("depth", "batch")
     head = [test] if test != "start" else []
     head += ["bits", "program", "file", "median", "lowest-highest", "x", "x any bits"]
@@ -180,8 +195,8 @@ def table(figures, test, rows, bandwidth):
             growth = figures.growth(row)
             cells.append(f"{growth:.2f}" if growth else "")
         if test != "start":
-            speed = figures.weights_read(row)
-            part = f" ({100 * speed / bandwidth:.0f} %)" if speed and bandwidth else ""
+            speed, share = figures.weights_read(row), figures.share_of_read(row)
+            part = f" ({100 * share:.0f} %)" if share else ""
             cells.append(f"{speed:.1f}{part}" if speed else "")
         peak = max(row.peaks)
         cells.append(f"{peak / MIB:.0f}")

@@ -89,6 +89,7 @@ fn a_peer_beside_it_gives_ratios_and_what_fails_is_told() {
     let (ours, theirs) = (row("dylm", "f32").unwrap(), row("llama.cpp", "BF16").unwrap());
     assert_eq!(theirs["median"], 0.5);
     assert_eq!(ours["times_best_peer_which"], "llama.cpp BF16");
+    assert!(ours["share_of_read"].as_f64().unwrap() > 0.0, "{ours}");
     let ratio = ours["median"].as_f64().unwrap() / 0.5;
     assert!((ours["times_best_peer"].as_f64().unwrap() / ratio - 1.0).abs() < 1e-9);
     assert!(row("dylm", "BF16").unwrap()["failure"].as_str().unwrap().starts_with("ended with 1: error: "));

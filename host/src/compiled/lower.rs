@@ -100,7 +100,7 @@ impl Model {
 
 /// Whether products of it run in kernels of the CPU.
 fn multiplies(weight: &Weight) -> bool {
-    matches!(weight, Weight::Packed(_) | Weight::Panels(_) | Weight::Coded(_))
+    weight.factor().is_some()
 }
 
 fn numbers(t: &Option<Tensor>) -> Lowered<Option<Vec<f32>>> {

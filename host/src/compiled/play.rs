@@ -4,7 +4,7 @@
 use super::{Compiled, Kernel, Step, Whole, maps};
 use crate::{
     cache::memory::Memory,
-    kernels::cpu::{self, Angles, Factor, multiply_all},
+    kernels::cpu::{self, Angles, multiply_all},
     layers::{Layer, experts::Activation, rope::Span, slices::with_f32, weight::Weight},
     model::{Input, Model},
     ops::value::{Fault, Value},
@@ -72,12 +72,7 @@ impl Step {
             Kernel::Products(slots) => {
                 let mut products = Vec::with_capacity(slots.len());
                 for (&slot, out) in slots.iter().zip(outs.iter_mut()) {
-                    let factor = match weight(model, slot)?.0 {
-                        Weight::Packed(m) => Factor::Rows(m),
-                        Weight::Panels(m) => Factor::Panels(m),
-                        Weight::Coded(m) => Factor::Coded(m),
-                        _ => bail!("a weight that moved"),
-                    };
+                    let Some(factor) = weight(model, slot)?.0.factor() else { bail!("a weight that moved") };
                     products.push((factor, out.as_mut_slice()));
                 }
                 multiply_all(products, reads(0));

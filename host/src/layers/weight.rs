@@ -69,8 +69,8 @@ impl Weight {
         Ok(Weight::Packed(if place.dtype == DType::F32 { matrix } else { matrix.for_halves() }))
     }
 
-    /// The same weights as products of them are fastest here: rows no longer lie apart, and the checkpoint's own bytes are let go, those of
-    /// a file once the model is in use. Where rows stay as they are, they may move to memory that is.
+    /// The same weights as products of them are fastest here: rows no longer lie apart, or are coded, and the checkpoint's own bytes are let go,
+    /// those of a file once the model is in use. Where rows stay as they are, they may move to memory that is.
     pub fn in_panels(self) -> Self {
         match self {
             Weight::Packed(m) => match m.is_for_halves().then(|| Panels::later(&m)).flatten() {
@@ -98,6 +98,16 @@ impl Weight {
             }
         }
         matrices.into_iter().map(|matrix| Weight::place(matrix, place)).collect()
+    }
+
+    /// For products on the CPU's own kernels, if it is for these.
+    pub fn factor(&self) -> Option<Factor<'_>> {
+        match self {
+            Weight::Packed(m) => Some(Factor::Rows(m)),
+            Weight::Panels(m) => Some(Factor::Panels(m)),
+            Weight::Coded(m) => Some(Factor::Coded(m)),
+            _ => None,
+        }
     }
 
     /// Outputs.
@@ -153,18 +163,9 @@ impl Weight {
     /// Rows by id: `[ids]` -> `[ids, inputs]`.
     pub fn gather(&self, ids: &Tensor) -> candle_core::Result<Tensor> {
         match self {
-            Weight::Packed(m) => super::slices::with_u32(ids, |ids| {
-                known(ids, m.rows())?;
-                filled((ids.len(), m.cols()), |out| m.gather_rows(ids, out))
-            })?,
-            Weight::Panels(m) => super::slices::with_u32(ids, |ids| {
-                known(ids, m.rows())?;
-                filled((ids.len(), m.cols()), |out| m.gather_rows(ids, out))
-            })?,
-            Weight::Coded(m) => super::slices::with_u32(ids, |ids| {
-                known(ids, m.rows())?;
-                filled((ids.len(), m.cols()), |out| m.gather_rows(ids, out))
-            })?,
+            Weight::Packed(m) => looked_up(ids, (m.rows(), m.cols()), |ids, out| m.gather_rows(ids, out)),
+            Weight::Panels(m) => looked_up(ids, (m.rows(), m.cols()), |ids, out| m.gather_rows(ids, out)),
+            Weight::Coded(m) => looked_up(ids, (m.rows(), m.cols()), |ids, out| m.gather_rows(ids, out)),
             Weight::Dense(w) => w.index_select(ids, 0),
             #[cfg(feature = "cuda")]
             Weight::Tiles(t) => t.gather(ids),
@@ -186,6 +187,18 @@ impl Weight {
             Weight::Rounded(w) => w.numbers(),
         }
     }
+}
+
+/// Rows of a table in f32, as `gather` puts them.
+fn looked_up(
+    ids: &Tensor,
+    (rows, cols): (usize, usize),
+    gather: impl Fn(&[u32], &mut [f32]),
+) -> candle_core::Result<Tensor> {
+    super::slices::with_u32(ids, |ids| {
+        known(ids, rows)?;
+        filled((ids.len(), cols), |out| gather(ids, out))
+    })?
 }
 
 /// Refuses ids that a table of so many rows does not have.

@@ -1,6 +1,7 @@
 //! Weights that are read where the file lies until a model is in use, and then move into memory of their own on huge pages, which is read a
-//! third faster, rows a few at each step and panels, which products must pack each time until then, at the second one. So the first token
-//! waits for nothing, and each weight is in memory once: the file's pages are let go as they are copied.
+//! third faster: rows a few at each step, [coded](crate::kernels::cpu::Coded) on the way where that is faster yet, and panels, which products
+//! must pack each time until then, at the second one. So the first token waits for nothing, and each weight is in memory once: the file's pages
+//! are let go as they are copied.
 
 use super::bytes::{Bytes, Room};
 use crate::{kernels::cpu, machine};

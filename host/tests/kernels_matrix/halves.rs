@@ -145,7 +145,8 @@ fn products_in_panels_have_the_same_bits_with_every_instruction_set() {
                 out
             };
             let plain = on(Isa::Portable);
-            let same_way = |&isa: &Isa| isa != Isa::Amx || !opened(format, tokens);
+            // `opened` speaks of the best one, which need not be all there is.
+            let same_way = |&isa: &Isa| isa != Isa::Amx || Isa::best() == Isa::Amx && !opened(format, tokens);
             for isa in Isa::available().into_iter().filter(same_way) {
                 let same = on(isa).iter().zip(&plain).all(|(a, b)| a.to_bits() == b.to_bits());
                 assert!(same, "{format:?} [{rows}, {}] x {tokens} tokens, {isa:?}", m.cols());

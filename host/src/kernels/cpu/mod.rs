@@ -2,7 +2,7 @@
 //! Each is written once over `lanes` and compiled for AVX-512, AVX2, NEON and plain Rust; the machine picks at run time.
 //! No result depends on the number of threads.
 //! Where the machine can, weights of whole numbers are multiplied as such (`panels`) and bfloat16 as bfloat16 (`bf16`), both on the
-//! processor's matrix unit if it has one (`amx`).
+//! processor's matrix unit if it has one (`amx`). Without that unit bfloat16 is kept in twelve bits (`coded`).
 
 // Tiles of registers are indexed by constants on several arrays at once.
 #![allow(clippy::needless_range_loop)]

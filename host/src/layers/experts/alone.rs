@@ -4,18 +4,13 @@
 use super::{Activation, Experts, Linear};
 use crate::{
     kernels::cpu::{self, Factor, multiply_all},
-    layers::{slices::with_f32, weight::Weight},
+    layers::slices::with_f32,
 };
 use candle_core::{Device, Result, Tensor};
 
 /// The matrix of a layer that no adapter changes.
 fn factor(linear: &Linear) -> Option<Factor<'_>> {
-    match (&linear.weight, &linear.adapter) {
-        (Weight::Packed(m), None) => Some(Factor::Rows(m)),
-        (Weight::Panels(m), None) => Some(Factor::Panels(m)),
-        (Weight::Coded(m), None) => Some(Factor::Coded(m)),
-        _ => None,
-    }
+    linear.weight.factor().filter(|_| linear.adapter.is_none())
 }
 
 fn add_bias(linear: &Linear, y: &mut [f32]) -> Result<()> {
@@ -96,6 +91,7 @@ mod tests {
     use super::super::{Expert, Kind};
     use super::*;
     use crate::kernels::cpu::{Float, Format, Matrix};
+    use crate::layers::weight::Weight;
 
     #[test]
     fn a_token_alone_comes_out_as_one_of_many() {
