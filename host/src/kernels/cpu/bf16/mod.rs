@@ -125,18 +125,20 @@ pub(super) struct Given<'a> {
 pub(super) fn multiply(of: &mut [(Halves<'_>, &mut [f32])], x: &[f32]) {
     let Some(cols) = of.first().map(|(halves, _)| halves.cols()) else { return };
     let held: Vec<Held> = of.iter().map(|(halves, _)| Held::of(*halves)).collect();
-    let part = |((halves, out), held): (&mut (Halves, &mut [f32]), _)| {
-        let held: &Held = held;
-        Given { rows: halves.rows(), bytes: held.bytes(), code: held.code(), out: Output(out.as_mut_ptr()) }
-    };
-    let parts: Vec<Given> = of.iter_mut().zip(&held).map(part).collect();
+    let rows_of = of.iter_mut().zip(&held).map(|((halves, out), held)| Given {
+        rows: halves.rows(),
+        bytes: held.bytes(),
+        code: held.code(),
+        out: Output(out.as_mut_ptr()),
+    });
+    let given: Vec<Given> = rows_of.collect();
     match Isa::best() {
-        Isa::Amx => amx::multiply(&parts, cols, x),
-        _ => multiply_parts(&parts, cols, x),
+        Isa::Amx => amx::multiply(&given, cols, x),
+        _ => multiply_given(&given, cols, x),
     }
 }
 
-fn multiply_parts(parts: &[Given], cols: usize, x: &[f32]) {
+fn multiply_given(given: &[Given], cols: usize, x: &[f32]) {
     let tokens = x.len() / cols;
     // Rows whose starts are a power of two apart would all fall into the same few lines of the first-level cache.
     let stride = cols.next_multiple_of(LANES) + LANES;
@@ -159,10 +161,10 @@ fn multiply_parts(parts: &[Given], cols: usize, x: &[f32]) {
         let lying = weights.wrapping_add(if tokens <= FEW { AHEAD * pitch } else { 0 });
         Product { weights: weights.cast(), lying, pitch, x: rounded_x.as_ptr(), out, rows, cols, stride, tokens }
     };
-    let products: Vec<Product> = parts.iter().map(product).collect();
+    let products: Vec<Product> = given.iter().map(product).collect();
     let rows = products.iter().map(|p| p.rows).sum();
     let lengths = || products.iter().map(|p| p.rows);
-    let opening = |i: usize| parts[i].code.map(|code| Opening { product: products[i], code });
+    let opening = |i: usize| given[i].code.map(|code| Opening { product: products[i], code });
     if tokens <= FEW {
         in_streams(rows, cols * tokens, if tokens > LEAST { 4 } else { 8 }, |room: &mut Vec<Line>, range| {
             // SAFETY: rows of the matrix; tasks write disjoint rows of `out`; `runs_here`, and codes are there only where they are opened.

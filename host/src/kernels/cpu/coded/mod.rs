@@ -14,6 +14,7 @@ use super::{
     matrix::Matrix,
 };
 pub(super) use code::{CHUNK, Code, LOW, Plain};
+use rayon::prelude::*;
 use std::sync::Arc;
 pub(super) use store::Source;
 use store::Store;
@@ -72,8 +73,13 @@ impl Coded {
     /// # Panics
     /// If `out` does not fit.
     pub fn dequantize(&self, out: &mut [f32]) {
-        let rows: Vec<u32> = (0..self.rows as u32).collect();
-        self.gather_rows(&rows, out);
+        assert!(out.len() == self.rows * self.cols, "dequantize: {} numbers of {self:?}", out.len());
+        match self.source() {
+            Source::Lying(matrix) => matrix.dequantize_rows(0..self.rows, out),
+            Source::Coded(code) => {
+                out.par_chunks_exact_mut(self.cols).enumerate().for_each(|(r, out)| code.row(r, out));
+            }
+        }
     }
 
     /// Unpacks the rows named by `ids` into `out`, `[ids.len(), cols]`: an embedding lookup.
