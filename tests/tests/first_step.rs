@@ -72,10 +72,20 @@ fn a_real_model_s_first_step_gives_the_bits_of_later_ones_in_every_form() {
 }
 
 #[test]
+fn a_real_model_in_bfloat16_has_the_same_bits_before_and_after_its_weights_move() {
+    let Some(folder) = smollm2::folder(Form::Bf16) else { return };
+    let (before, lm) = (load(&folder), load(&folder));
+    let prompt: Vec<u32> = PROMPT.iter().copied().cycle().take(20).collect();
+    let first = [1, 3, 20].map(|count| logits(&before, &prompt[..count]));
+    dylm::weights::moving::all();
+    assert!(first == [1, 3, 20].map(|count| logits(&lm, &prompt[..count])));
+}
+
+#[test]
 fn weights_are_in_memory_once_while_they_are_packed() {
-    let Some(folder) = smollm2::folder(Form::Mlx8bit) else { return };
-    let weights = std::fs::metadata(folder.join("model.safetensors")).unwrap().len();
-    for tokens in ["1", "3"] {
+    for (form, tokens) in [(Form::Mlx8bit, "1"), (Form::Mlx8bit, "3"), (Form::Bf16, "1"), (Form::Bf16, "20")] {
+        let Some(folder) = smollm2::folder(form) else { return };
+        let weights = std::fs::metadata(folder.join("model.safetensors")).unwrap().len();
         let run = tests::binary::dylm()
             .args(["generate", "-m", tokens, "--ignore-chat-template", "--json", "--model"])
             .arg(&folder)
@@ -84,6 +94,6 @@ fn weights_are_in_memory_once_while_they_are_packed() {
         let told: Value = serde_json::from_slice(&run.stdout).unwrap_or_else(|e| panic!("{e}: {run:?}"));
         let peak = told["statistics"]["peak_memory_bytes"].as_u64().unwrap();
         // Beside the weights: a cache, the tokenizer, the program itself.
-        assert!(peak < weights + (100 << 20), "{tokens} tokens: {peak} bytes at the peak for {weights} of weights");
+        assert!(peak < weights + (100 << 20), "{form:?}, {tokens} tokens: {peak} at the peak for {weights} of weights");
     }
 }
