@@ -21,6 +21,10 @@ pub struct MultiLinear {
     outputs: usize,
 }
 
+fn cannot_be_cut(m: &impl std::fmt::Debug) -> Error {
+    Error::Weights(format!("{m:?} cannot be cut by heads; leave its rows as they are"))
+}
+
 enum Heads {
     Packed(Vec<Matrix>),
     /// `[heads, inputs, outputs]`
@@ -38,10 +42,8 @@ impl MultiLinear {
     ) -> crate::error::Result<Self> {
         let weight = match weight {
             Weight::Rounded(weight) => return Self::new(*weight, bias, [heads, outputs, inputs]),
-            Weight::Panels(_) | Weight::Coded(_) => {
-                let words = "a matrix that is laid out for products cannot be cut by heads; leave its rows as they are";
-                return Err(Error::Weights(words.into()));
-            }
+            Weight::Panels(m) => return Err(cannot_be_cut(&m)),
+            Weight::Coded(m) => return Err(cannot_be_cut(&m)),
             Weight::Packed(m) => {
                 Heads::Packed((0..heads).filter_map(|h| m.slice_rows(h * outputs..(h + 1) * outputs)).collect())
             }

@@ -19,7 +19,7 @@ const LEAST: usize = 16 << 20;
 /// In how many steps all is moved, if there is more.
 const STEPS: usize = 16;
 /// Parts below this size are not worth it.
-const SMALL: usize = 1 << 15;
+pub const SMALL: usize = 1 << 15;
 
 /// What moves later.
 pub trait Later: Send + Sync {

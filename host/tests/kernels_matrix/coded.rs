@@ -40,7 +40,8 @@ fn products_of_coded_weights_have_the_bits_of_the_matrix() {
             if after {
                 settle(std::slice::from_ref(&coded));
             }
-            assert_eq!(coded.is_coded(), after, "[{rows}, {cols}]");
+            // Before, another test of the same process may have had it coded.
+            assert!(coded.is_coded() || !after, "[{rows}, {cols}]");
             for tokens in [1, 2, 3, 4, 5, 7, 16, 17, 41, 64, 70] {
                 let x = r.floats(tokens * cols);
                 let mut want = vec![0.0; tokens * rows];

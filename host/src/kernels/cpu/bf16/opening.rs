@@ -4,13 +4,11 @@ use super::{
     LANES, LEAST, Line, flat, halves,
     product::{Product, added_up},
 };
-use crate::kernels::cpu::coded::{CHUNK, Code, LOW, Plain};
+use crate::kernels::cpu::coded::{CHUNK, CODED, Code, Plain};
 use std::{arch::x86_64::*, ops::Range};
 
 /// Vectors of a chunk's columns.
 const VECTORS: usize = CHUNK / LANES;
-/// Bytes that they take in code.
-const BYTES: usize = LOW + CHUNK / 2;
 /// Rows at a time.
 const ROWS: usize = 4;
 /// What is no column.
@@ -148,7 +146,7 @@ impl Row<'_> {
     unsafe fn chunk(&mut self) -> [__m512i; VECTORS] {
         // SAFETY: the caller vouches for the chunk.
         let [low, more, codes] = unsafe { [0, 1, 2].map(|i| _mm512_loadu_si512(self.from.add(64 * i).cast())) };
-        self.from = self.from.wrapping_add(BYTES);
+        self.from = self.from.wrapping_add(CODED);
         let upper = _mm512_permutexvar_epi8(codes, self.uppers);
         let upper_of_more = _mm512_permutexvar_epi8(_mm512_srli_epi16::<4>(codes), self.uppers);
         [
@@ -166,7 +164,7 @@ impl Row<'_> {
         let Some((plain, others)) = self.plain.split_first() else { return [_mm512_setzero_si512(); VECTORS] };
         self.plain = others;
         self.look();
-        self.from = self.from.wrapping_add(BYTES);
+        self.from = self.from.wrapping_add(CODED);
         // SAFETY: vectors of a chunk.
         std::array::from_fn(|v| unsafe { _mm512_loadu_si512(plain.bytes.as_ptr().add(64 * v).cast()) })
     }

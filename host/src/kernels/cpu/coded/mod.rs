@@ -1,5 +1,5 @@
 //! bfloat16 in twelve bits, bit for bit. A weight's upper byte is its sign and seven of eight bits of its exponent, and weights of a matrix are
-//! of few magnitudes: all but one in ten thousand have one of sixteen upper bytes. So four bits name it, the lower byte stays as it is, and
+//! of few magnitudes: all but two in ten thousand of SmolLM2's have one of sixteen upper bytes. So four bits name it, the lower byte stays as it is, and
 //! decoding, which waits for memory, goes a third faster. Where another upper byte comes up, the columns around it are kept plain, beside. That
 //! weights of trained models can be coded so is from DFloat11 (arXiv 2504.11651), whose codes are of many lengths.
 //!
@@ -13,7 +13,8 @@ use super::{
     format::{Float, Format},
     matrix::Matrix,
 };
-pub(super) use code::{CHUNK, Code, LOW, Plain};
+use crate::weights::moving::SMALL;
+pub(super) use code::{CHUNK, CODED, Code, Plain};
 use rayon::prelude::*;
 use std::sync::Arc;
 pub(super) use store::Source;
@@ -36,8 +37,6 @@ impl std::fmt::Debug for Coded {
 impl Coded {
     /// The same matrix, to be coded once the model is in use, if this machine multiplies it faster so.
     pub fn later(matrix: &Matrix) -> Option<Self> {
-        // Less than that is read as fast as it is.
-        const SMALL: usize = 1 << 15;
         let fits = matrix.bytes() >= SMALL && matrix.cols() >= CHUNK && !matrix.has_column_order();
         let (rows, cols) = (matrix.rows(), matrix.cols());
         (fits && multiplies(matrix)).then(|| Self { rows, cols, store: Store::lying(matrix.clone()) })
